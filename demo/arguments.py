@@ -1,0 +1,274 @@
+"""Command line of the demos: flags, their environment equals, and the prompt files. Nothing heavy is imported here."""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from models.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED_TARGET = ROOT / "models" / "checkpoints" / "tiny-target"
+EMBEDDED_DRAFT = ROOT / "models" / "checkpoints" / "tiny-draft"
+PROMPTS = Path(__file__).resolve().parent / "prompts"
+
+MODES = ("compare", "speculative", "baseline")
+DTYPES = ("bf16", "fp32", "fp16")
+MAX_DRAFT_TOKENS = 31  # one verify forward holds 32 rows: the drafted tokens and one more
+
+EPILOG = """\
+prompt files:
+  *.json   a list of strings, or of objects with a "prompt" key
+  others   plain text; a line that holds only --- parts one prompt from the next (the line end before it
+           belongs to the separator, so end a prompt with an empty line to give it a final line end)
+
+environment:
+  HF_MODEL     same as --target        DRAFT_MODEL  same as --draft
+  MESH_DEVICE  N150, N300, T3K or P150: the board of --device tt
+  A flag wins over its variable.
+
+exit codes: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupted (results so far are printed).
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; one field per flag. ``draft`` is None when the embedded draft is to be tried."""
+
+    mode: str
+    target: str
+    draft: str | None
+    device: str
+    dtype: str
+    draft_dtype: str
+    num_draft_tokens: int
+    verification: str
+    row_invariant: bool
+    max_seq_len: int | None
+    prompts: str | None
+    prompt: list[str] | None
+    random_prompts: tuple[int, int] | None
+    instruct: bool
+    max_prompts: int | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    threads: int | None
+    json: str | None
+    quiet: bool
+    no_color: bool
+
+    @property
+    def fixed_rows(self) -> int | None:
+        """Rows every target forward is padded to, so that a row's bits do not depend on how many rows are computed."""
+        if not self.row_invariant:
+            return None
+        return next(rows for rows in (8, 16, 32) if rows > self.num_draft_tokens)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The generation paths to run and to count, in the order of the report."""
+        return ("baseline", "speculative") if self.mode == "compare" else (self.mode,)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _integer(low: int, high: int | None = None):
+    """argparse type: an integer in [low, high]."""
+    bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: give one {bounds}") from None
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{value} is out of range: give a whole number {bounds}")
+        return value
+
+    return parse
+
+
+def _count_by_length(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not COUNTxLENGTH: give two whole numbers, such as 10x64")
+    return int(match[1]), int(match[2])
+
+
+def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    """Parser of one demo. ``mode`` fixes the mode and takes the flag away; None offers --mode."""
+    about = "Plain decoding of one Llama model." if mode else "Speculative decoding of a Llama beside its own baseline."
+    parser = _Parser(
+        description=f"{about}\nWithout arguments: the small pair of this project, ten prompts of 30 tokens.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+
+    group = parser.add_argument_group("models")
+    if mode is None:
+        group.add_argument("--mode", choices=MODES, default="compare", help="what to run (default: %(default)s)")
+    else:
+        parser.set_defaults(mode=mode)
+    group.add_argument(
+        "--target",
+        metavar="PATH|ID",
+        default=environ.get("HF_MODEL") or None,
+        help="checkpoint directory or Hugging Face id of the target model (default: the embedded tiny-target)",
+    )
+    group.add_argument(
+        "--draft",
+        metavar="PATH|ID",
+        default=environ.get("DRAFT_MODEL") or None,
+        help="the same for the draft model (default: the embedded tiny-draft)",
+    )
+    group.add_argument("--device", choices=("cpu", "cuda", "tt"), default="cpu", help="(default: %(default)s)")
+    group.add_argument("--dtype", choices=DTYPES, default="bf16", help="numbers of the models (default: %(default)s)")
+    group.add_argument(
+        "--draft-dtype",
+        choices=(*DTYPES, "int8"),
+        default=None,
+        help="numbers of the draft; a cheaper one can only lower acceptance, never change the text (default: --dtype)",
+    )
+    group.add_argument(
+        "--row-invariant",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute every target forward on one fixed number of rows, so that greedy text is the same bit for bit "
+        "with and without speculation (default: on, except in fp32, where it is slow and hardly ever matters)",
+    )
+    group.add_argument(
+        "--max-seq-len",
+        type=_integer(2),
+        metavar="N",
+        help="context to reserve, in tokens (default: the models' own, at most 2048)",
+    )
+    group.add_argument("--threads", type=_integer(1), metavar="N", help="CPU threads of torch (default: torch's own)")
+
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompts", metavar="FILE", help="file of prompts, see below (default: demo/prompts/)")
+    group.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be given several times")
+    group.add_argument(
+        "--random-prompts",
+        type=_count_by_length,
+        metavar="COUNTxLENGTH",
+        help="random token ids, for checkpoints without a tokenizer; ignores stop tokens",
+    )
+    group.add_argument("--instruct", action="store_true", help="put prompts through the model's chat template")
+    group.add_argument("--max-prompts", type=_integer(1), metavar="N", help="only the first N prompts")
+
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=_integer(1), default=30, metavar="N", help="(default: %(default)s)")
+    group.add_argument(
+        "--num-draft-tokens",
+        type=_integer(0, MAX_DRAFT_TOKENS),
+        default=4,
+        metavar="K",
+        help=f"tokens drafted per round, 0 to {MAX_DRAFT_TOKENS} (default: %(default)s)",
+    )
+    group.add_argument(
+        "--verification",
+        choices=("batched", "sequential"),
+        default="batched",
+        help="check a round's drafted tokens in one forward, or one by one to see what that costs "
+        "(default: %(default)s)",
+    )
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is off (default: %(default)s)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and random prompts (default: 0)")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", metavar="FILE", help="write all results, per prompt and in total, to this file")
+    group.add_argument("--quiet", action="store_true", help="print only the final table")
+    group.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does the same)")
+    return parser
+
+
+def parse_settings(
+    argv: Sequence[str] | None, mode: str | None = None, environ: Mapping[str, str] = os.environ
+) -> Settings | None:
+    """Settings from a command line, or None for --version. Raises UserError for anything wrong in it."""
+    options = build_parser(mode, environ).parse_args(argv)
+    if options.version:
+        return None
+    sources = [flag for flag in ("prompts", "prompt", "random_prompts") if getattr(options, flag)]
+    if len(sources) > 1:
+        flags = " and ".join("--" + flag.replace("_", "-") for flag in sources)
+        raise UserError(f"{flags} were given together: give one kind of prompts")
+    if options.instruct and options.random_prompts:
+        raise UserError("--instruct has no meaning with --random-prompts: give one of them")
+    values = vars(options)
+    del values["version"]
+    if options.target is None:
+        values["target"] = str(EMBEDDED_TARGET)
+        values["draft"] = options.draft or str(EMBEDDED_DRAFT)
+    if options.draft_dtype is None:
+        values["draft_dtype"] = options.dtype
+    if options.row_invariant is None:
+        values["row_invariant"] = options.dtype != "fp32"
+    return Settings(**values)
+
+
+def read_prompts(settings: Settings) -> list[str]:
+    """Prompt texts in order, cut to --max-prompts; none for --random-prompts. Raises UserError for a bad file."""
+    if settings.random_prompts:
+        return []
+    if settings.prompt:
+        prompts = settings.prompt
+        if not all(prompt.strip() for prompt in prompts):
+            raise UserError("--prompt '' is empty: give some text")
+    else:
+        default = PROMPTS / ("instruct.txt" if settings.instruct else "python.txt")
+        prompts = _read_file(Path(settings.prompts) if settings.prompts else default)
+    return prompts[: settings.max_prompts]
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"cannot read the prompt file {path}: {reason}") from error
+    if path.suffix == ".json":
+        prompts = _from_json(path, text)
+    else:
+        parts = re.split(r"^---[ \t]*\n", text.replace("\r\n", "\n") + "\n", flags=re.MULTILINE)
+        # each part but the last ends with the line end that belongs to its separator; the last has the one added
+        # here, and the file's own final line end is no part of the prompt either
+        prompts = [part[:-1] for part in parts[:-1]] + [parts[-1].removesuffix("\n").removesuffix("\n")]
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise UserError(f"the prompt file {path} holds no prompt: see --help for its format")
+    return prompts
+
+
+def _from_json(path: Path, text: str) -> list[str]:
+    try:
+        items = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"the prompt file {path} is not JSON ({error}): see --help for its format") from error
+    if not isinstance(items, list):
+        raise UserError(f"the prompt file {path} holds {type(items).__name__}, not a list: see --help for its format")
+    prompts = [item.get("prompt") if isinstance(item, dict) else item for item in items]
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            raise UserError(f'entry {number} of {path} is neither a string nor an object with a "prompt" string')
+    return prompts
+
+
+def describe_source(source: str) -> str:
+    """A checkpoint's name for people: embedded ones relative to the project, others as given."""
+    path = Path(source)
+    return str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else source

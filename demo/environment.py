@@ -1,0 +1,106 @@
+"""What a result was measured with (versions, machine), and the JSON file it goes to."""
+
+import json
+import os
+import platform
+import re
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from demo.arguments import ROOT
+from models.errors import UserError
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "ttnn")
+
+
+def project_version() -> str:
+    """The version in pyproject.toml."""
+    project = ROOT / "pyproject.toml"
+    text = project.read_text(encoding="utf-8") if project.is_file() else ""
+    match = re.search(r'^version\s*=\s*"([^"]+)"', text, re.MULTILINE)
+    return match[1] if match else "unknown"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the project, Python and the packages that the numbers depend on; None for one not installed."""
+    found: dict[str, str | None] = {"project": project_version(), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Processor, memory and device that the numbers come from."""
+    import torch
+
+    return {
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "platform": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def peak_memory(device: str) -> dict[str, int | None]:
+    """Largest resident memory of this process so far and, on CUDA, the largest memory of tensors; bytes."""
+    import resource
+    import sys
+
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "cuda_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+    }
+
+
+def check_writable(name: str) -> None:
+    """UserError unless a file of this name can be written, found out before the run and without leaving a trace."""
+    path = Path(name)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a directory")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(None, "permission denied")
+        if not path.exists() or path.is_file():
+            with tempfile.NamedTemporaryFile(dir=path.resolve().parent):
+                pass
+    except OSError as error:
+        raise UserError(f"cannot write --json {name}: {error.strerror}: choose another file") from error
+
+
+def write_json(name: str, results: dict[str, Any]) -> None:
+    """Write results whole or not at all: to a temporary file beside it, then renamed. Devices and pipes directly."""
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    path = Path(name).resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise UserError(f"cannot write --json {name}: {error.strerror}") from error

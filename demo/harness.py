@@ -1,0 +1,102 @@
+"""What both demos do: read the command line, load the models, run every prompt, report.
+
+The order of a comparison: the target is loaded once and serves both paths. The first prompt runs once on each path as
+warm-up and is not counted. Then, prompt by prompt, both paths run one after the other, each first in turn, so that
+whatever else the machine does hits both alike.
+"""
+
+import contextlib
+import gc
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from demo.arguments import Settings, parse_settings, read_prompts
+from models.errors import UserError
+
+INTERRUPTED = 130
+USER_ERROR = 2
+BROKEN_PIPE = 141  # what a shell reports for a program that lost its reader
+
+
+def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:
+    """Run a demo and return its exit code; ``mode`` fixes the mode (None: the user chooses)."""
+    try:
+        return _demo(argv, mode)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_stdout()
+        return BROKEN_PIPE
+
+
+def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
+    start = time.perf_counter()
+    settings = parse_settings(argv, mode)
+    if settings is None:
+        from demo.environment import project_version
+
+        print(project_version())
+        return 0
+    prompts = read_prompts(settings)
+    _check_early(settings)
+
+    # Only now the slow imports: a mistake above is answered at once.
+    from loguru import logger
+
+    from demo.display import make_display
+    from demo.report import build_results
+    from demo.session import Session
+
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING" if settings.quiet else "INFO", format="{message}")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
+
+    session = Session(settings, prompts)
+    # What exists now stays: keep the garbage collector from walking through it in the middle of a measurement.
+    gc.collect()
+    gc.freeze()
+    display = make_display(settings, session)
+    code = 0
+    try:
+        with display:
+            session.run(display)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        display.interrupted(session.under_way[-1] if session.under_way else None)
+    except BrokenPipeError:
+        code = BROKEN_PIPE
+        _discard_stdout()
+    results = build_results(session, interrupted=code != 0, total_s=time.perf_counter() - start)
+    if settings.json:
+        from demo.environment import write_json
+
+        write_json(settings.json, results)
+    if code != BROKEN_PIPE:
+        display.summary(results)
+        sys.stdout.flush()
+    return code
+
+
+def _check_early(settings: Settings) -> None:
+    """Whatever can be found wrong without loading a model."""
+    from demo.environment import check_writable
+    from models.llama.device import check_device
+    from models.speculative.sampling import SamplingParams
+
+    if settings.json:
+        check_writable(settings.json)
+    check_device(settings.device)
+    SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+
+
+def _discard_stdout() -> None:
+    """Send what is still buffered nowhere, so that Python's own flush at exit does not complain."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

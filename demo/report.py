@@ -1,0 +1,172 @@
+"""The numbers of a demo run: totals per path, comparison, and what they mean. Definitions as in tt_transformers:
+
+TTFT is the prefill including the first token, warm-up excluded; tok/s/user is decode tokens (all but the first) over
+decode seconds, host work included, printing excluded. Totals weigh prompts by their tokens; TTFT is a median.
+"""
+
+import dataclasses
+import statistics
+import sys
+from typing import Any
+
+from demo.arguments import describe_source
+from demo.environment import machine, peak_memory, versions
+from demo.session import Row, Run, Session
+from models.speculative.stats import GenerationStats
+
+Results = dict[str, Any]
+
+
+def build_results(session: Session, interrupted: bool, total_s: float) -> Results:
+    """Everything the JSON file holds. Times are in the unit their name ends with, memory in bytes, ids from the
+    target's vocabulary, prompts and tokens counted from 1. A path that was not run is null."""
+    settings = session.settings
+    rows = session.rows
+    totals: dict[str, Results | None] = {"baseline": None, "speculative": None}
+    for path in settings.paths:
+        # An interrupted run counts only where there is nothing complete to report.
+        runs = [row.runs[path] for row in rows] or [run for run in session.under_way if run.path == path]
+        totals[path] = _path_totals(session, path, runs) if runs else None
+    baseline, speculative = totals["baseline"], totals["speculative"]
+    compared = len(settings.paths) == 2 and bool(rows)
+    greedy = session.sampling.greedy
+    return {
+        **totals,
+        "speedup": _ratio(speculative, baseline, "tok_s_user"),
+        "speedup_median": _median([_row_speedup(row) for row in rows]) if compared else None,
+        "ttft_ratio": _ratio(speculative, baseline, "ttft_ms"),
+        "outputs_identical": all(row.identical for row in rows) if compared and greedy else None,
+        "identical_prompts": sum(row.identical for row in rows) if compared and greedy else None,
+        "divergence": _first_divergence(session) if compared and greedy else None,
+        "interrupted": interrupted,
+        "total_s": total_s,
+        "memory": _memory(session),
+        "settings": _settings(session),
+        "versions": versions(),
+        "machine": machine(settings.device),
+        "command": sys.argv,
+        "prompts": [_row_results(row) for row in rows],
+        "partial": [_run_results(run) for run in session.under_way],
+    }
+
+
+def _path_totals(session: Session, path: str, runs: list[Run]) -> Results:
+    stats = GenerationStats.merge([run.stats for run in runs])
+    load_s = session.target.load_s + (session.draft.load_s if path == "speculative" else 0)
+    totals = {
+        "ttft_ms": _median([run.stats.ttft_s * 1000 for run in runs]),
+        "tok_s_user": _rate(stats),
+        "tokens": stats.tokens,
+        "decode_tokens": stats.decode_tokens,
+        "decode_s": stats.decode_s,
+        "load_s": load_s,
+    }
+    return totals | (_speculation(stats) if path == "speculative" else {})
+
+
+def _speculation(stats: GenerationStats) -> Results:
+    rated = bool(stats.acceptance_by_position)  # False if every round was cut short or nothing was to be drafted
+    return {
+        "rounds": len(stats.rounds),
+        "acceptance_rate": stats.acceptance_rate if rated else None,
+        "mean_acceptance_length": stats.mean_acceptance_length if rated else None,
+        "acceptance_by_position": stats.acceptance_by_position,
+        "draft_ms": stats.draft_ms,
+        "verify_ms": stats.verify_ms,
+        "host_ms": stats.host_ms,
+        "host_share": stats.host_share,
+        "draft_prefill_ms": stats.draft_prefill_s * 1000,
+    }
+
+
+def _run_results(run: Run) -> Results:
+    stats = run.stats
+    results = {
+        "path": run.path,
+        "text": run.text,
+        "token_ids": run.tokens,
+        "ttft_ms": stats.ttft_s * 1000,
+        "tok_s_user": _rate(stats),
+        "tokens": stats.tokens,
+        "decode_s": stats.decode_s,
+        "finish_reason": stats.finish_reason,
+    }
+    return results | (_speculation(stats) if run.path == "speculative" else {})
+
+
+def _row_results(row: Row) -> Results:
+    return {
+        "number": row.prompt.number,
+        "prompt": row.prompt.text,
+        "prompt_tokens": len(row.prompt.ids),
+        "prompt_ids": row.prompt.ids,
+        "identical": row.identical if len(row.runs) == 2 else None,
+        "speedup": _row_speedup(row),
+        "baseline": None,
+        "speculative": None,
+        **{path: _run_results(run) for path, run in row.runs.items()},
+    }
+
+
+def _rate(stats: GenerationStats) -> float | None:
+    """Decode tokens per second; None when nothing was decoded after the first token."""
+    return stats.decode_tokens / stats.decode_s if stats.decode_tokens > 0 and stats.decode_s > 0 else None
+
+
+def _row_speedup(row: Row) -> float | None:
+    rates = [_rate(run.stats) for run in row.runs.values()]
+    return rates[1] / rates[0] if len(rates) == 2 and all(rates) else None
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _ratio(speculative: Results | None, baseline: Results | None, key: str) -> float | None:
+    if not speculative or not baseline or not speculative[key] or not baseline[key]:
+        return None
+    return speculative[key] / baseline[key]
+
+
+def _first_divergence(session: Session) -> Results | None:
+    """Where greedy texts part for the first time, and how close the target's two best tokens were there."""
+    for row in session.rows:
+        baseline, speculative = row.runs["baseline"].tokens, row.runs["speculative"].tokens
+        if baseline == speculative:
+            continue
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(baseline, speculative, strict=False)) if a != b),
+            min(len(baseline), len(speculative)),
+        )
+        return {
+            "prompt": row.prompt.number,
+            "token": shared + 1,
+            "baseline_id": baseline[shared] if shared < len(baseline) else None,
+            "speculative_id": speculative[shared] if shared < len(speculative) else None,
+            "top2_margin": session.top_two_margin(row.prompt.ids + baseline[:shared]),
+        }
+    return None
+
+
+def _memory(session: Session) -> Results:
+    models = {"target": session.target, "draft": session.draft}
+    return {
+        **{
+            role: loaded and {"weight_bytes": loaded.model.weight_bytes, "kv_cache_bytes": loaded.model.kv_cache_bytes}
+            for role, loaded in models.items()
+        },
+        **{f"peak_{name}": value for name, value in peak_memory(session.settings.device).items()},
+    }
+
+
+def _settings(session: Session) -> Results:
+    settings = session.settings
+    values = dataclasses.asdict(settings)
+    del values["quiet"], values["no_color"], values["json"]
+    values["target"] = describe_source(settings.target)
+    values["draft"] = session.draft and describe_source(session.draft.opened.source)
+    values["max_seq_len"] = session.max_seq_len
+    values["fixed_rows"] = settings.fixed_rows
+    values["warm_up"] = "the first prompt, once on each path, not counted"
+    return values

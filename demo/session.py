@@ -1,0 +1,204 @@
+"""The models and prompts of one demo run, and the runs over them."""
+
+import random
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from loguru import logger
+
+from demo.arguments import EMBEDDED_DRAFT, Settings, describe_source
+from models.errors import UserError
+from models.llama.loading import (
+    LoadedModel,
+    OpenedModel,
+    check_opened_pair,
+    default_context,
+    estimate_bytes,
+    load_model,
+    open_model,
+)
+from models.llama.tokenizer import LlamaTokenizer
+from models.speculative.controller import FixedDraftLength
+from models.speculative.drafters.model import ModelDrafter
+from models.speculative.generate import Token, generate
+from models.speculative.sampling import SamplingParams
+from models.speculative.stats import GenerationStats
+
+
+@dataclass
+class Prompt:
+    """One prompt: its place from 1, what the user sees, and what the models get."""
+
+    number: int
+    text: str
+    ids: list[int]
+
+
+@dataclass
+class Run:
+    """One generation on one path ("baseline" or "speculative"), growing while it runs."""
+
+    path: str
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[tuple[str, str]] = field(default_factory=list)  # text and where it came from (Token.origin)
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    counted: bool = True  # False for the warm-up
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.pieces)
+
+
+@dataclass
+class Row:
+    """One prompt's complete runs, by path."""
+
+    prompt: Prompt
+    runs: dict[str, Run]
+
+    @property
+    def identical(self) -> bool:
+        """Whether all paths wrote the same tokens."""
+        first, *others = self.runs.values()
+        return all(first.tokens == other.tokens for other in others)
+
+
+class Viewer(Protocol):
+    """What the session tells while it runs. Time spent here is not measured."""
+
+    def begin_prompt(self, prompt: Prompt) -> None: ...
+    def begin_run(self, run: Run) -> None: ...
+    def token(self, run: Run) -> None: ...
+    def end_run(self, run: Run) -> None: ...
+    def end_prompt(self, row: Row) -> None: ...
+
+
+class Session:
+    """Loads what ``settings`` ask for; `run` then fills ``rows``.
+
+    ``under_way`` are the runs of a prompt that is not complete, so that an interruption can show them.
+    """
+
+    def __init__(self, settings: Settings, texts: list[str]):
+        self.settings = settings
+        self.sampling = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+        self.rows: list[Row] = []
+        self.under_way: list[Run] = []
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        target = open_model(settings.target)
+        draft = self._open_draft(target) if "speculative" in settings.paths else None
+        self.max_seq_len = settings.max_seq_len or default_context(*filter(None, (target, draft)))
+        self.tokenizer: LlamaTokenizer | None = target.tokenizer
+        self.prompts = self._make_prompts(texts, target)
+        self._check_lengths()
+        self.target = self._load("target", target, settings.dtype, settings.fixed_rows)
+        self.draft = self._load("draft", draft, settings.draft_dtype, None) if draft else None
+        self.stop_ids = () if settings.random_prompts else target.checkpoint.config.eos_token_ids
+
+    # -------------------------------------------------------------------------------------------------- loading
+    def _open_draft(self, target: OpenedModel) -> OpenedModel:
+        draft = open_model(self.settings.draft or str(EMBEDDED_DRAFT))
+        try:
+            check_opened_pair(target, draft)
+        except UserError as error:
+            if self.settings.draft:
+                raise
+            raise UserError(
+                f"the embedded draft does not fit target {self.settings.target} ({error}): give --draft with a small "
+                "checkpoint of the target's family, or --mode baseline"
+            ) from error
+        return draft
+
+    def _load(self, role: str, opened: OpenedModel, dtype: str, fixed_rows: int | None) -> LoadedModel:
+        weights, kv = estimate_bytes(opened, dtype, self.max_seq_len)
+        logger.info(
+            f"loading {role} {describe_source(opened.source)}: {weights / 1e6:,.0f} MB of weights, {kv / 1e6:,.0f} MB "
+            f"of KV cache for {self.max_seq_len} tokens ({dtype}, {self.settings.device})"
+        )
+        return load_model(
+            opened, device=self.settings.device, dtype=dtype, max_seq_len=self.max_seq_len, fixed_rows=fixed_rows
+        )
+
+    def _make_prompts(self, texts: list[str], target: OpenedModel) -> list[Prompt]:
+        if self.settings.random_prompts:
+            count, length = self.settings.random_prompts
+            draw = random.Random(self.settings.seed)
+            vocab = target.checkpoint.config.vocab_size
+            rows = [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)][: self.settings.max_prompts]
+            return [Prompt(i, f"({length} random token ids)", ids) for i, ids in enumerate(rows, 1)]
+        if self.tokenizer is None:
+            raise UserError(
+                f"{describe_source(target.source)} has no tokenizer.json: add it, or run on token ids with "
+                "--random-prompts 10x64"
+            )
+        encode = self.tokenizer.chat if self.settings.instruct else self.tokenizer.encode
+        return [Prompt(i, text, encode(text)) for i, text in enumerate(texts, 1)]
+
+    def _check_lengths(self) -> None:
+        for prompt in self.prompts:
+            if len(prompt.ids) >= self.max_seq_len:
+                raise UserError(
+                    f"prompt {prompt.number} has {len(prompt.ids)} tokens, the context is {self.max_seq_len}: "
+                    "shorten it or raise --max-seq-len"
+                )
+
+    # -------------------------------------------------------------------------------------------------- running
+    @torch.inference_mode()
+    def run(self, viewer: Viewer) -> None:
+        """Warm up, then run every prompt on every path. What is complete is in ``rows``, also after an interruption."""
+        paths = self.settings.paths
+        self._run_paths(viewer, {path: Run(path, self.prompts[0], counted=False) for path in paths}, paths)
+        warm_lengths = {len(self.prompts[0].ids)}
+        for prompt in self.prompts:
+            if len(prompt.ids) not in warm_lengths:
+                # The first prefill of a new length prepares kernels for it; that belongs to neither path.
+                self.target.model.prefill(prompt.ids)
+                warm_lengths.add(len(prompt.ids))
+            viewer.begin_prompt(prompt)
+            runs = {path: Run(path, prompt) for path in paths}
+            self._run_paths(viewer, runs, paths if prompt.number % 2 else paths[::-1])
+            self.rows.append(Row(prompt, runs))
+            viewer.end_prompt(self.rows[-1])
+
+    def _run_paths(self, viewer: Viewer, runs: dict[str, Run], order: Sequence[str]) -> None:
+        for path in order:
+            self.under_way.append(runs[path])
+            viewer.begin_run(runs[path])
+            self._generate(runs[path], viewer)
+            viewer.end_run(runs[path])
+        self.under_way = []
+
+    def _generate(self, run: Run, viewer: Viewer) -> None:
+        speculative = run.path == "speculative"
+        detokenizer = self.tokenizer.detokenizer() if self.tokenizer else None
+        stream = generate(
+            self.target.model,
+            ModelDrafter(self.draft.model, self.sampling) if speculative else None,
+            run.prompt.ids,
+            sampling=self.sampling,
+            controller=FixedDraftLength(self.settings.num_draft_tokens) if speculative else None,
+            max_new_tokens=self.settings.max_new_tokens,
+            stop_ids=self.stop_ids,
+            verification=self.settings.verification,
+            stats=run.stats,
+        )
+        token: Token | None = None
+        with closing(stream):  # an interruption here ends the generator's book-keeping too
+            for token in stream:
+                run.tokens.append(token.id)
+                text = detokenizer.push(token.id) if detokenizer else f" {token.id}"
+                if text:
+                    run.pieces.append((text, token.origin))
+                viewer.token(run)
+        if detokenizer and token and (rest := detokenizer.flush()):
+            run.pieces.append((rest, token.origin))
+
+    def top_two_margin(self, ids: list[int]) -> float:
+        """How far the target's best next token is ahead of its second after ``ids``, in logits."""
+        best, second = self.target.model.prefill(ids).float().topk(2).values.tolist()
+        return best - second

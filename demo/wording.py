@@ -1,0 +1,182 @@
+"""The numbers of a demo run in words: headings, figures, table cells, explanations. Plain strings, no layout."""
+
+from demo.arguments import describe_source
+from demo.report import Results
+from demo.session import Row, Run, Session
+
+Cells = tuple[str, str, str, str]  # label, baseline, speculative, ratio
+
+
+def models(session: Session) -> list[tuple[str, str]]:
+    """Role and one line about each loaded model."""
+    lines = []
+    for role, loaded in (("target", session.target), ("draft", session.draft)):
+        if loaded is None:
+            continue
+        config, model = loaded.model.config, loaded.model
+        lines.append(
+            (
+                role,
+                f"{describe_source(loaded.opened.source)}: {config.num_hidden_layers} layers x {config.hidden_size}, "
+                f"{config.parameter_count / 1e6:,.1f} M parameters, {loaded.dtype}, {size(model.weight_bytes)} + "
+                f"{size(model.kv_cache_bytes)} KV, {loaded.load_s:.1f} s",
+            )
+        )
+    return lines
+
+
+def run_settings(session: Session) -> str:
+    settings, sampling = session.settings, session.sampling
+    parts = [settings.device]
+    if sampling.greedy:
+        parts.append("greedy")
+    else:
+        limits = f", top-k {sampling.top_k}" * bool(sampling.top_k) + f", top-p {sampling.top_p}" * (sampling.top_p < 1)
+        parts.append(f"temperature {sampling.temperature}{limits}, seed {sampling.seed}")
+    if session.draft:
+        parts.append(f"draft {settings.num_draft_tokens}, {settings.verification} verification")
+    if settings.fixed_rows:
+        parts.append(f"{settings.fixed_rows} fixed rows")
+    parts.append(f"{len(session.prompts)} x {settings.max_new_tokens} tokens")
+    return ", ".join(parts)
+
+
+def speed(run: Run) -> str:
+    accepted = f", {run.stats.acceptance_rate:.0%} accepted" if run.stats.acceptance_by_position else ""
+    return f"{run.stats.tok_s:.1f} tok/s{accepted}"
+
+
+def figures(row: Row) -> list[str]:
+    """What is worth saying about one prompt."""
+    figures = [f"{path} {speed(run)}" for path, run in row.runs.items()]
+    if len(row.runs) == 2:
+        baseline, speculative = (run.stats.tok_s for run in row.runs.values())
+        if baseline and speculative:
+            figures.append(f"{speculative / baseline:.2f}x")
+        figures.append("same text" if row.identical else "other text")
+    return figures
+
+
+def explain_slowdown(results: Results) -> list[str]:
+    """Plain words, with the measured costs, on why speculation was slower here and what to change; [] if it was not."""
+    speedup, speculative, baseline = results["speedup"], results["speculative"], results["baseline"]
+    drafted = results["settings"]["num_draft_tokens"]
+    if speedup is None or speedup >= 1 or speculative["acceptance_rate"] is None:
+        return []
+    plain_ms = 1000 / baseline["tok_s_user"]
+    draft_ms, verify_ms, host_ms = (speculative[key] for key in ("draft_ms", "verify_ms", "host_ms"))
+    prompt_ms = speculative["draft_prefill_ms"] / speculative["rounds"]
+    round_ms = draft_ms + verify_ms + host_ms + prompt_ms
+    needed = round_ms / plain_ms
+    lines = [
+        f"Speculation was slower here: a round takes {round_ms:.2f} ms (draft {draft_ms:.2f}, verify {verify_ms:.2f}, "
+        f"host {host_ms:.2f}, its share of the draft's prefill {prompt_ms:.2f}), {needed:.2f} times a plain step of "
+        f"{plain_ms:.2f} ms, and emits {speculative['mean_acceptance_length']:.2f} tokens.",
+    ]
+    rate = (needed - 1) / drafted
+    if rate <= 1:
+        lines.append(
+            f"It breaks even at an acceptance rate of {rate:.0%} with {drafted} draft tokens; "
+            f"measured were {speculative['acceptance_rate']:.0%}."
+        )
+    else:
+        lines.append(f"With {drafted} draft tokens not even full acceptance would pay for that.")
+    return [*lines, _advice(results, plain_ms)]
+
+
+def _advice(results: Results, plain_ms: float) -> str:
+    settings, speculative = results["settings"], results["speculative"]
+    if settings["verification"] == "sequential":
+        return "Sequential verification is the reason: every token costs a target forward. Leave --verification out."
+    drafted = settings["num_draft_tokens"]
+    step_ms = speculative["draft_ms"] / drafted
+    other_ms = speculative["verify_ms"] + speculative["host_ms"]
+    best, best_gain = 0, 1.0
+    for k in range(1, drafted):
+        tokens = 1 + sum(speculative["acceptance_by_position"][:k])
+        gain = tokens * plain_ms / (k * step_ms + other_ms)
+        if gain > best_gain:
+            best, best_gain = k, gain
+    if best:
+        return (
+            f"Draft fewer tokens: --num-draft-tokens {best} would give about {best_gain:.2f}x (predicted from these)."
+        )
+    return "Fewer draft tokens would not pay either: use a draft that is cheaper or closer to the target."
+
+
+def summary_sections(results: Results) -> list[list[Cells]]:
+    """The final table as text: rows of (label, baseline, speculative, ratio), grouped."""
+    base, spec = results["baseline"], results["speculative"]
+
+    def both(label: str, key: str, form: str, ratio: float | None = None) -> Cells:
+        values = [path and path[key] for path in (base, spec)]
+        cells = ["" if value is None else form.format(value) for value in values]
+        return label, *cells, "" if ratio is None else f"{ratio:.2f}x"
+
+    speed = [
+        both("time to first token", "ttft_ms", "{:.1f} ms", results["ttft_ratio"]),
+        both("tokens/s per user", "tok_s_user", "{:.1f}", results["speedup"]),
+        both("tokens written", "tokens", "{}"),
+        both("decode time", "decode_s", "{:.2f} s"),
+    ]
+    costs = [both("load time", "load_s", "{:.2f} s")]
+    target, draft = results["memory"]["target"], results["memory"]["draft"]
+    for label, key in (("weights", "weight_bytes"), ("KV cache", "kv_cache_bytes")):
+        alone = size(target[key])
+        costs.append((label, alone if base else "", f"{alone} + {size(draft[key])}" if spec else "", ""))
+    return [speed, _speculation_rows(spec), costs] if spec and spec["acceptance_by_position"] else [speed, costs]
+
+
+def _speculation_rows(spec: Results) -> list[Cells]:
+    def only(label: str, text: str) -> Cells:
+        return label, "", text, ""
+
+    rates = [f"{rate:.0%}" for rate in spec["acceptance_by_position"]]
+    return [
+        only("acceptance rate", f"{spec['acceptance_rate']:.1%}"),
+        *(
+            only(f"  at position {start + 1}-{min(start + 4, len(rates))}", " ".join(rates[start : start + 4]))
+            for start in range(0, len(rates), 4)
+        ),
+        only("mean acceptance length", f"{spec['mean_acceptance_length']:.2f} tokens"),
+        only("draft per round", f"{spec['draft_ms']:.2f} ms"),
+        only("verify per round", f"{spec['verify_ms']:.2f} ms"),
+        only("host per round", f"{spec['host_ms']:.3f} ms ({spec['host_share']:.1%})"),
+    ]
+
+
+def closing_lines(results: Results) -> list[tuple[str, str]]:
+    """What stands under the table (speed-up, identity, memory, time), each line with its style."""
+    lines = []
+    if results["speedup"] is not None:
+        line = f"speed-up: {results['speedup']:.2f}x"
+        if results["speedup_median"] is not None:
+            line += f" (median over prompts {results['speedup_median']:.2f}x)"
+        lines.append((line, "bold green" if results["speedup"] >= 1 else "bold yellow"))
+    if results["prompts"] and results["baseline"] and results["speculative"]:
+        lines.append(("outputs identical: " + _identity(results), "yellow" * (results["outputs_identical"] is False)))
+    memory = results["memory"]
+    peak = f"peak memory: {size(memory['peak_process_bytes'])} of the process"
+    if memory["peak_cuda_bytes"]:
+        peak += f", {size(memory['peak_cuda_bytes'])} on the GPU"
+    lines.append((peak, ""))
+    lines.append((f"total time: {results['total_s']:.1f} s, loading and warm-up included", ""))
+    return lines
+
+
+def _identity(results: Results) -> str:
+    count = len(results["prompts"])
+    if results["outputs_identical"] is None:
+        return "n/a (sampling)"
+    if results["outputs_identical"]:
+        return f"yes ({count} of {count} prompts)"
+    where = results["divergence"]
+    return (
+        f"no ({results['identical_prompts']} of {count} prompts; first divergence: prompt {where['prompt']}, "
+        f"token {where['token']}, top-2 margin {where['top2_margin']:.3g})"
+    )
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,254 @@
+"""The tokenizer of a checkpoint: text to ids and back, chat prompts, streaming, and whether a pair shares one."""
+
+import codecs
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders
+
+from models.errors import UserError
+from models.llama.config import LlamaConfig, as_token_ids, read_json
+
+# The date a chat template prints into its system block: fixed, so that a prompt has the same ids on every day.
+CHAT_DATE = "26 Jul 2024"
+
+
+class LlamaTokenizer:
+    """Reads tokenizer.json and the files beside it; ids are those of the model in the same directory.
+
+    ``bos_id`` is None where the model has none; ``eos_ids`` are all ids that end a text; ``vocab_size`` counts the
+    tokenizer's entries, which may be fewer than the rows of a model whose vocabulary is padded.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, bos_id: int | None, eos_ids: Sequence[int], path: Path) -> None:
+        """Use `LlamaTokenizer.load`."""
+        self.bos_id = bos_id
+        self.eos_ids = tuple(eos_ids)
+        self.path = path
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._tokenizer = tokenizer
+        self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._chat_renderer: Any = None
+
+    @classmethod
+    def load(cls, checkpoint_dir: str | Path) -> "LlamaTokenizer":
+        """Load from a checkpoint (or bare tokenizer) directory.
+
+        Stop ids come from generation_config.json, else config.json, else tokenizer_config.json. Raises UserError if
+        tokenizer.json is missing or damaged, or has more entries than the model beside it.
+        """
+        path = Path(checkpoint_dir).expanduser()
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(
+                f"{path} has no tokenizer.json: copy it and tokenizer_config.json there from the original checkpoint"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{file} is no readable tokenizer ({' '.join(str(error).split())})") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+
+        generation, model, settings = (
+            read_json(path / name) if (path / name).is_file() else {}
+            for name in ("generation_config.json", "config.json", "tokenizer_config.json")
+        )
+        size, rows = tokenizer.get_vocab_size(with_added_tokens=True), model.get("vocab_size")
+        if isinstance(rows, int) and size > rows:
+            raise UserError(
+                f"{file} has {size} tokens, but the model's vocab_size is {rows}: they do not belong together"
+            )
+        bos = _id_of(tokenizer, settings.get("bos_token"))
+        stops = (
+            generation.get("eos_token_id"),
+            model.get("eos_token_id"),
+            _id_of(tokenizer, settings.get("eos_token")),
+        )
+        return cls(
+            tokenizer,
+            bos_id=model.get("bos_token_id") if bos is None else bos,
+            eos_ids=as_token_ids(next((stop for stop in stops if stop is not None), None)),
+            path=path,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` behind exactly one BOS, whether or not the text spells one already.
+
+        Special tokens that the text spells out ("<|eot_id|>") become those tokens.
+        """
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self.bos_id is None:
+            return ids
+        start = next((i for i, id in enumerate(ids) if id != self.bos_id), len(ids))
+        return [self.bos_id, *ids[start:]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` without special tokens. Bytes that are no UTF-8 become U+FFFD; unknown ids nothing."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def token_text(self, id: int) -> str | None:
+        """The vocabulary's entry for ``id`` as tokenizer.json spells it; None if there is none."""
+        return self._tokenizer.id_to_token(id)
+
+    def chat(self, messages: str | Sequence[Mapping[str, str]], date: str = CHAT_DATE) -> list[int]:
+        """Ids of a conversation in the checkpoint's chat template, up to where the assistant's answer begins.
+
+        ``messages``: one user message, or dictionaries with "role" and "content". ``date`` is what the template's
+        system block calls today. Raises UserError if there is no template, or it refuses the messages.
+        """
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        renderer = self._load_chat_renderer()
+        try:
+            text = renderer.apply_chat_template(
+                conversation,
+                tokenize=False,
+                add_generation_prompt=True,
+                date_string=date,
+                strftime_now=lambda _format: date,  # for templates that never look at date_string
+            )
+        except Exception as error:  # jinja's errors, the template's own, or a malformed conversation
+            raise UserError(
+                f"the chat template of {self.path} refuses the messages: {' '.join(str(error).split())}"
+            ) from None
+        return self.encode(text)
+
+    def detokenizer(self) -> "StreamingDetokenizer":
+        """A new detokenizer for one stream of ids."""
+        if isinstance(self._tokenizer.decoder, decoders.ByteLevel):
+            return StreamingDetokenizer(self)
+        return _WindowDetokenizer(self)
+
+    def _load_chat_renderer(self) -> Any:
+        if self._chat_renderer is None:
+            # Imported here: a second that only chat prompts need.
+            from transformers import PreTrainedTokenizerFast
+
+            loaded = PreTrainedTokenizerFast.from_pretrained(str(self.path))
+            if not loaded.chat_template:
+                raise UserError(
+                    f"{self.path} has no chat template: use an Instruct checkpoint or leave --instruct away"
+                )
+            self._chat_renderer = loaded
+        return self._chat_renderer
+
+
+class StreamingDetokenizer:
+    """Turns a stream of ids into text piece by piece: all pieces and the flush together are ``decode`` of all ids.
+
+    A piece never ends inside a character: bytes of an unfinished one wait for the ids that complete it. Works on the
+    bytes of each token (byte-level BPE, as Llama 3 has it), so the cost of a push does not depend on the past.
+    """
+
+    def __init__(self, tokenizer: LlamaTokenizer) -> None:
+        """Use `LlamaTokenizer.detokenizer`."""
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """Take the next id; returns the text that is now certain, often empty."""
+        return self._utf8.decode(self._bytes(id))
+
+    def flush(self) -> str:
+        """The text still held back, with U+FFFD for an unfinished character; the next push starts a new stream."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+    def _bytes(self, id: int) -> bytes:
+        text = None if id in self._tokenizer._special else self._tokenizer.token_text(id)
+        if text is None:
+            return b""
+        try:
+            return bytes([_BYTE_OF[character] for character in text])
+        except KeyError:  # an added token, spelled in plain text
+            return text.encode()
+
+
+class _WindowDetokenizer(StreamingDetokenizer):
+    """The same for any other decoder (SentencePiece with byte fallback): decodes a window of a few tokens again.
+
+    The window starts with the tokens of the previous piece, because a decoder may treat the start of a text apart.
+    Runs of byte tokens wait for their end: one invalid byte changes how all of the run is decoded.
+    """
+
+    def __init__(self, tokenizer: LlamaTokenizer) -> None:
+        """Use `LlamaTokenizer.detokenizer`."""
+        super().__init__(tokenizer)
+        self._previous: list[int] = []
+        self._waiting: list[int] = []
+
+    def push(self, id: int) -> str:
+        """As in the base class."""
+        token = None if id in self._tokenizer._special else self._tokenizer.token_text(id)
+        if token is None:
+            return ""
+        self._waiting.append(id)
+        text = "" if token.startswith("<0x") else self._text()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._previous, self._waiting = self._waiting, []
+        return text
+
+    def flush(self) -> str:
+        """As in the base class."""
+        text = self._text()
+        self._previous, self._waiting = [], []
+        return text
+
+    def _text(self) -> str:
+        """What the waiting ids add to the text of those before them."""
+        before = self._tokenizer.decode(self._previous)
+        return self._tokenizer.decode(self._previous + self._waiting)[len(before) :]
+
+
+def check_pair(
+    target: LlamaTokenizer, draft: LlamaTokenizer, target_config: LlamaConfig, draft_config: LlamaConfig
+) -> None:
+    """Raise UserError unless an id means the same to both models, naming the first difference.
+
+    Compared are the models' vocabulary sizes (padding included: their logits must have equal length), every entry
+    of the tokenizers, and the stop ids.
+    """
+    if target_config.vocab_size != draft_config.vocab_size:
+        raise UserError(
+            f"target vocab {target_config.vocab_size} != draft vocab {draft_config.vocab_size}: "
+            "the pair must share one tokenizer"
+        )
+    if (target.path / "tokenizer.json").read_bytes() != (draft.path / "tokenizer.json").read_bytes():
+        for id in range(target_config.vocab_size):
+            ours, theirs = target.token_text(id), draft.token_text(id)
+            if ours != theirs:
+                raise UserError(
+                    f"token {id} is {_quoted(ours)} in the target's tokenizer but {_quoted(theirs)} in the draft's: "
+                    "the pair must share one tokenizer"
+                )
+    if set(target_config.eos_token_ids) != set(draft_config.eos_token_ids):
+        ours, theirs = (sorted(config.eos_token_ids) for config in (target_config, draft_config))
+        raise UserError(
+            f"target stops at ids {ours}, draft at {theirs}: use a pair that is Instruct on both sides, or base on both"
+        )
+
+
+def _quoted(text: str | None) -> str:
+    return "absent" if text is None else json.dumps(text, ensure_ascii=False)
+
+
+def _id_of(tokenizer: Tokenizer, token: Any) -> int | None:
+    """Id of a special token as tokenizer_config.json has it: a string, or an object with "content"."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return tokenizer.token_to_id(text) if isinstance(text, str) else None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that byte-level BPE writes for each byte (GPT-2's table) -> the byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(256 + i): byte for i, byte in enumerate(others)})
+    return table
+
+
+_BYTE_OF = _byte_alphabet()

@@ -1,0 +1,298 @@
+"""Llama in torch: the reference for the TT-NN model's numbers, and the runtime on CPU and CUDA.
+
+Shape letters: B sequences, n rows (positions) of each, R rows after padding, S cache length, L cache rows read,
+H hidden size, Q query heads, G KV heads, D head_dim, V vocabulary.
+
+Row-invariant arithmetic
+    In bf16 (and in the last bits of fp32) the result of a row depends on how many rows are computed with it, because
+    another row count selects another kernel. Speculative decoding would then differ from plain decoding wherever two
+    logits nearly tie. With `fixed_rows` = R every decode and every verification runs the same kernels on exactly R
+    rows (padded), and reads the KV cache in whole blocks of 128 rows, so that the bits of a row depend on its own
+    history alone. A Tenstorrent tile does the same by nature: it has 32 rows whatever n is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from models.errors import UserError
+from models.llama.config import LlamaConfig
+from models.llama.linear import Int8Linear, PackedLinear, PlainLinear, packing_works
+from models.llama.rope import rope_tables
+
+if TYPE_CHECKING:
+    from models.llama.checkpoint import Checkpoint
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+KV_BLOCK = 128
+PREFILL_CHUNK = 512
+MAX_ROWS = 32
+
+Tokens = Sequence[int] | torch.Tensor
+
+
+class _Layer:
+    """Weights of one decoder layer. qkv: H -> (Q + 2G) D; gate_up: H -> 2 intermediate."""
+
+    __slots__ = ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down", "kv")
+
+    def __init__(self, take: Callable, linear: Callable, prefix: str, kv: torch.Tensor):
+        def fused(*names: str):
+            return linear(torch.cat([take(f"{prefix}{name}.weight") for name in names]))
+
+        self.attention_norm = take(prefix + "input_layernorm.weight")
+        self.qkv = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.output = fused("self_attn.o_proj")
+        self.mlp_norm = take(prefix + "post_attention_layernorm.weight")
+        self.gate_up = fused("mlp.gate_proj", "mlp.up_proj")
+        self.down = fused("mlp.down_proj")
+        self.kv = kv  # [B, S, 2 G D]: the keys of a position, then its values
+
+
+class TorchLlama:
+    """A Llama with its own KV cache on one device. Implements `models.speculative.language_model.LanguageModel`.
+
+    Args:
+        config: the architecture.
+        tensors: Hugging Face names -> weights, any float dtype; an opened `Checkpoint` serves as one, read lazily.
+        device: "cpu", "cuda" or any torch device.
+        dtype: "bf16", "fp32" or "fp16" (what it computes in).
+        max_seq_len: positions the KV cache holds (<= config.max_position_embeddings).
+        batch: sequences decoded side by side.
+        fixed_rows: pad every decode and verification to this many rows (row-invariant, see above); None: no padding.
+        quantize: "int8" for dynamic int8 weights (drafts on CPU; activations are then fp32), or None.
+
+    Raises:
+        UserError: unknown dtype or quantisation, a context the model or the device cannot hold.
+    """
+
+    max_rows: int
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str = "bf16",
+        max_seq_len: int = 2048,
+        batch: int = 1,
+        fixed_rows: int | None = None,
+        quantize: str | None = None,
+    ):
+        if dtype not in DTYPES:
+            raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        if quantize not in (None, "int8"):
+            raise UserError(f"unknown quantisation {quantize!r}: choose int8 or leave it out")
+        self.device = torch.device(device)
+        if quantize and self.device.type != "cpu":
+            raise UserError(f"int8 weights run on the CPU only, not on {self.device}: use bf16 there")
+        if not 0 < max_seq_len <= config.max_position_embeddings:
+            raise UserError(
+                f"context of {max_seq_len} tokens is outside the model's 1..{config.max_position_embeddings}: "
+                "lower --max-seq-len"
+            )
+        if fixed_rows is not None and not 1 <= fixed_rows <= MAX_ROWS:
+            raise UserError(f"fixed_rows {fixed_rows} is outside 1..{MAX_ROWS}")
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.max_seq_len = max_seq_len
+        self.batch = batch
+        self.fixed_rows = fixed_rows
+        self.max_rows = fixed_rows or MAX_ROWS
+        self.dtype = torch.float32 if quantize else DTYPES[dtype]
+        self._load(tensors, quantize)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, **options) -> "TorchLlama":
+        """The model of an opened checkpoint; options as for the constructor."""
+        return cls(checkpoint.config, checkpoint, **options)
+
+    # ------------------------------------------------------------------------------------------ construction
+    def _load(self, tensors: Mapping[str, torch.Tensor], quantize: str | None) -> None:
+        config, on_cpu = self.config, self.device.type == "cpu"
+        packed = on_cpu and not quantize and packing_works(self.dtype)
+        self.linears: list = []
+
+        def take(name: str) -> torch.Tensor:
+            return tensors[name].to(device=self.device, dtype=self.dtype)
+
+        def linear(weight: torch.Tensor):
+            if quantize:
+                made = Int8Linear(weight)
+            else:
+                made = PackedLinear(weight, self.fixed_rows or 1) if packed else PlainLinear(weight)
+            self.linears.append(made)
+            return made
+
+        rows = self.fixed_rows or MAX_ROWS
+        length = -(-(self.max_seq_len + rows) // KV_BLOCK) * KV_BLOCK
+        try:
+            shape = (config.num_hidden_layers, self.batch, length, 2 * config.num_key_value_heads * config.head_dim)
+            self.kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            # On the CPU the table stays as stored (a memory-mapped file costs no memory of its own): it is only ever
+            # read a few rows at a time, and a tied lm_head has its own packed copy.
+            embedding = tensors["model.embed_tokens.weight"]
+            self.embedding = embedding if on_cpu else embedding.to(device=self.device, dtype=self.dtype)
+            self.layers = [
+                _Layer(take, linear, f"model.layers.{i}.", self.kv[i]) for i in range(config.num_hidden_layers)
+            ]
+            self.norm = take("model.norm.weight")
+            tied = config.tie_word_embeddings
+            head = self.embedding.to(self.dtype) if tied else take("lm_head.weight")
+            self.lm_head = linear(head)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.device} has too little memory for this model and a context of {self.max_seq_len} tokens: "
+                "lower --max-seq-len or choose a smaller model"
+            ) from error
+        cos, sin = rope_tables(config, length)
+        self.cos = cos.to(device=self.device, dtype=self.dtype)[:, None]  # [S, 1, D]
+        self.sin = sin.to(device=self.device, dtype=self.dtype)[:, None]
+        # Row i of a forward at position p may see columns 0..p+i. One band, shifted by p, holds every such mask.
+        band = torch.full((rows, 2 * length), float("-inf"), dtype=self.dtype, device=self.device)
+        self.band = band.triu(length + 1)  # [R, 2S]: 0 up to column S + i, -inf beyond
+        self._band_origin = length
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights held in memory; a memory-mapped embedding table is the file's, not counted."""
+        held = sum(linear.bytes for linear in self.linears)
+        norms = self.norm.nbytes * (2 * len(self.layers) + 1)
+        return held + norms
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.kv.nbytes
+
+    # ------------------------------------------------------------------------------------------------ forward
+    @torch.inference_mode()
+    def prefill(self, tokens: Tokens) -> torch.Tensor:
+        """Fills the cache with `tokens` from position 0 and returns the logits [V] that follow the last one.
+
+        With a batch, tokens [B, n] gives [B, V].
+        """
+        ids = self._ids(tokens)
+        n = ids.shape[1]
+        self._check(n, [0] * len(ids))
+        for start in range(0, n, PREFILL_CHUNK):
+            chunk = ids[:, start : start + PREFILL_CHUNK]
+            hidden = self._layers(chunk, [start] * len(ids))
+        last = hidden.view(len(ids), chunk.shape[1], -1)[:, -1]
+        logits = self._head(self._padded(last, self.max_rows if self.fixed_rows else 1))[: len(ids)]
+        return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tokens, position: int | Sequence[int]) -> torch.Tensor:
+        """Logits [n, V] of `tokens` [n] standing at position..position+n-1; their KV is written there.
+
+        n = 1 is decoding, n = K + 1 is verification. With a batch, tokens [B, n] and position [B] give [B, n, V].
+        Rows of the cache beyond are stale, masked, and overwritten later: going back costs nothing.
+        """
+        ids = self._ids(tokens)
+        batch, n = ids.shape
+        positions = [position] if isinstance(position, int) else [int(p) for p in position]
+        self._check(n, positions)
+        logits = self._head(self._layers(self._pad_ids(ids), positions)).view(batch, -1, self.vocab_size)[:, :n]
+        return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
+
+    @torch.inference_mode()
+    def greedy(self, tokens: Tokens, position: int) -> list[int]:
+        """The argmax ids [n] after each of `tokens` [n] at `position`: `forward`, with only ids crossing to the host."""
+        return self.forward(tokens, position).argmax(dim=-1).tolist()
+
+    @torch.inference_mode()
+    def draft_greedy(self, tokens: Tokens, position: int, k: int) -> list[int]:
+        """k chained greedy ids: feeds `tokens` [m >= 1] at `position`, then each id as the next token.
+
+        The ids stay on the device until all are there. The cache then holds position..position+m+k-2.
+        """
+        last = self.forward(tokens, position)[-1:].argmax(dim=-1)
+        ids = [last]
+        position += len(tokens)
+        for step in range(k - 1):
+            last = self.forward(last, position + step)[-1:].argmax(dim=-1)
+            ids.append(last)
+        return torch.cat(ids).tolist()
+
+    # ----------------------------------------------------------------------------------------------- internals
+    def _ids(self, tokens: Tokens) -> torch.Tensor:
+        ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
+        return ids if ids.ndim == 2 else ids[None]
+
+    def _check(self, n: int, positions: list[int]) -> None:
+        if n < 1 or min(positions) < 0 or max(positions) + n > self.max_seq_len:
+            raise UserError(
+                f"{n} tokens at position {max(positions)} do not fit the context of {self.max_seq_len}: "
+                "shorten the prompt or raise --max-seq-len"
+            )
+
+    def _pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        n = ids.shape[1]
+        if self.fixed_rows is None or n == self.fixed_rows:
+            return ids
+        if n > self.fixed_rows:
+            raise UserError(f"{n} rows exceed the fixed {self.fixed_rows} rows of this model: draft fewer tokens")
+        return F.pad(ids, (0, self.fixed_rows - n))
+
+    @staticmethod
+    def _padded(hidden: torch.Tensor, rows: int) -> torch.Tensor:
+        return hidden if len(hidden) >= rows else F.pad(hidden, (0, 0, 0, rows - len(hidden)))
+
+    def _mask(self, positions: list[int], n: int, length: int) -> torch.Tensor:
+        """Additive causal mask [B or 1, 1, n, length] for rows that start at `positions`."""
+        if n <= self.band.shape[0]:
+            origin = self._band_origin
+            rows = [self.band[:n, origin - p : origin - p + length] for p in positions]
+            return rows[0][None, None] if len(rows) == 1 else torch.stack(rows)[:, None]
+        columns = torch.arange(length, device=self.device)
+        last = torch.tensor(positions, device=self.device)[:, None] + torch.arange(n, device=self.device)
+        hidden = columns > last[:, :, None]
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))[:, None]
+
+    def _layers(self, ids: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        """Hidden states [B R, H] before the final norm; writes the KV of all R rows."""
+        config = self.config
+        batch, n = ids.shape
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        rotated, q_width = heads + kv_heads, heads * dim
+        length = -(-(max(positions) + n) // KV_BLOCK) * KV_BLOCK
+        mask = self._mask(positions, n, length)
+        if batch == 1:
+            start = positions[0]
+            cos, sin = self.cos[start : start + n], self.sin[start : start + n]
+        else:
+            cos = torch.cat([self.cos[p : p + n] for p in positions])
+            sin = torch.cat([self.sin[p : p + n] for p in positions])
+        eps, shape, half = config.rms_norm_eps, (config.hidden_size,), dim // 2
+        grouped = heads != kv_heads
+
+        x = self.embedding[ids.flatten()].to(self.dtype)  # [B R, H]
+        for layer in self.layers:
+            qkv = layer.qkv(F.rms_norm(x, shape, layer.attention_norm, eps))
+            qk = qkv[:, : rotated * dim].view(batch * n, rotated, dim)
+            swapped = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
+            torch.addcmul(qk * cos, swapped, sin, out=qk)
+            new = qkv[:, q_width:].view(batch, n, -1)
+            for index, position in enumerate(positions):
+                layer.kv[index, position : position + n] = new[index]
+            cached = layer.kv[:batch, :length].view(batch, length, 2, kv_heads, dim)
+            attended = F.scaled_dot_product_attention(
+                qkv[:, :q_width].view(batch, n, heads, dim).transpose(1, 2),
+                cached[:, :, 0].transpose(1, 2),
+                cached[:, :, 1].transpose(1, 2),
+                attn_mask=mask,
+                enable_gqa=grouped,
+            )
+            x = x + layer.output(attended.transpose(1, 2).reshape(batch * n, q_width))
+            gate, up = layer.gate_up(F.rms_norm(x, shape, layer.mlp_norm, eps)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
+        return x
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps))
+

@@ -1,0 +1,98 @@
+"""Which drafted tokens are kept, and what follows them: the rules that make speculation lossless.
+
+K drafted tokens, V vocabulary. p: the target's law, q: the draft's, each with temperature, top-k and top-p already
+applied. Whatever q is, the tokens that leave `accept_sampled` follow p, because for every token x
+
+    q(x) min(1, p(x)/q(x)) + P(rejection) residual(x) = min(p, q) + max(0, p - q) = p(x)
+
+(Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", appendix A.1).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Sorting a Llama vocabulary of 128256 costs several times this search, and a nucleus is rarely larger.
+_NUCLEUS = 1024
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits[n, V] -> fp32 probabilities[n, V] in which masked tokens are exactly 0. temperature > 0."""
+    logits = logits.float()
+    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
+    vocab = probs.shape[-1]
+    top_k = min(top_k, vocab) or vocab
+    if top_k == vocab and top_p >= 1:
+        return probs
+    kept, ids = probs.topk(top_k if top_k < vocab else min(_NUCLEUS, vocab))
+    if top_k == vocab and bool((kept.sum(-1) < top_p).any()):
+        kept, ids = probs.sort(-1, descending=True)
+    if top_k < vocab:
+        kept = kept / kept.sum(-1, keepdim=True)
+    if top_p < 1:
+        before = kept.cumsum(-1) - kept  # the mass of all likelier tokens: 0 for the first, which always stays
+        kept = kept.masked_fill(before >= top_p, 0)
+        kept = kept / kept.sum(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, ids, kept)
+
+
+def sample(probs: Tensor, generator: torch.Generator) -> int:
+    """Draw from probs[V], which need not sum to one; a token of probability 0 is never drawn.
+
+    By inverse CDF from one uniform number, so that the draw is the same on every device.
+    """
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    return int(torch.searchsorted(cdf, cdf[-1:] * _uniform(generator), right=True))
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """norm(max(0, p - q)) of p[V] and q[V]: the law of the token that replaces a rejected one.
+
+    Where nothing is left (p and q equal but for rounding) it is p itself.
+    """
+    rest = (p - q).clamp_(min=0)
+    total = rest.sum()
+    return rest / total if total > 0 else p
+
+
+def accept_greedy(drafted: Sequence[int], target_ids: Sequence[int]) -> tuple[int, int]:
+    """Keep drafted tokens while each is the target's own choice: (how many, the target's id that follows them).
+
+    target_ids: K+1 ids, the target's choice after the last token and after each drafted one. It is read in order
+    and only as far as needed, so a lazy sequence makes verification sequential.
+    """
+    for accepted, token in enumerate(drafted):
+        choice = target_ids[accepted]
+        if choice != token:
+            return accepted, choice
+    return len(drafted), target_ids[len(drafted)]
+
+
+def accept_sampled(
+    drafted: Sequence[int], p: Tensor | Sequence[Tensor], q: Tensor | None, generator: torch.Generator
+) -> tuple[int, int]:
+    """Keep each drafted token with probability min(1, p/q): (how many before the first rejection, the id after them).
+
+    That id is drawn from the residual at a rejection, from p[K] (the bonus) after full acceptance.
+    p[K+1, V]: may be lazy, as in `accept_greedy`. q[K, V]: the law each token was drawn from; None for a
+    deterministic draft, whose q is one-hot. `generator` must be independent of the draft's.
+    """
+    for accepted, token in enumerate(drafted):
+        law = p[accepted]
+        draft_law = _one_hot(token, law) if q is None else q[accepted]
+        # u < p/q without the division; never true where p is 0.
+        if _uniform(generator) * float(draft_law[token]) >= float(law[token]):
+            return accepted, sample(residual(law, draft_law), generator)
+    return len(drafted), sample(p[len(drafted)], generator)
+
+
+def _one_hot(token: int, like: Tensor) -> Tensor:
+    row = torch.zeros_like(like)
+    row[token] = 1
+    return row
+
+
+def _uniform(generator: torch.Generator) -> float:
+    """In [0, 1) with 53 random bits, so that a multiple of a total stays below the total."""
+    return torch.rand((), dtype=torch.float64, generator=generator).item()

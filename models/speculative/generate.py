@@ -1,0 +1,206 @@
+"""The loop: draft, verify, accept, emit. Plain decoding is the same loop without a drafter."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
+
+from models.errors import UserError
+from models.speculative.acceptance import accept_greedy, accept_sampled, distribution, sample
+from models.speculative.controller import Controller, FixedDraftLength
+from models.speculative.drafters import Draft, Drafter
+from models.speculative.language_model import LanguageModel
+from models.speculative.sampling import SamplingParams
+from models.speculative.stats import GenerationStats, Round
+
+_NO_DRAFT = Draft([])
+
+
+class Token(NamedTuple):
+    """An emitted token and where it came from.
+
+    origin: "prefill" (the first), "plain" (no draft), "drafted" (and accepted), "corrected" (the target's, in
+    place of a rejected one) or "bonus" (the target's, after a draft accepted in full).
+    """
+
+    id: int
+    origin: str
+
+
+def generate(
+    target: LanguageModel,
+    drafter: Drafter | None,
+    prompt: Sequence[int],
+    *,
+    sampling: SamplingParams | None = None,
+    controller: Controller | None = None,
+    max_new_tokens: int = 128,
+    stop_ids: Collection[int] = (),
+    verification: str = "batched",
+    stats: GenerationStats | None = None,
+) -> Iterator[Token]:
+    """Yield the tokens that follow `prompt`, distributed as the target alone would have written them.
+
+    1. Prefill: the target reads the prompt and gives the first token. The drafter is not called before that
+       token has been handed out, so the time to first token is plain decoding's.
+    2. Draft: the controller says how many tokens, at most max_rows - 1 and at most one less than may still be
+       emitted; the drafter proposes them.
+    3. Verify: one target forward over the last token and the drafted ones, K+1 rows. It overwrites whatever an
+       earlier rejection left in the cache, so nothing has to be rolled back.
+    4. Accept: a prefix of the draft, and one token of the target's own after it.
+    5. Emit, and go on with 2. Nothing follows a stop token, which is itself emitted.
+
+    sampling: default greedy, which moves only ids. drafter None: every token is plain. controller: default
+    FixedDraftLength(); unused without a drafter. Prompt and text together never exceed target.max_seq_len tokens
+    (finish reason "context"; "length" if max_new_tokens is no larger). verification "sequential" feeds the target
+    one token per forward up to the first rejection: equal text, slower, there to be compared. `stats`, a
+    fresh one, is filled while tokens come; time the consumer holds a token is not counted.
+
+    Raises UserError, at the call: an empty prompt, one that fills the context, a token outside the vocabulary,
+    max_new_tokens < 1, an unknown verification.
+    """
+    room = target.max_seq_len - len(prompt)
+    if len(prompt) == 0:
+        raise UserError("the prompt is empty: give at least one token")
+    if room < 1:
+        raise UserError(
+            f"prompt has {len(prompt)} tokens, context is {target.max_seq_len}: "
+            f"shorten the prompt to {target.max_seq_len - 1} or load the model with a longer context"
+        )
+    if not 0 <= min(prompt) <= max(prompt) < target.vocab_size:
+        raise UserError(
+            f"prompt has token ids {min(prompt)} to {max(prompt)}, the target's vocabulary is {target.vocab_size}: "
+            "use the tokenizer of the target"
+        )
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+    if verification not in ("batched", "sequential"):
+        raise UserError(f"verification {verification!r}: must be 'batched' or 'sequential'")
+    stats = GenerationStats() if stats is None else stats
+    stats.prompt_tokens = len(prompt)
+    verifier = _Verifier(target, sampling or SamplingParams(), sequential=verification == "sequential")
+    limit, limit_reason = (max_new_tokens, "length") if max_new_tokens <= room else (room, "context")
+    controller = FixedDraftLength(0) if drafter is None else controller or FixedDraftLength()
+    return _decode(verifier, drafter, list(prompt), controller, limit, limit_reason, frozenset(stop_ids), stats)
+
+
+def _decode(
+    verifier: "_Verifier",
+    drafter: Drafter | None,
+    tokens: list[int],  # prompt and emitted; the target's cache holds all but the last
+    controller: Controller,
+    limit: int,
+    limit_reason: str,
+    stop_ids: frozenset[int],
+    stats: GenerationStats,
+) -> Iterator[Token]:
+    clock = time.perf_counter
+    try:
+        mark = clock()
+        first = verifier.first(tokens)
+        tokens.append(first)
+        stats.tokens = 1
+        stats.finish_reason = "stop" if first in stop_ids else limit_reason if limit == 1 else ""
+        stats.ttft_s = clock() - mark
+        yield Token(first, "prefill")
+        mark = clock()
+
+        while not stats.finish_reason:
+            began = clock()
+            wanted, remaining = controller.draft_length(), limit - stats.tokens
+            k = min(wanted, remaining - 1, verifier.max_draft)
+            draft = drafter.propose(tokens, k) if k else _NO_DRAFT
+            drafted, draft_s = len(draft.tokens), clock() - began if k else 0.0
+            accepted, next_id, verify_s = verifier(tokens, draft)
+
+            block = [*draft.tokens[:accepted], next_id]
+            if not stop_ids.isdisjoint(block):
+                block = block[: next(i for i, token in enumerate(block, 1) if token in stop_ids)]
+            last_origin = "plain" if not drafted else "bonus" if accepted == drafted else "corrected"
+            reason = "stop" if block[-1] in stop_ids else limit_reason if len(block) == remaining else ""
+
+            cut = len(block) <= accepted or wanted > remaining - 1
+            round = Round(drafted, accepted, len(block), draft_s - draft.prefill_s, verify_s, cut=cut)
+            stats.rounds.append(round)
+            stats.draft_prefill_s += draft.prefill_s
+            if drafted:
+                drafter.observe(accepted)
+            controller.update(round)
+            forwards = draft_s + verify_s  # the rest of the time since `mark` is the host's
+            stats.decode_s += forwards
+            mark += forwards
+
+            for sent, token in enumerate(block, 1):
+                tokens.append(token)
+                stats.tokens += 1
+                if sent == len(block):
+                    stats.finish_reason = reason
+                spent = clock() - mark
+                round.host_s += spent
+                stats.decode_s += spent
+                yield Token(token, "drafted" if sent <= accepted else last_origin)
+                mark = clock()
+    finally:
+        if not stats.finish_reason:  # closed by the consumer, or an error on its way out
+            stats.finish_reason = "interrupted"
+            unsent = 1 + sum(round.emitted for round in stats.rounds) - stats.tokens
+            if stats.rounds and unsent:
+                stats.rounds[-1].emitted -= unsent
+                stats.rounds[-1].cut = True
+
+
+class _Verifier:
+    """The target's side of a round: checks a draft against the target and times the forwards it takes."""
+
+    def __init__(self, target: LanguageModel, sampling: SamplingParams, sequential: bool) -> None:
+        self.max_draft = target.max_rows - 1
+        self._target = target
+        self._sampling = sampling
+        self._sequential = sequential
+        self._generator = sampling.generator("target")
+        self._seconds = 0.0
+
+    def first(self, prompt: list[int]) -> int:
+        """Prefill and choose the first token."""
+        logits = self._target.prefill(prompt)
+        if self._sampling.greedy:
+            return int(logits.argmax())
+        return sample(self._distribution(logits[None])[0], self._generator)
+
+    def __call__(self, tokens: list[int], draft: Draft) -> tuple[int, int, float]:
+        """(accepted, the target's id after them, seconds inside the target)."""
+        block, position = [tokens[-1], *draft.tokens], len(tokens) - 1
+        self._seconds = 0.0
+        if self._sequential:
+            rows = _OnDemand(lambda i: self._rows(block[i : i + 1], position + i)[0])
+        else:
+            rows = self._rows(block, position)
+        if self._sampling.greedy:
+            accepted, next_id = accept_greedy(draft.tokens, rows)
+        else:
+            accepted, next_id = accept_sampled(draft.tokens, rows, draft.probs, self._generator)
+        return accepted, next_id, self._seconds
+
+    def _rows(self, block: list[int], position: int):
+        """What the target says after each token of the block: ids[n] when greedy, else probabilities[n, V]."""
+        began = time.perf_counter()
+        if self._sampling.greedy:
+            rows = self._target.greedy(block, position)
+            self._seconds += time.perf_counter() - began
+            return rows
+        logits = self._target.forward(block, position)
+        logits[-1, -1].item()  # waits for the device, whose time this is
+        self._seconds += time.perf_counter() - began
+        return self._distribution(logits)
+
+    def _distribution(self, logits):
+        return distribution(logits, self._sampling.temperature, self._sampling.top_k, self._sampling.top_p)
+
+
+class _OnDemand:
+    """A sequence whose items are computed when asked for."""
+
+    def __init__(self, item: Callable[[int], object]) -> None:
+        self._item = item
+
+    def __getitem__(self, i: int):
+        return self._item(i)

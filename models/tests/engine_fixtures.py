@@ -1,0 +1,79 @@
+"""Helpers for tests of the engine: pairs of tiny random Llamas that agree as much or as little as a test needs."""
+
+from collections.abc import Mapping
+
+import torch
+
+from models.llama.config import LlamaConfig
+from models.llama.torch_llama import TorchLlama
+from models.tests.llama_fixtures import random_tensors, tiny_config
+
+
+def engine_config(vocab_size: int = 64, layers: int = 2, **overrides) -> LlamaConfig:
+    """Small enough for thousands of forwards in a test."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return tiny_config(**sizes, vocab_size=vocab_size, num_hidden_layers=layers, **overrides)
+
+
+def perturbed(tensors: Mapping[str, torch.Tensor], noise: float, seed: int) -> dict[str, torch.Tensor]:
+    """A copy of the weights with noise of `noise` times each tensor's spread: a model that agrees now and then."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + noise * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in tensors.items()
+    }
+
+
+class SpyLlama(TorchLlama):
+    """A real model that notes each call from outside as (method, rows, position); `fail_at` interrupts the n-th."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.calls: list[tuple[str, int, int]] = []
+        self.fail_at: int | None = None
+        self._inside = False
+
+    def _noted(self, method: str, tokens, position: int, *rest):
+        call = getattr(super(), method)
+        arguments = (tokens, *rest) if method == "prefill" else (tokens, position, *rest)
+        if self._inside:
+            return call(*arguments)
+        self.calls.append((method, len(tokens), position))
+        if len(self.calls) == self.fail_at:
+            raise KeyboardInterrupt
+        self._inside = True
+        try:
+            return call(*arguments)
+        finally:
+            self._inside = False
+
+    def prefill(self, tokens):
+        return self._noted("prefill", tokens, 0)
+
+    def forward(self, tokens, position):
+        return self._noted("forward", tokens, position)
+
+    def greedy(self, tokens, position):
+        return self._noted("greedy", tokens, position)
+
+    def draft_greedy(self, tokens, position, k):
+        return self._noted("draft_greedy", tokens, position, k)
+
+
+def build(config: LlamaConfig, tensors: Mapping[str, torch.Tensor], **options) -> SpyLlama:
+    return SpyLlama(config, tensors, **{"dtype": "fp32", "max_seq_len": 128, **options})
+
+
+def build_pair(seed: int, noise: float | None, vocab_size: int = 64, **options) -> tuple[SpyLlama, SpyLlama]:
+    """(target, draft). The draft is the target (noise 0), a perturbed copy, or None: an unrelated one-layer model."""
+    config = engine_config(vocab_size)
+    tensors = random_tensors(config, seed)
+    target = build(config, tensors, **options)
+    if noise is None:
+        config = engine_config(vocab_size, layers=1)
+        return target, build(config, random_tensors(config, seed + 1000), **options)
+    return target, build(config, perturbed(tensors, noise, seed + 1000), **options)
+
+
+def random_prompt(length: int, seed: int, vocab_size: int = 64) -> list[int]:
+    return torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

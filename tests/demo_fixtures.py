@@ -1,0 +1,47 @@
+"""A tiny random pair with a tokenizer of its own, for tests of the demos that are not about the embedded pair."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from models.llama.checkpoint import save_checkpoint
+from models.tests.engine_fixtures import perturbed
+from models.tests.llama_fixtures import random_tensors, tiny_config
+
+BOS, EOS = "<bos>", "<eos>"
+
+
+def make_tokenizer(text: str = "def add(self, value):\n    return self.total + value\n") -> Tokenizer:
+    """A byte-level BPE of 288 tokens that has learnt a little from ``text``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=288, special_tokens=[BOS, EOS], initial_alphabet=alphabet, min_frequency=1, show_progress=False
+    )
+    tokenizer.train_from_iterator([text] * 3, trainer)
+    return tokenizer
+
+
+def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """Write it into an existing checkpoint directory."""
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"bos_token": BOS, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def write_pair(root: Path, noise: float = 0.05, **overrides) -> tuple[Path, Path]:
+    """(target, draft) directories under ``root``. The draft is the target with ``noise``, so that it is often right.
+
+    No stop ids, so that every text has its full length.
+    """
+    tokenizer = make_tokenizer()
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "hidden_size": 64, "eos_token_ids": ()}
+    config = tiny_config(**{**sizes, **overrides})
+    tensors = random_tensors(config, seed=1)
+    for path, weights in ((root / "target", tensors), (root / "draft", perturbed(tensors, noise, seed=2))):
+        save_checkpoint(path, config, weights)
+        write_tokenizer(path, tokenizer)
+    return root / "target", root / "draft"
