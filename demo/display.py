@@ -85,6 +85,7 @@ class QuietView:
         if run:
             place = f"prompt {run.prompt.number}" if run.counted else "the warm-up"
             where += f" in {place}, {run.path}, after {len(run.tokens)} tokens: {speed(run)}"
+            where += "" if run.counted else " (nothing is counted yet, so the table shows the warm-up)"
         self.console.print()
         self.console.print(Text(where, style="bold yellow"))
 
@@ -246,7 +247,7 @@ class TerminalView(QuietView):
             status.append("reading the prompt ...")
         if self._finished:
             status.append(f"   ({self._finished.path} {speed(self._finished)})", style="dim")
-        text = _prompt_text(run.prompt) + _run_text(run)
+        text = Text.assemble(_prompt_text(run.prompt), _run_text(run))
         lines = text.wrap(console, console.width - 2)
         room = max(console.height - 7, 3)
         tail = Text("\n").join(lines[-room:])

@@ -89,6 +89,7 @@ def check_writable(name: str) -> None:
 def write_json(name: str, results: dict[str, Any]) -> None:
     """Write results whole or not at all: to a temporary file beside it, then renamed. Devices and pipes directly."""
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    text = re.sub(r"\[\n[\d\s.,e+-]+\]", lambda match: " ".join(match[0].split()), text)  # lists of numbers on one line
     path = Path(name).resolve()
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")

@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:
     except BrokenPipeError:
         _discard_stdout()
         return BROKEN_PIPE
+    except OSError as error:  # a full disk under stdout, a file that went away
+        print("error:", error, file=sys.stderr)
+        _discard_stdout()
+        return USER_ERROR
 
 
 def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
@@ -73,6 +77,8 @@ def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
     except BrokenPipeError:
         code = BROKEN_PIPE
         _discard_stdout()
+    finally:
+        gc.unfreeze()
     results = build_results(session, interrupted=code != 0, total_s=time.perf_counter() - start)
     if settings.json:
         from demo.environment import write_json

@@ -157,7 +157,8 @@ class Session:
         for prompt in self.prompts:
             if len(prompt.ids) not in warm_lengths:
                 # The first prefill of a new length prepares kernels for it; that belongs to neither path.
-                self.target.model.prefill(prompt.ids)
+                for loaded in filter(None, (self.target, self.draft)):
+                    loaded.model.prefill(prompt.ids)
                 warm_lengths.add(len(prompt.ids))
             viewer.begin_prompt(prompt)
             runs = {path: Run(path, prompt) for path in paths}

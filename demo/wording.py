@@ -61,46 +61,59 @@ def explain_slowdown(results: Results) -> list[str]:
     """Plain words, with the measured costs, on why speculation was slower here and what to change; [] if it was not."""
     speedup, speculative, baseline = results["speedup"], results["speculative"], results["baseline"]
     drafted = results["settings"]["num_draft_tokens"]
-    if speedup is None or speedup >= 1 or speculative["acceptance_rate"] is None:
+    if speedup is None or speedup >= 1 or not drafted:
         return []
+    if speculative["acceptance_rate"] is None:
+        return [
+            f"Speculation was slower here, and every text was too short for a whole round of {drafted} draft tokens: "
+            "draft fewer (--num-draft-tokens) or write more (--max-new-tokens)."
+        ]
     plain_ms = 1000 / baseline["tok_s_user"]
-    draft_ms, verify_ms, host_ms = (speculative[key] for key in ("draft_ms", "verify_ms", "host_ms"))
-    prompt_ms = speculative["draft_prefill_ms"] / speculative["rounds"]
-    round_ms = draft_ms + verify_ms + host_ms + prompt_ms
+    step_ms, fixed_ms, prompt_ms = _costs(results)
+    round_ms = drafted * step_ms + fixed_ms
     needed = round_ms / plain_ms
+    emitted = speculative["mean_acceptance_length"]
     lines = [
-        f"Speculation was slower here: a round takes {round_ms:.2f} ms (draft {draft_ms:.2f}, verify {verify_ms:.2f}, "
-        f"host {host_ms:.2f}, its share of the draft's prefill {prompt_ms:.2f}), {needed:.2f} times a plain step of "
-        f"{plain_ms:.2f} ms, and emits {speculative['mean_acceptance_length']:.2f} tokens.",
+        f"Speculation was slower here: a round takes {round_ms:.2f} ms (draft {speculative['draft_ms']:.2f}, verify "
+        f"{speculative['verify_ms']:.2f}, host {speculative['host_ms']:.2f}, its share of the draft's prefill "
+        f"{prompt_ms:.2f}), {needed:.2f} times a plain step of {plain_ms:.2f} ms, and emits {emitted:.2f} tokens.",
     ]
     rate = (needed - 1) / drafted
-    if rate <= 1:
+    if emitted >= needed:
+        return [
+            *lines,
+            "Whole rounds pay; it is the cut ones at the ends of the texts that do not: write longer texts.",
+        ]
+    if rate > 1:
+        lines.append(f"With {drafted} draft tokens not even full acceptance would pay for that.")
+    else:
         lines.append(
             f"It breaks even at an acceptance rate of {rate:.0%} with {drafted} draft tokens; "
             f"measured were {speculative['acceptance_rate']:.0%}."
         )
-    else:
-        lines.append(f"With {drafted} draft tokens not even full acceptance would pay for that.")
     return [*lines, _advice(results, plain_ms)]
 
 
+def _costs(results: Results) -> tuple[float, float, float]:
+    """Milliseconds of one draft step, of the rest of a round, and, within that, of its share of the draft's prefill."""
+    speculative = results["speculative"]
+    prompt_ms = speculative["draft_prefill_ms"] / speculative["rounds"]
+    step_ms = speculative["draft_ms"] / results["settings"]["num_draft_tokens"]
+    return step_ms, speculative["verify_ms"] + speculative["host_ms"] + prompt_ms, prompt_ms
+
+
 def _advice(results: Results, plain_ms: float) -> str:
-    settings, speculative = results["settings"], results["speculative"]
+    """What to change, from the costs and the acceptance by position measured in this run."""
+    settings, accepted = results["settings"], results["speculative"]["acceptance_by_position"]
     if settings["verification"] == "sequential":
         return "Sequential verification is the reason: every token costs a target forward. Leave --verification out."
-    drafted = settings["num_draft_tokens"]
-    step_ms = speculative["draft_ms"] / drafted
-    other_ms = speculative["verify_ms"] + speculative["host_ms"]
-    best, best_gain = 0, 1.0
-    for k in range(1, drafted):
-        tokens = 1 + sum(speculative["acceptance_by_position"][:k])
-        gain = tokens * plain_ms / (k * step_ms + other_ms)
-        if gain > best_gain:
-            best, best_gain = k, gain
-    if best:
-        return (
-            f"Draft fewer tokens: --num-draft-tokens {best} would give about {best_gain:.2f}x (predicted from these)."
-        )
+    step_ms, fixed_ms, _ = _costs(results)
+    gains = {
+        k: (1 + sum(accepted[:k])) * plain_ms / (k * step_ms + fixed_ms) for k in range(1, settings["num_draft_tokens"])
+    }
+    best = max(gains, key=gains.get, default=None)
+    if best and gains[best] > 1:
+        return f"Draft fewer tokens: --num-draft-tokens {best} would give about {gains[best]:.2f}x (predicted)."
     return "Fewer draft tokens would not pay either: use a draft that is cheaper or closer to the target."
 
 

@@ -10,6 +10,7 @@ VENV_PYTHON="$VENV/bin/python"
 # Written last: `version|ttnn|base prefix` of the interpreter, then the pins. Without it the environment is unfinished.
 STAMP="$VENV/installed.txt"
 INSTALL_LOG="$ROOT/.venv-install.log"
+REPORTER="" # process id of report_progress
 REPORT_SECONDS=30 # between progress lines where no terminal shows the ticking clock
 
 # Nothing of the caller's Python setup may reach the pinned one: tt-metal users export PYTHONPATH=$TT_METAL_HOME, whose
@@ -113,19 +114,19 @@ pins() { sed -n '/^\(dependencies\|dev\) = \[/,/^]/s/^ *"\(.*\)",\{0,1\}$/\1/p' 
 # Is .venv finished, made for these pins and, where PYTHON is set, by that interpreter?
 environment_is_current() {
     local probed
-    [ -f "$STAMP" ] && [ "$(sed 1d "$STAMP")" = "$(pins)" ] && "$VENV_PYTHON" -c '' 2>/dev/null || return 1
+    [ -f "$STAMP" ] && [ "$(sed 1d "$STAMP")" = "$(pins)" ] && "$VENV_PYTHON" -c '' >/dev/null 2>&1 || return 1
     [ -z "${PYTHON:-}" ] && return
     probed="$(probe "$PYTHON")" || return 1
     [ "$(field 1 "$(head -n 1 "$STAMP")")" = "$(field 2 "$probed")" ] &&
         [ "$(field 3 "$(head -n 1 "$STAMP")")" = "$(field 4 "$probed")" ]
 }
 
-# Shows that the command started by the caller still works: a ticking clock and the log's last step on a terminal, else a
-# line now and then. Ends by itself when the script is killed.
+# Shows that the caller's command still works: a ticking clock and the log's last step on a terminal, else a line now
+# and then. Ends by itself when the script is killed.
 report_progress() {
-    local last=0 step
-    while sleep 1 && kill -0 "$$" 2>/dev/null; do
-        step="$(grep -oE '^ *(Collecting|Downloading|Installing|Checking) [^ ;]+' "$INSTALL_LOG" | tail -n 1 || true)"
+    local last=0 step steps='^(Creating .*|Checking .*|Installing collected packages| *(Collecting|Downloading) [^ ;]+)'
+    while sleep 1 >/dev/null 2>&1 && kill -0 "$$" 2>/dev/null; do
+        step="$(grep -oE "$steps" "$INSTALL_LOG" | tail -n 1 || true)"
         step="${step#"${step%%[! ]*}"}"
         if [ -t 2 ]; then
             printf '\r\033[K  %d s  %.60s' "$SECONDS" "$step" >&2
@@ -142,9 +143,10 @@ stop_report() {
     if [ -t 2 ]; then printf '\r\033[K' >&2; fi
 }
 
-# Runs a command with its output in the install log; shows the log's end when it fails.
-logged() {
+logged() { # STEP COMMAND...: runs the command with its output in the install log; shows the log's end when it fails
     local status=0
+    printf '%s\n' "$1" >>"$INSTALL_LOG"
+    shift
     report_progress 9>&- &
     REPORTER=$!
     # The command stays in the foreground, so that Ctrl-C reaches it.
@@ -162,21 +164,20 @@ install_environment() {
     ttnn="$(field 3 "$line")"
     SECONDS=0
     trap 'stop_report; die 130 "interrupted: the next run makes .venv anew"' INT
-    say "making .venv with $(field 5 "$line") (python $version): a few minutes, about 7 GB"
+    say "making .venv with $(field 5 "$line") (python $version): a few minutes, about 6 GB"
     : >"$INSTALL_LOG"
     rm -rf "$VENV"
-    logged "$(field 5 "$line")" -I -m venv "$VENV"
+    logged "Creating .venv" "$(field 5 "$line")" -I -m venv "$VENV"
     # pip's own markers know nothing of the C library, so an interpreter that cannot take the wheel drops the pin.
     pins | if [ "$ttnn" = yes ]; then cat; else grep -v '^ttnn='; fi >"$VENV/requirements.txt"
-    # Compiling 13000 files takes longer than downloading some: only the modules in use are compiled, by the check below.
-    logged "$VENV_PYTHON" -I -m pip --disable-pip-version-check --no-input install --no-compile --progress-bar off \
-        -r "$VENV/requirements.txt"
+    # Not compiled here: pip would compile all 13000 files, the check of imports below compiles the modules in use.
+    logged "Collecting packages" "$VENV_PYTHON" -I -m pip --disable-pip-version-check --no-input \
+        install --no-compile --progress-bar off -r "$VENV/requirements.txt"
     # `models` and `demo` are found from any directory; the path is relative, so that a moved repository still works.
-    logged "$VENV_PYTHON" -I -c 'import sysconfig
+    logged "Creating repository.pth" "$VENV_PYTHON" -I -c 'import sysconfig
 open(sysconfig.get_path("purelib") + "/repository.pth", "w").write("../../../..\n")'
 
-    printf '\nChecking imports\n' >>"$INSTALL_LOG"
-    logged "$VENV_PYTHON" -I -c 'import torch, rich.live, pytest
+    logged "Checking imports" "$VENV_PYTHON" -I -c 'import torch, rich.live, pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast'
     if [ "$ttnn" = yes ]; then
         ttnn="$(sed -n 's/^ttnn==\([^; ]*\).*/\1/p' "$VENV/requirements.txt")"

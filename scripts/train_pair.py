@@ -38,6 +38,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.llama.config import LlamaConfig as CheckpointConfig  # noqa: E402
+from models.llama.torch_llama import TorchLlama  # noqa: E402
+
 VOCAB_SIZE = 4096
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 # A newline keeps its indentation (one token for most of Python's layout); words keep their leading space.
@@ -58,8 +63,8 @@ class Phase:
 
 
 TARGET_PHASES = (Phase(4, 600, 16, 256), Phase(8, 400, 16, 256), Phase(16, 320, 8, 512))
-DRAFT_PHASE = Phase(1, 1500, 16, 256)
-REPLY_BATCHES, REPLY_BATCH, REPLY_PROMPT, REPLY_LENGTH = 48, 96, 64, 256
+DRAFT_PHASE = Phase(1, 500, 16, 256)
+REPLY_BATCHES, REPLY_BATCH, REPLY_PROMPT, REPLY_LENGTH = 40, 96, 64, 256
 
 
 # ---------------------------------------------------------------------------------- corpus, tokenizer
@@ -284,34 +289,29 @@ def load_trained(path: Path, layers: int) -> LlamaForCausalLM:
 
 
 # --------------------------------------------------------------------------------------- distillation
-@torch.no_grad()
 def write_replies(work: Path, target: LlamaForCausalLM, stream: torch.Tensor, seed: int) -> torch.Tensor:
-    """[N, REPLY_LENGTH] int32: corpus prompts of REPLY_PROMPT tokens and the target's greedy continuation."""
+    """[N, REPLY_LENGTH] int32: corpus prompts of REPLY_PROMPT tokens and the target's greedy continuation.
+
+    Written by the runtime that will be used with the pair, many sequences at a time.
+    """
     path = work / "replies.safetensors"
     if path.exists():
         return load_file(path)["replies"]
+    config = CheckpointConfig.from_dict(target.config.to_dict())
+    writer = TorchLlama(config, target.state_dict(), dtype="bf16", max_seq_len=REPLY_LENGTH, batch=REPLY_BATCH)
     rows = []
-    target = target.to(torch.bfloat16)
     for index in range(REPLY_BATCHES):
-        part = work / f"replies-{index:03d}.safetensors"
-        if not part.exists():
-            prompts = sample_batch(stream, REPLY_BATCH, REPLY_PROMPT - 1, seed, 101, index)
-            out = target.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=False,
-                use_cache=True,
-                max_length=REPLY_LENGTH,
-                eos_token_id=None,
-                pad_token_id=1,
-            )
-            save_file({"replies": out.int().contiguous()}, part)
-        rows.append(load_file(part)["replies"])
-        if index % 8 == 7:
+        text = sample_batch(stream, REPLY_BATCH, REPLY_PROMPT - 1, seed, 101, index)
+        last = writer.prefill(text).argmax(-1)
+        columns = [text, last[:, None]]
+        for position in range(REPLY_PROMPT, REPLY_LENGTH - 1):
+            last = writer.forward(last[:, None], [position] * REPLY_BATCH)[:, -1].argmax(-1)
+            columns.append(last[:, None])
+        rows.append(torch.cat(columns, dim=1).int())
+        if index % 4 == 3:
             logger.info(f"replies: batch {index + 1}/{REPLY_BATCHES}")
     replies = torch.cat(rows)
     save_file({"replies": replies}, path)
-    target.float()
     return replies
 
 

@@ -13,7 +13,7 @@ BOS, EOS = "<bos>", "<eos>"
 
 
 def make_tokenizer(text: str = "def add(self, value):\n    return self.total + value\n") -> Tokenizer:
-    """A byte-level BPE of 288 tokens that has learnt a little from ``text``."""
+    """A byte-level BPE of all bytes, two special tokens and at most 30 merges learnt from ``text``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

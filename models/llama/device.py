@@ -9,6 +9,7 @@ from pathlib import Path
 from models.errors import UserError
 
 BOARDS = ("N150", "N300", "T3K", "P150")
+DEVICE_FILES = Path("/dev/tenstorrent")  # made by the kernel driver, one file per chip
 
 
 def check_device(device: str, environ: Mapping[str, str] = os.environ) -> None:
@@ -34,9 +35,9 @@ def _check_tenstorrent(environ: Mapping[str, str]) -> None:
             "--device tt: ttnn is not installed: use CPython 3.10 or 3.12 on x86-64 Linux and "
             f"`pip install ttnn==0.81.1` (this is {here}), or use --device cpu"
         )
-    if not any(Path("/dev").glob("tenstorrent/*")):
+    if not any(DEVICE_FILES.glob("*")):
         raise UserError(
-            "--device tt: no Tenstorrent board was found (no /dev/tenstorrent): on a machine with a board set "
+            f"--device tt: no Tenstorrent board was found (nothing in {DEVICE_FILES}): on a machine with a board set "
             f"MESH_DEVICE to one of {', '.join(BOARDS)}; here use --device cpu"
         )
     raise UserError("--device tt: TT-NN models are not part of this version: use --device cpu or cuda")

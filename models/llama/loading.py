@@ -63,14 +63,24 @@ def load_model(
     """
     check_device(device)
     start = time.perf_counter()
-    model = TorchLlama.from_checkpoint(
-        opened.checkpoint,
-        device=device,
-        dtype="fp32" if dtype == "int8" else dtype,
-        max_seq_len=max_seq_len or default_context(opened),
-        fixed_rows=fixed_rows,
-        quantize="int8" if dtype == "int8" else None,
-    )
+    max_seq_len = max_seq_len or default_context(opened)
+    try:
+        model = TorchLlama.from_checkpoint(
+            opened.checkpoint,
+            device=device,
+            dtype="fp32" if dtype == "int8" else dtype,
+            max_seq_len=max_seq_len,
+            fixed_rows=fixed_rows,
+            quantize="int8" if dtype == "int8" else None,
+        )
+    except (MemoryError, RuntimeError) as error:  # torch has no exception of its own for a host without memory
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        gigabytes = sum(estimate_bytes(opened, dtype, max_seq_len)) / 1e9
+        raise UserError(
+            f"{opened.source} needs {gigabytes:.1f} GB in {dtype} with a context of {max_seq_len} tokens, more than "
+            "this machine has free: lower --max-seq-len or choose a smaller model"
+        ) from error
     return LoadedModel(opened, model, dtype, opened.seconds + time.perf_counter() - start)
 
 

@@ -13,6 +13,8 @@ from models.llama.config import LlamaConfig, as_token_ids, read_json
 
 # The date a chat template prints into its system block: fixed, so that a prompt has the same ids on every day.
 CHAT_DATE = "26 Jul 2024"
+# In front of a template, this hides the clock from it, for templates that read that whatever date they are given.
+_FIXED_CLOCK = "{%- macro strftime_now(format) -%}{{ date_string }}{%- endmacro -%}"
 
 
 class LlamaTokenizer:
@@ -100,16 +102,20 @@ class LlamaTokenizer:
         system block calls today. Raises UserError if there is no template, or it refuses the messages.
         """
         conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        for message in conversation:
+            parts = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else [None]
+            if not all(isinstance(part, str) for part in parts):
+                raise UserError(f'the message {message!r} lacks a text under "role" or "content"')
         renderer = self._load_chat_renderer()
         try:
             text = renderer.apply_chat_template(
                 conversation,
+                chat_template=_FIXED_CLOCK + renderer.get_chat_template(),
                 tokenize=False,
                 add_generation_prompt=True,
                 date_string=date,
-                strftime_now=lambda _format: date,  # for templates that never look at date_string
             )
-        except Exception as error:  # jinja's errors, the template's own, or a malformed conversation
+        except Exception as error:  # jinja's errors, or the template's own
             raise UserError(
                 f"the chat template of {self.path} refuses the messages: {' '.join(str(error).split())}"
             ) from None

@@ -243,6 +243,13 @@ class TorchLlama:
     def _padded(hidden: torch.Tensor, rows: int) -> torch.Tensor:
         return hidden if len(hidden) >= rows else F.pad(hidden, (0, 0, 0, rows - len(hidden)))
 
+    @staticmethod
+    def _rows(table: torch.Tensor, positions: list[int], n: int) -> torch.Tensor:
+        """Rows p..p+n-1 of a [S, 1, D] table for each position p: [positions, n, 1, D]."""
+        if len(positions) == 1:
+            return table[None, positions[0] : positions[0] + n]
+        return torch.stack([table[p : p + n] for p in positions])
+
     def _mask(self, positions: list[int], n: int, length: int) -> torch.Tensor:
         """Additive causal mask [B or 1, 1, n, length] for rows that start at `positions`."""
         if n <= self.band.shape[0]:
@@ -261,25 +268,24 @@ class TorchLlama:
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         rotated, q_width = heads + kv_heads, heads * dim
         length = -(-(max(positions) + n) // KV_BLOCK) * KV_BLOCK
-        mask = self._mask(positions, n, length)
-        if batch == 1:
-            start = positions[0]
-            cos, sin = self.cos[start : start + n], self.sin[start : start + n]
+        if len(set(positions)) == 1:  # one span of the cache serves all sequences
+            spans, positions = [(slice(batch), positions[0])], positions[:1]
         else:
-            cos = torch.cat([self.cos[p : p + n] for p in positions])
-            sin = torch.cat([self.sin[p : p + n] for p in positions])
+            spans = [(slice(index, index + 1), position) for index, position in enumerate(positions)]
+        mask = self._mask(positions, n, length)
+        cos, sin = (self._rows(table, positions, n) for table in (self.cos, self.sin))  # [1 or B, n, 1, D]
         eps, shape, half = config.rms_norm_eps, (config.hidden_size,), dim // 2
         grouped = heads != kv_heads
 
         x = self.embedding[ids.flatten()].to(self.dtype)  # [B R, H]
         for layer in self.layers:
             qkv = layer.qkv(F.rms_norm(x, shape, layer.attention_norm, eps))
-            qk = qkv[:, : rotated * dim].view(batch * n, rotated, dim)
+            qk = qkv[:, : rotated * dim].view(batch, n, rotated, dim)
             swapped = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
             torch.addcmul(qk * cos, swapped, sin, out=qk)
             new = qkv[:, q_width:].view(batch, n, -1)
-            for index, position in enumerate(positions):
-                layer.kv[index, position : position + n] = new[index]
+            for sequences, start in spans:
+                layer.kv[sequences, start : start + n] = new[sequences]
             cached = layer.kv[:batch, :length].view(batch, length, 2, kv_heads, dim)
             attended = F.scaled_dot_product_attention(
                 qkv[:, :q_width].view(batch, n, heads, dim).transpose(1, 2),

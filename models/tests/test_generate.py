@@ -117,7 +117,7 @@ def test_a_controller_may_switch_drafting_off_and_on(gap, noise):
     assert [token.id for token in tokens] == plain(target, prompt, max_new_tokens=90)
     assert controller.seen == [(r.drafted, r.accepted, r.emitted) for r in stats.rounds]
     assert {r.drafted for r in stats.rounds} >= {0, 3}
-    assert sum(token.origin == "plain" for token in tokens) == sum(r.drafted == 0 for r in stats.rounds) > 20
+    assert sum(token.origin == "plain" for token in tokens) == sum(r.drafted == 0 for r in stats.rounds) > 10
     if noise == 0:  # the same model: catching up leaves no hole, or it would propose something else
         assert stats.acceptance_rate == 1
 

@@ -1,7 +1,7 @@
 """Sampling through the real loop: the text follows the target's law, whatever the draft is.
 
 Pearson's chi-square test of the joint law of consecutive tokens, expected counts by enumeration of the target alone.
-A test fails below P_VALUE; seeds are fixed, so it fails always or never. The same statistic must reject two wrong
+A test fails below P_VALUE; seeds are fixed, so it fails always or never. The same statistic must reject four wrong
 rules, which shows that the number of texts is large enough to see an error.
 """
 
@@ -22,7 +22,7 @@ from models.tests.llama_fixtures import random_tensors
 
 P_VALUE = 1e-4
 VOCAB = 8
-TEXTS = 3000
+TEXTS = 1200
 PROMPT = [3]
 
 
@@ -35,14 +35,18 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def models():
-    """(target, perturbed copy as draft), one layer, 8 tokens, logits spread enough to be far from uniform."""
+def tiny_model(noise: float):
+    """One layer, 8 tokens, logits spread enough to be far from uniform; with noise a relative of the model without."""
     config = engine_config(VOCAB, layers=1)
     tensors = random_tensors(config, seed=7)
     tensors["lm_head.weight"] *= 1.5
-    options = {"max_seq_len": 16}
-    return build(config, tensors, **options), build(config, perturbed(tensors, 0.5, seed=8), **options)
+    return build(config, perturbed(tensors, noise, seed=8), max_seq_len=16)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """(target, draft)"""
+    return tiny_model(noise=0), tiny_model(noise=0.5)
 
 
 def joint_law(target, params: SamplingParams, tokens: int) -> torch.Tensor:
@@ -90,19 +94,18 @@ def write_texts(models, params: dict, k: int, greedy_draft=False, verification="
 
 
 def p_values(models, params: dict, counts: torch.Tensor) -> list[float]:
-    """Of the first three tokens, and of the last three: the round after the first token drafts up to two of these."""
+    """Of tokens 1-3, 2-4, 2-3 and 3-4 of four: 2 and 3 are drafted first, 4 is the bonus or of another round."""
     law = joint_law(models[0], SamplingParams(**params), 4)
-    return [chi_square_p_value(counts.sum(side), law.sum(side)) for side in (3, 0)]
+    return [chi_square_p_value(counts.sum(others), law.sum(others)) for others in ((3,), (0,), (0, 3), (0, 1))]
 
 
 @pytest.mark.parametrize("params, k, options", [
     pytest.param({"temperature": 1.0}, 2, {}, id="temperature-1"),
-    pytest.param({"temperature": 1.0}, 1, {}, id="one-drafted-then-bonus"),
     pytest.param({"temperature": 0.7}, 2, {"verification": "sequential"}, id="cool-sequential"),
     pytest.param({"temperature": 1.3, "top_k": 5}, 2, {}, id="top_k"),
     pytest.param({"temperature": 1.3, "top_p": 0.85}, 2, {}, id="top_p"),
     pytest.param({"temperature": 1.5, "top_k": 6, "top_p": 0.9}, 2, {}, id="top_k-and-top_p"),
-    pytest.param({"temperature": 1.0}, 2, {"greedy_draft": True}, id="deterministic-draft"),
+    pytest.param({"temperature": 0.6}, 2, {"greedy_draft": True}, id="deterministic-draft"),
     pytest.param({"temperature": 1.0}, 0, {}, id="plain"),
 ])  # fmt: skip
 def test_joint_law_of_the_text_is_the_targets(models, params, k, options):
@@ -114,11 +117,7 @@ def test_joint_law_of_the_text_is_the_targets(models, params, k, options):
 
 
 def test_a_draft_equal_to_the_target_is_always_accepted_and_lossless(models):
-    config = engine_config(VOCAB, layers=1)
-    target = models[0]
-    tensors = random_tensors(config, seed=7)
-    tensors["lm_head.weight"] *= 1.5
-    pair = (target, build(config, tensors, max_seq_len=16))
+    pair = (models[0], tiny_model(noise=0))
     counts, stats = write_texts(pair, {"temperature": 1.0}, 2)
     assert stats.acceptance_rate > 0.999
     assert min(p_values(pair, {"temperature": 1.0}, counts)) > P_VALUE
@@ -145,20 +144,15 @@ def one_stream_for_both(monkeypatch):
     monkeypatch.setattr(SamplingParams, "generator", lambda self, stream: right(self, "target"))
 
 
-def first_row_for_every_token(monkeypatch):
-    right = acceptance.accept_sampled
-    monkeypatch.setattr(loop, "accept_sampled", lambda drafted, p, q, g: right(drafted, p[:1].expand_as(p), q, g))
-
-
 @pytest.mark.parametrize("mistake, greedy_draft", [
     (from_the_target_not_the_residual, False), (masks_after_the_residual, False),
-    (soft_law_of_a_deterministic_draft, True), (one_stream_for_both, False), (first_row_for_every_token, False),
+    (soft_law_of_a_deterministic_draft, True), (one_stream_for_both, False),
 ])  # fmt: skip
 def test_the_statistic_finds_wrong_rules(monkeypatch, models, mistake, greedy_draft):
     mistake(monkeypatch)
-    counts, _ = write_texts(models, {"temperature": 1.0}, 2, greedy_draft, texts=TEXTS // 2)
+    counts, _ = write_texts(models, {"temperature": 1.0}, 2, greedy_draft, texts=800)
     monkeypatch.undo()
-    assert min(p_values(models, {"temperature": 1.0}, counts)) < 1e-9
+    assert min(p_values(models, {"temperature": 1.0}, counts)) < P_VALUE / 100
 
 
 # ------------------------------------------------------------------------------------------- seeds and masks

@@ -1,0 +1,313 @@
+"""scripts/demo.sh, scripts/test.sh and the environment they make, with fake interpreters: nothing is installed."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fake_machine import ROOT, SHELL_FILES, Machine, write_executable
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib
+
+
+@pytest.fixture
+def machine(tmp_path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize("name", SHELL_FILES)
+def test_shell_files_parse(name):
+    subprocess.run(["bash", "-n", ROOT / name], check=True)
+
+
+@pytest.mark.parametrize("name", SHELL_FILES[1:])
+def test_commands_are_executable(name):
+    assert os.access(ROOT / name, os.X_OK)
+
+
+# ---- interpreter ----
+
+
+def test_cpython_312_is_preferred_to_newer_and_older(machine):
+    for minor in (10, 11, 12, 13):
+        machine.python(f"python3.{minor}", f"3.{minor}.1", ttnn="yes" if minor in (10, 12) else "no")
+    assert machine.choose().stdout.strip() == str(machine.bin / "python3.12")
+
+
+def test_cpython_310_is_next_where_ttnn_has_wheels(machine):
+    for minor in (10, 11, 13):
+        machine.python(f"python3.{minor}", f"3.{minor}.1", ttnn="yes" if minor == 10 else "no")
+    assert machine.choose().stdout.strip() == str(machine.bin / "python3.10")
+    machine.uname("Darwin arm64")
+    assert machine.choose().stdout.strip() == str(machine.bin / "python3.13")
+
+
+def test_failing_shim_is_passed_over_for_a_working_interpreter_later_on_the_path(machine, tmp_path):
+    write_executable(machine.bin / "python3.12", "#!/usr/bin/env bash\necho 'command not found' >&2\nexit 127\n")
+    machine.python(tmp_path / "later/python3.12", "3.12.3")
+    machine.python("python3.13", "3.13.0")
+    chosen = machine.choose(PATH=f"{machine.bin}:{tmp_path / 'later'}")
+    assert chosen.stdout.strip() == str(tmp_path / "later/python3.12")
+    assert chosen.stderr == ""
+    assert machine.choose().stdout.strip() == str(machine.bin / "python3.13")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "home/.pyenv/versions/3.12.1/bin/python3.12",
+        "home/.local/share/uv/python/cpython-3.12.5-linux-x86_64-gnu/bin/python3.12",
+    ],
+)
+def test_inactive_interpreters_of_pyenv_and_uv_are_found(machine, tmp_path, place):
+    machine.python("python3.13", "3.13.0")
+    machine.python(tmp_path / place, "3.12.1", ttnn="yes")
+    assert machine.choose().stdout.strip() == str(tmp_path / place)
+
+
+def test_pyenv_is_asked_for_its_root(machine, tmp_path):
+    write_executable(machine.bin / "pyenv", f'#!/usr/bin/env bash\n[ "$1" = root ] && echo "{tmp_path}/py env"\n')
+    machine.python(tmp_path / "py env/versions/3.10.4/bin/python3.10", "3.10.4", ttnn="yes")
+    assert machine.choose().stdout.strip() == str(tmp_path / "py env/versions/3.10.4/bin/python3.10")
+
+
+def test_interpreter_without_venv_is_skipped_with_a_note(machine):
+    machine.python("python3.12", "3.12.3", state="no-venv")
+    machine.python("python3.11", "3.11.2")
+    chosen = machine.choose()
+    assert chosen.stdout.strip() == str(machine.bin / "python3.11")
+    assert chosen.stderr.count("\n") == 1
+    assert "apt install python3.12-venv" in chosen.stderr
+
+
+def test_any_other_python3_is_the_last_choice(machine):
+    machine.python("python3", "3.15.0")
+    assert machine.choose().stdout.strip() == str(machine.bin / "python3")
+
+
+@pytest.mark.parametrize("python3", [None, "3.8.1"])
+def test_no_usable_python_is_one_line_and_exit_code_2(machine, python3):
+    if python3:
+        machine.python("python3", python3, state="old")
+    result = machine.demo()
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert re.match("error: no Python >= 3.10 .* install CPython 3.12", result.stderr)
+
+
+def test_python_variable_decides(machine, tmp_path):
+    machine.python("python3.12", "3.12.1")
+    own = machine.python(tmp_path / "own python/python", "3.11.9")
+    assert machine.choose(PYTHON=str(own)).stdout.strip() == str(own)
+
+
+@pytest.mark.parametrize(
+    ("state", "version", "message"),
+    [
+        ("absent", "", "PYTHON=chosen does not run: "),
+        ("old", "3.9.1", "PYTHON=chosen is Python 3.9.1: Python >= 3.10 is needed"),
+        ("no-venv", "3.12.1", "PYTHON=chosen has no venv and ensurepip: "),
+    ],
+)
+def test_unusable_python_variable_is_one_line_and_exit_code_2(machine, state, version, message):
+    machine.python("python3.12", "3.12.1")
+    if state != "absent":
+        machine.python("chosen", version, state=state)
+    result = machine.demo(PYTHON="chosen")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_probe_describes_the_running_interpreter():
+    code = 'source "$1"; probe "$2"'
+    command = ["bash", "-c", code, "-", ROOT / "scripts/_environment.sh", sys.executable]
+    line = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+    state, version, ttnn, prefix, executable = line.strip().split("|")
+    assert (state, version) == ("ok", "{}.{}.{}".format(*sys.version_info))
+    assert (ttnn, prefix) == ("yes" if sys.version_info[1] in (10, 12) and wheel_platform() else "no", sys.base_prefix)
+    assert Path(executable).exists()
+    assert not executable.startswith(str(ROOT / ".venv"))
+
+
+def wheel_platform() -> bool:
+    """Whether ttnn's manylinux_2_34_x86_64 wheel fits the platform, by packaging's tags rather than by our probe."""
+    from packaging.tags import platform_tags
+
+    return "manylinux_2_34_x86_64" in set(platform_tags())
+
+
+# ---- environment ----
+
+
+def test_pins_are_those_of_pyproject_and_exact(machine):
+    command = ["bash", "-c", 'source "$1"; pins', "-", ROOT / "scripts/_environment.sh"]
+    pins = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.splitlines()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert pins == project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert [pin for pin in pins if not re.match(r"[\w-]+==\d", pin)] == []
+
+
+def test_first_use_installs_once_and_says_which_python(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    first = machine.demo("--prompt", "two words", cwd=machine.bin)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == textwrap.dedent(
+        f"""\
+        ran in {machine.bin}:
+        <{machine.clone}/demo/simple_text_demo.py>
+        <--prompt>
+        <two words>
+        """
+    )
+    assert first.stderr.splitlines()[-1] == "python 3.12.1 (ttnn 0.81.1)"
+    second = machine.demo()
+    assert machine.installs == 1
+    assert second.stderr == "python 3.12.1 (ttnn 0.81.1)\n"
+
+
+def test_test_script_shares_the_environment_and_runs_pytest_in_the_repository(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    machine.demo()
+    result = machine.run(machine.clone / "scripts/test.sh", "-k", "a or b")
+    assert result.stdout == f"ran in {machine.clone}:\n<-m>\n<pytest>\n<-k>\n<a or b>\n"
+    assert machine.installs == 1
+
+
+def test_scripts_work_by_a_relative_path_with_cdpath_set(machine):
+    machine.python("python3.12", "3.12.1")
+    (machine.home / "scripts").mkdir()
+    result = machine.run("scripts/demo.sh", cwd=machine.clone, CDPATH=str(machine.home))
+    assert f"<{machine.clone}/demo/simple_text_demo.py>" in result.stdout
+
+
+def test_interpreter_without_ttnn_drops_its_pin_and_says_so(machine):
+    machine.python("python3.12", "3.12.1", ttnn="no")
+    result = machine.demo()
+    requirements = (machine.clone / ".venv/requirements.txt").read_text()
+    assert "torch==" in requirements
+    assert "ttnn" not in requirements
+    assert result.stderr.splitlines()[-1].startswith("python 3.12.1 (no ttnn: it needs CPython 3.12 or 3.10")
+
+
+def test_ttnn_that_does_not_import_is_reported_and_does_not_stop_the_demo(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    (machine.clone / "ttnn-is-broken").touch()
+    result = machine.demo()
+    assert result.returncode == 0
+    assert "ttnn 0.81.1 does not import here: ImportError: libfake.so\n" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("python 3.12.1 (ttnn is installed but does not import")
+
+
+@pytest.mark.parametrize("change", ["pins", "stamp", "python"])
+def test_changed_pins_interrupted_install_or_lost_python_make_it_anew(machine, change):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    machine.demo()
+    if change == "pins":
+        project = machine.clone / "pyproject.toml"
+        project.write_text(project.read_text().replace("loguru==", "loguru==9."))
+    elif change == "stamp":
+        (machine.clone / ".venv/installed.txt").unlink()
+        (machine.clone / ".venv/half-installed").touch()
+    else:
+        (machine.clone / ".venv/bin/python").unlink()
+    assert machine.demo().returncode == 0
+    assert machine.installs == 2
+    assert not (machine.clone / ".venv/half-installed").exists()
+
+
+def test_change_outside_the_pins_installs_nothing(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    machine.demo()
+    project = machine.clone / "pyproject.toml"
+    project.write_text(project.read_text().replace("line-length = 120", "line-length = 100"))
+    machine.demo()
+    assert machine.installs == 1
+
+
+def test_another_python_variable_makes_it_anew_and_the_same_does_not(machine, tmp_path):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    machine.python(tmp_path / "own/python", "3.11.9")
+    machine.demo()
+    machine.demo(PYTHON="python3.12")
+    assert machine.installs == 1
+    assert "python 3.11.9 (no ttnn" in machine.demo(PYTHON=str(tmp_path / "own/python")).stderr
+    assert machine.installs == 2
+
+
+def test_failed_pip_shows_its_last_lines_and_the_log_and_the_next_run_recovers(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    (machine.clone / "pip-fails").touch()
+    result = machine.demo()
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "  | ERROR: no space left on the fake device\n" in result.stderr
+    log = re.search("the whole log is (.*), the next run", result.stderr).group(1)
+    assert "no space left" in Path(log).read_text()
+    (machine.clone / "pip-fails").unlink()
+    assert machine.demo().returncode == 0
+
+
+def test_ctrl_c_ends_the_install_in_one_line_with_130_and_the_next_run_recovers(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    (machine.clone / "pip-is-slow").touch()
+    process = machine.start(machine.clone / "scripts/demo.sh")
+    deadline = time.monotonic() + 30
+    while not machine.installs and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert machine.installs == 1
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr.splitlines()[1:] == ["error: interrupted: the next run makes .venv anew"]
+    (machine.clone / "pip-is-slow").unlink()
+    assert machine.demo().returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="without flock there is no lock")
+def test_two_scripts_at_once_install_once(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    (machine.clone / "pip-is-slow").touch()
+    processes = [machine.start(machine.clone / "scripts/demo.sh") for _ in range(2)]
+    messages = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert machine.installs == 1
+    assert sorted("waiting for it" in message for message in messages) == [False, True]
+
+
+def test_callers_python_path_does_not_reach_the_environment(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    machine.demo()
+    write_executable(machine.clone / ".venv/bin/python", '#!/usr/bin/env bash\necho "path=${PYTHONPATH-unset}"\n')
+    assert machine.demo(PYTHONPATH="/somewhere").stdout == "path=unset\n"
+
+
+# ---- .ci/run ----
+
+
+def test_ci_lints_then_runs_the_test_script(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    result = machine.run(machine.clone / ".ci/run")
+    assert result.returncode == 0, result.stderr
+    ran = f"ran in {machine.clone}:\n<-m>\n"
+    assert result.stdout == f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<pytest>\n"
+    assert machine.installs == 1
+
+
+def test_ci_fails_where_ttnn_does_not_import(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    (machine.clone / "ttnn-is-broken").touch()
+    result = machine.run(machine.clone / ".ci/run")
+    assert result.returncode == 1
+    assert "<pytest>" not in result.stdout
+    assert result.stderr.splitlines()[-1].startswith("error: ttnn does not import: run this with CPython 3.12 or 3.10")
