@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from models.command_line import Parser
 from models.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,11 +77,6 @@ class Settings:
         return ("baseline", "speculative") if self.mode == "compare" else (self.mode,)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def _integer(low: int, high: int | None = None):
     """argparse type: an integer in [low, high]."""
     bounds = f"at least {low}" if high is None else f"from {low} to {high}"
@@ -108,7 +103,7 @@ def _count_by_length(text: str) -> tuple[int, int]:
 def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.ArgumentParser:
     """Parser of one demo. ``mode`` fixes the mode and takes the flag away; None offers --mode."""
     about = "Plain decoding of one Llama model." if mode else "Speculative decoding of a Llama beside its own baseline."
-    parser = _Parser(
+    parser = Parser(
         description=f"{about}\nWithout arguments: the small pair of this project, ten prompts of 30 tokens.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

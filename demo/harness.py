@@ -5,38 +5,18 @@ warm-up and is not counted. Then, prompt by prompt, both paths run one after the
 whatever else the machine does hits both alike.
 """
 
-import contextlib
 import gc
-import os
 import sys
 import time
 from collections.abc import Sequence
 
 from demo.arguments import Settings, parse_settings, read_prompts
-from models.errors import UserError
-
-INTERRUPTED = 130
-USER_ERROR = 2
-BROKEN_PIPE = 141  # what a shell reports for a program that lost its reader
+from models.command_line import BROKEN_PIPE, INTERRUPTED, discard_stdout, run_command
 
 
 def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:
     """Run a demo and return its exit code; ``mode`` fixes the mode (None: the user chooses)."""
-    try:
-        return _demo(argv, mode)
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        _discard_stdout()
-        return BROKEN_PIPE
-    except OSError as error:  # a full disk under stdout, a file that went away
-        print("error:", error, file=sys.stderr)
-        _discard_stdout()
-        return USER_ERROR
+    return run_command(lambda: _demo(argv, mode))
 
 
 def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
@@ -76,7 +56,7 @@ def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
         display.interrupted(session.under_way[-1] if session.under_way else None)
     except BrokenPipeError:
         code = BROKEN_PIPE
-        _discard_stdout()
+        discard_stdout()
     finally:
         gc.unfreeze()
     results = build_results(session, interrupted=code != 0, total_s=time.perf_counter() - start)
@@ -100,9 +80,3 @@ def _check_early(settings: Settings) -> None:
         check_writable(settings.json)
     check_device(settings.device)
     SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.seed)
-
-
-def _discard_stdout() -> None:
-    """Send what is still buffered nowhere, so that Python's own flush at exit does not complain."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from demo.arguments import Settings, parse_settings, read_prompts  # noqa: E402
-from demo.harness import run_command  # noqa: E402
-from models.errors import UserError  # noqa: E402
+from demo.arguments import Settings, parse_settings, read_prompts
+from models.command_line import Parser, run_command
+from models.errors import UserError
 
 OWN_PLAIN, OWN_SPECULATIVE = "own baseline", "own speculative"
 HF_PLAIN, HF_ASSISTED, HF_DEFAULTS = "HF generate", "HF assisted, same K", "HF assisted, defaults"
@@ -56,9 +56,10 @@ def own_runners(session) -> dict[str, Generate]:
 def hf_runners(session) -> dict[str, Generate]:
     """transformers' three ways. Settings of assisted generation are read from the assistant's generation_config."""
     import torch
-    from models.llama.torch_llama import DTYPES
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    from models.llama.torch_llama import DTYPES
 
     logging.set_verbosity_error()
     settings = session.settings
@@ -126,6 +127,7 @@ def ratio(rates: dict[str, list[float]], above: str, below: Sequence[str]) -> di
 def compare(settings: Settings, repeats: int) -> dict:
     """Run the comparison; the results dictionary that is printed and written as JSON."""
     import torch
+
     from demo.environment import machine, versions
     from demo.session import Session
 
@@ -164,7 +166,7 @@ def print_results(results: dict) -> None:
 
 
 def command(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="counted repetitions (default: 3)")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     options, rest = parser.parse_known_args(argv)
@@ -172,7 +174,9 @@ def command(argv: Sequence[str] | None) -> int:
     if options.repeats < 1:
         raise UserError(f"--repeats {options.repeats}: must be at least 1")
     if settings is None or settings.temperature or settings.mode != "compare" or settings.draft_dtype != settings.dtype:
-        raise UserError("compare_hf.py compares greedy text in one dtype: leave out --temperature, --mode, --draft-dtype")
+        raise UserError(
+            "compare_hf.py compares greedy text in one dtype: leave out --temperature, --mode, --draft-dtype"
+        )
     from demo.environment import check_writable, write_json
     from models.llama.device import check_device
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.command_line import run_command  # noqa: E402
-from models.errors import UserError  # noqa: E402
+from models.command_line import Parser, run_command
+from models.errors import UserError
 
 
 def own_forwards(model, rows: Sequence[int], context: int) -> dict[tuple[str, int], Callable[[], object]]:
@@ -37,9 +37,10 @@ def own_forwards(model, rows: Sequence[int], context: int) -> dict[tuple[str, in
 def hf_forwards(checkpoint, dtype: str, rows: Sequence[int], context: int) -> dict[tuple[str, int], Callable]:
     """The same through transformers, with a DynamicCache cropped back after each forward."""
     import torch
-    from models.llama.torch_llama import DTYPES
     from transformers import AutoModelForCausalLM, DynamicCache
     from transformers.utils import logging
+
+    from models.llama.torch_llama import DTYPES
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -70,7 +71,7 @@ def measure(forwards: dict[tuple[str, int], Callable], repeats: int) -> dict[tup
 
 
 def command(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint directory or hub id")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--rows", default="1,2,5,8,16,32", help="row counts (default: %(default)s)")
@@ -88,15 +89,14 @@ def command(argv: Sequence[str] | None) -> int:
         raise UserError("--rows must be within 1..32 and --repeats at least 1")
 
     import torch
+
     from demo.environment import check_writable, machine, versions, write_json
     from models.llama.loading import load_model, open_model
 
     if options.json:
         check_writable(options.json)
     opened = open_model(options.checkpoint)
-    loaded = load_model(
-        opened, dtype=options.dtype, max_seq_len=options.context + 128, fixed_rows=options.fixed_rows
-    )
+    loaded = load_model(opened, dtype=options.dtype, max_seq_len=options.context + 128, fixed_rows=options.fixed_rows)
     print(f"loaded in {loaded.load_s:.1f} s, {loaded.model.weight_bytes / 1e9:.2f} GB of weights", file=sys.stderr)
     with torch.inference_mode():
         forwards = own_forwards(loaded.model, rows, options.context)

@@ -27,6 +27,7 @@ import os
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +41,10 @@ from transformers.utils import logging as hf_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.llama.config import LlamaConfig as CheckpointConfig  # noqa: E402
-from models.llama.torch_llama import TorchLlama  # noqa: E402
+from models.command_line import Parser, run_command
+from models.errors import UserError
+from models.llama.config import LlamaConfig as CheckpointConfig
+from models.llama.torch_llama import TorchLlama
 
 VOCAB_SIZE = 4096
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -64,7 +67,7 @@ class Phase:
 
 TARGET_PHASES = (Phase(4, 600, 16, 256), Phase(8, 400, 16, 256), Phase(16, 320, 8, 512))
 DRAFT_PHASE = Phase(1, 500, 16, 256)
-REPLY_BATCHES, REPLY_BATCH, REPLY_PROMPT, REPLY_LENGTH = 40, 96, 64, 256
+REPLY_BATCHES, REPLY_BATCH, REPLY_PROMPT, REPLY_LENGTH = 24, 96, 64, 256
 
 
 # ---------------------------------------------------------------------------------- corpus, tokenizer
@@ -268,9 +271,7 @@ def train_target(work: Path, streams: dict[str, torch.Tensor], phases: tuple[Pha
                 )
             if now - saved_at > STATE_EVERY_S:
                 elapsed = seconds + now - started
-                save_state(
-                    state_path, model, optimizers, phase=index, step=step + 1, curve=curve, seconds=elapsed
-                )
+                save_state(state_path, model, optimizers, phase=index, step=step + 1, curve=curve, seconds=elapsed)
                 saved_at = now
         seconds += time.monotonic() - started
         seen += phase.steps * phase.batch * phase.length
@@ -289,7 +290,7 @@ def load_trained(path: Path, layers: int) -> LlamaForCausalLM:
 
 
 # --------------------------------------------------------------------------------------- distillation
-def write_replies(work: Path, target: LlamaForCausalLM, stream: torch.Tensor, seed: int) -> torch.Tensor:
+def write_replies(work: Path, target: LlamaForCausalLM, stream: torch.Tensor, batches: int, seed: int) -> torch.Tensor:
     """[N, REPLY_LENGTH] int32: corpus prompts of REPLY_PROMPT tokens and the target's greedy continuation.
 
     Written by the runtime that will be used with the pair, many sequences at a time.
@@ -300,7 +301,7 @@ def write_replies(work: Path, target: LlamaForCausalLM, stream: torch.Tensor, se
     config = CheckpointConfig.from_dict(target.config.to_dict())
     writer = TorchLlama(config, target.state_dict(), dtype="bf16", max_seq_len=REPLY_LENGTH, batch=REPLY_BATCH)
     rows = []
-    for index in range(REPLY_BATCHES):
+    for index in range(batches):
         text = sample_batch(stream, REPLY_BATCH, REPLY_PROMPT - 1, seed, 101, index)
         last = writer.prefill(text).argmax(-1)
         columns = [text, last[:, None]]
@@ -309,7 +310,7 @@ def write_replies(work: Path, target: LlamaForCausalLM, stream: torch.Tensor, se
             columns.append(last[:, None])
         rows.append(torch.cat(columns, dim=1).int())
         if index % 4 == 3:
-            logger.info(f"replies: batch {index + 1}/{REPLY_BATCHES}")
+            logger.info(f"replies: batch {index + 1}/{batches}")
     replies = torch.cat(rows)
     save_file({"replies": replies}, path)
     return replies
@@ -340,13 +341,18 @@ def acceptance_by_position(draft: LlamaForCausalLM, replies: torch.Tensor, k: in
 
 
 def train_draft(
-    work: Path, streams: dict[str, torch.Tensor], replies: torch.Tensor, target: LlamaForCausalLM, phase: Phase, seed: int
+    work: Path,
+    streams: dict[str, torch.Tensor],
+    replies: torch.Tensor,
+    target: LlamaForCausalLM,
+    phase: Phase,
+    seed: int,
 ) -> dict:
     """Distils the draft; writes draft.safetensors. Returns what the model card reports."""
     done, state_path, result_path = work / "draft.safetensors", work / "draft.state", work / "draft.json"
     if done.exists():
         return json.loads(result_path.read_text())
-    held_out, replies = replies[:192], replies[192:]
+    held_out, replies = replies[: len(replies) // 12], replies[len(replies) // 12 :]
     state = torch.load(state_path, weights_only=True) if state_path.exists() else None
     draft = LlamaForCausalLM(model_config(phase.layers))
     draft.model.embed_tokens.load_state_dict(target.model.embed_tokens.state_dict())
@@ -382,8 +388,8 @@ def train_draft(
         if step % 50 == 49 or step + 1 == phase.steps:
             accepted = acceptance_by_position(draft, held_out, 4)
             logger.info(
-                f"draft, step {step + 1}/{phase.steps}: KL {from_text.item():.3f}, reply loss {from_replies.item():.3f}, "
-                f"agreement {accepted}, {seconds + now - started:.0f} s"
+                f"draft, step {step + 1}/{phase.steps}: KL {from_text.item():.3f}, "
+                f"reply loss {from_replies.item():.3f}, agreement {accepted}, {seconds + now - started:.0f} s"
             )
         if now - saved_at > STATE_EVERY_S:
             save_state(state_path, draft, optimizers, step=step + 1, seconds=seconds + now - started)
@@ -437,7 +443,11 @@ def export(work: Path, output: Path, tokenizer: Tokenizer, corpus: dict, results
         model.config.use_cache = True
         model.save_pretrained(folder)
         PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=2048, clean_up_tokenization_spaces=False
+            tokenizer_object=tokenizer,
+            bos_token=BOS,
+            eos_token=EOS,
+            model_max_length=2048,
+            clean_up_tokenization_spaces=False,
         ).save_pretrained(folder)
         result, extra = results[role], ""
         if role == "draft":
@@ -467,13 +477,15 @@ def scaled(phase: Phase, factor: float) -> Phase:
     return Phase(phase.layers, max(1, math.ceil(phase.steps * factor)), phase.batch, phase.length)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=Path("build/pair"), help="state and intermediate results")
     parser.add_argument("--output", type=Path, default=Path("models/checkpoints"), help="where the pair is written")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps-scale", type=float, default=1.0, help="scale all step counts (0.01: a quick check)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if not 0 < args.steps_scale <= 100:
+        raise UserError(f"--steps-scale {args.steps_scale} must be above 0 and at most 100")
     hf_logging.set_verbosity_error()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
@@ -485,11 +497,13 @@ def main() -> None:
     phases = tuple(scaled(p, args.steps_scale) for p in TARGET_PHASES)
     results = {"target": train_target(args.work_dir, streams, phases, args.seed)}
     target = load_trained(args.work_dir / "target.safetensors", phases[-1].layers)
-    replies = write_replies(args.work_dir, target, streams["train"], args.seed)
+    batches = math.ceil(REPLY_BATCHES * min(1.0, args.steps_scale))
+    replies = write_replies(args.work_dir, target, streams["train"], batches, args.seed)
     draft_phase = scaled(DRAFT_PHASE, args.steps_scale)
     results["draft"] = train_draft(args.work_dir, streams, replies, target, draft_phase, args.seed)
     export(args.work_dir, args.output, tokenizer, corpus, results, args.seed)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(command, interrupted="interrupted: the same command goes on where this stopped"))

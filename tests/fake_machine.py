@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +22,7 @@ case "$*" in
     *) exit 1 ;;
 esac
 """
-# Counts the calls of pip, which fails or dawdles where asked to, and prints the arguments of any script it is given.
+# Counts the calls of pip, which fails or hangs where asked to, and prints the arguments of any script it is given.
 VENV_PYTHON = """\
 #!/usr/bin/env bash
 root="$(dirname "$0")/../.."
@@ -29,7 +30,7 @@ case "$*" in
     *"-m pip "*)
         echo install >>"$root/pip-calls"
         if [ -e "$root/pip-fails" ]; then echo "ERROR: no space left on the fake device"; exit 1; fi
-        if [ -e "$root/pip-is-slow" ]; then sleep 2; fi
+        while [ -e "$root/pip-hangs" ]; do sleep 0.1; done
         ;;
     *"import ttnn"*) if [ -e "$root/ttnn-is-broken" ]; then echo "ImportError: libfake.so"; exit 1; fi ;;
     *"-c "*) ;;
@@ -91,7 +92,7 @@ class Machine:
 
     def run(self, *command, cwd=None, **env) -> subprocess.CompletedProcess:
         process = self.start(*command, cwd=cwd, **env)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=300)
         return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
     def choose(self, **env) -> subprocess.CompletedProcess:
@@ -101,6 +102,12 @@ class Machine:
 
     def demo(self, *args, **env) -> subprocess.CompletedProcess:
         return self.run(self.clone / "scripts/demo.sh", *args, **env)
+
+    def wait_for_pip(self):
+        deadline = time.monotonic() + 120
+        while not self.installs:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
     @property
     def installs(self) -> int:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -260,29 +259,29 @@ def test_failed_pip_shows_its_last_lines_and_the_log_and_the_next_run_recovers(m
 
 def test_ctrl_c_ends_the_install_in_one_line_with_130_and_the_next_run_recovers(machine):
     machine.python("python3.12", "3.12.1", ttnn="yes")
-    (machine.clone / "pip-is-slow").touch()
+    (machine.clone / "pip-hangs").touch()
     process = machine.start(machine.clone / "scripts/demo.sh")
-    deadline = time.monotonic() + 30
-    while not machine.installs and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert machine.installs == 1
+    machine.wait_for_pip()
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert (process.returncode, stdout) == (130, "")
     assert stderr.splitlines()[1:] == ["error: interrupted: the next run makes .venv anew"]
-    (machine.clone / "pip-is-slow").unlink()
+    (machine.clone / "pip-hangs").unlink()
     assert machine.demo().returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="without flock there is no lock")
 def test_two_scripts_at_once_install_once(machine):
     machine.python("python3.12", "3.12.1", ttnn="yes")
-    (machine.clone / "pip-is-slow").touch()
-    processes = [machine.start(machine.clone / "scripts/demo.sh") for _ in range(2)]
-    messages = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert machine.installs == 1
-    assert sorted("waiting for it" in message for message in messages) == [False, True]
+    (machine.clone / "pip-hangs").touch()
+    first = machine.start(machine.clone / "scripts/demo.sh")
+    machine.wait_for_pip()
+    second = machine.start(machine.clone / "scripts/demo.sh")
+    assert second.stderr.readline() == "another script is making .venv: waiting for it\n"
+    (machine.clone / "pip-hangs").unlink()
+    assert "ready after" in first.communicate(timeout=300)[1]
+    assert second.communicate(timeout=300)[1] == "python 3.12.1 (ttnn 0.81.1)\n"
+    assert (first.returncode, second.returncode, machine.installs) == (0, 0, 1)
 
 
 def test_callers_python_path_does_not_reach_the_environment(machine):

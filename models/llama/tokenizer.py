@@ -159,9 +159,7 @@ class StreamingDetokenizer:
 
     def flush(self) -> str:
         """The text still held back, with U+FFFD for an unfinished character; the next push starts a new stream."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+        return self._utf8.decode(b"", final=True)
 
     def _bytes(self, id: int) -> bytes:
         text = None if id in self._tokenizer._special else self._tokenizer.token_text(id)

@@ -79,7 +79,10 @@ def generate(
     stats.prompt_tokens = len(prompt)
     verifier = _Verifier(target, sampling or SamplingParams(), sequential=verification == "sequential")
     limit, limit_reason = (max_new_tokens, "length") if max_new_tokens <= room else (room, "context")
-    controller = FixedDraftLength(0) if drafter is None else controller or FixedDraftLength()
+    if drafter is None:
+        controller = FixedDraftLength(0)
+    elif controller is None:
+        controller = FixedDraftLength()
     return _decode(verifier, drafter, list(prompt), controller, limit, limit_reason, frozenset(stop_ids), stats)
 
 
@@ -105,11 +108,14 @@ def _decode(
         mark = clock()
 
         while not stats.finish_reason:
-            began = clock()
             wanted, remaining = controller.draft_length(), limit - stats.tokens
             k = min(wanted, remaining - 1, verifier.max_draft)
-            draft = drafter.propose(tokens, k) if k else _NO_DRAFT
-            drafted, draft_s = len(draft.tokens), clock() - began if k else 0.0
+            draft, draft_s = _NO_DRAFT, 0.0
+            if k:
+                began = clock()
+                draft = drafter.propose(tokens, k)
+                draft_s = clock() - began
+            drafted = len(draft.tokens)
             accepted, next_id, verify_s = verifier(tokens, draft)
 
             block = [*draft.tokens[:accepted], next_id]
@@ -182,15 +188,13 @@ class _Verifier:
 
     def _rows(self, block: list[int], position: int):
         """What the target says after each token of the block: ids[n] when greedy, else probabilities[n, V]."""
+        greedy = self._sampling.greedy
         began = time.perf_counter()
-        if self._sampling.greedy:
-            rows = self._target.greedy(block, position)
-            self._seconds += time.perf_counter() - began
-            return rows
-        logits = self._target.forward(block, position)
-        logits[-1, -1].item()  # waits for the device, whose time this is
+        rows = (self._target.greedy if greedy else self._target.forward)(block, position)
+        if not greedy:
+            rows[-1, -1].item()  # waits for the device, whose time this is
         self._seconds += time.perf_counter() - began
-        return self._distribution(logits)
+        return rows if greedy else self._distribution(rows)
 
     def _distribution(self, logits):
         return distribution(logits, self._sampling.temperature, self._sampling.top_k, self._sampling.top_p)

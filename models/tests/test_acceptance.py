@@ -146,6 +146,14 @@ def test_sample_inverts_the_cumulative_law(monkeypatch, probs):
             assert sample(probs, None) == token
 
 
+def test_sample_of_fp32_stays_inside_its_law(monkeypatch):
+    """In fp32 the largest u would round to the total and point past the last token."""
+    for seed in range(20):
+        probs = distribution(random_logits(seed, vocab=1000), 1.0, top_k=50)[0]
+        script(monkeypatch, 1 - 2**-53)
+        assert probs[sample(probs, None)] > 0
+
+
 def reference_distribution(logits: list[float], temperature: float, top_k: int, top_p: float) -> torch.Tensor:
     """The definition, one token at a time, in double precision."""
     weights = torch.softmax(torch.tensor(logits, dtype=torch.float64) / temperature, 0)

@@ -106,7 +106,11 @@ def test_a_transformers_4_file_reads_to_the_published_config(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_file_saved_by_transformers_5_reads_back(tmp_path, name):
     config = CONFIGS[name]
-    saved = transformers.LlamaConfig.from_dict(copy.deepcopy(TRANSFORMERS_4)) if name == "llama-3.2-1b" else hf_config(config)
+    saved = (
+        transformers.LlamaConfig.from_dict(copy.deepcopy(TRANSFORMERS_4))
+        if name == "llama-3.2-1b"
+        else hf_config(config)
+    )
     saved.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in written and "rope_theta" not in written  # it is the new style that is tested

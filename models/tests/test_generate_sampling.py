@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 
-from models.speculative import acceptance, generate as loop
+from models.speculative import acceptance
 from models.speculative.acceptance import distribution
 from models.speculative.controller import FixedDraftLength
 from models.speculative.drafters.model import ModelDrafter
@@ -136,7 +136,9 @@ def masks_after_the_residual(monkeypatch):
 def soft_law_of_a_deterministic_draft(monkeypatch):
     right = acceptance.accept_sampled
     uniform = torch.full((2, VOCAB), 1 / VOCAB)
-    monkeypatch.setattr(loop, "accept_sampled", lambda drafted, p, q, g: right(drafted, p, uniform, g))
+    monkeypatch.setattr(
+        "models.speculative.generate.accept_sampled", lambda drafted, p, q, g: right(drafted, p, uniform, g)
+    )
 
 
 def one_stream_for_both(monkeypatch):

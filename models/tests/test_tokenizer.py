@@ -320,8 +320,9 @@ def test_a_damaged_tokenizer_is_named(tmp_path, content):
 def test_a_tokenizer_larger_than_its_model_is_refused(directory, tmp_path):
     path = shutil.copytree(directory, tmp_path / "x")
     size = LlamaTokenizer.load(path).vocab_size
-    (path / "config.json").write_text(json.dumps(tiny_config(vocab_size=size).to_dict()))
-    assert LlamaTokenizer.load(path).vocab_size == size
+    for rows in (size, size + 10):  # a padded vocabulary is no mistake
+        (path / "config.json").write_text(json.dumps(tiny_config(vocab_size=rows).to_dict()))
+        assert LlamaTokenizer.load(path).vocab_size == size
     (path / "config.json").write_text(json.dumps(tiny_config(vocab_size=size - 1).to_dict()))
     with pytest.raises(UserError, match=f"has {size} tokens, but the model's vocab_size is {size - 1}"):
         LlamaTokenizer.load(path)

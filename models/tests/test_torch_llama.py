@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from models.errors import UserError
 from models.llama.config import RopeScaling
 from models.llama.linear import Int8Linear, PackedLinear, PlainLinear, packing_works

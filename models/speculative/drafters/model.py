@@ -28,7 +28,6 @@ class ModelDrafter:
         """Draft k tokens, or what the model's own context still has room for, after catching up with `tokens`."""
         k = min(k, self.model.max_seq_len - len(tokens) + 1)  # the last one drafted is not written
         if k < 1:
-            self._ahead = 0
             return Draft([])
         prefill_s = self._prefill(tokens) if self.cached == 0 else 0.0
         while len(tokens) - self.cached > self.model.max_rows:
