@@ -23,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from models.command_line import Parser, run_command  # noqa: E402
 from models.errors import UserError  # noqa: E402
 from models.llama.checkpoint import SHARD_BYTES, CheckpointWriter  # noqa: E402
 from models.llama.config import DTYPES, NAMED_SIZES, LlamaConfig, named_config  # noqa: E402
@@ -46,19 +47,16 @@ BLOCK = 2**24  # weights drawn at a time: the fp32 originals of one block are al
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
+    return run_command(lambda: command(arguments), interrupted="interrupted: nothing was written")
+
+
+def command(arguments: list[str] | None) -> int:
     args = parse(arguments)
-    try:
-        base = base_config(args)
-        tokenizer = find_tokenizer(args.tokenizer, args.vocab_size or base.vocab_size)
-        config = build_config(base, args, tokenizer)
-        check_space(args.output.expanduser(), config)
-        write(args.output, config, args.seed, tokenizer, int(args.shard_gb * 1e9))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    base = base_config(args)
+    tokenizer = find_tokenizer(args.tokenizer, args.vocab_size or base.vocab_size)
+    config = build_config(base, args, tokenizer)
+    check_space(args.output.expanduser(), config)
+    write(args.output, config, args.seed, tokenizer, int(args.shard_gb * 1e9))
     added = tokenizer.path if tokenizer else "none (run it on token ids)"
     print(f"{args.output}: {config.parameter_count:,} parameters in {config.dtype}, tokenizer: {added}")
     return 0
@@ -66,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line. Shape options that are left away come from --size or --config."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--size", default="llama-3.2-1b", help=f"{', '.join(NAMED_SIZES)} (or 1b, 3b, 8b); default: 1b")
     base.add_argument("--config", help="a config.json, or the directory that holds it, instead of a named size")

@@ -417,11 +417,12 @@ library_name: transformers
 
 | | |
 |---|---|
-| architecture | Llama, {layers} layer(s) x 256, 4 heads of 64, 2 KV heads, FFN 768, tied embeddings, bf16 |
+| architecture | Llama; layers: {layers}, width 256, 4 heads of 64, 2 KV heads, FFN 768, tied embeddings, bf16 |
 | parameters | {parameters:,} |
 | vocabulary | {vocab} byte-level BPE entries, the same file for both models of the pair |
 | data | {source}: {train_files} files, {train_mb:.1f} MB of text ({validation_files} files kept for validation) |
 | sha256 of the corpus | `{sha256}` |
+| training | {training} |
 | trained on | {tokens:,} tokens, {minutes:.0f} minutes on {threads} CPU threads (seed {seed}) |
 | validation loss | {loss:.3f} nats per token |
 {extra}
@@ -435,6 +436,14 @@ def export(work: Path, output: Path, tokenizer: Tokenizer, corpus: dict, results
     roles = {
         "target": "The target of the embedded pair: the model whose text is generated.",
         "draft": "The draft of the embedded pair: distilled from tiny-target, it proposes tokens for it to verify.",
+    }
+    growth = ", then ".join(
+        f"{p.steps} steps at {p.layers} layers ({p.batch} x {p.length} tokens)" for p in TARGET_PHASES
+    )
+    training = {
+        "target": f"{growth}; Muon and AdamW",
+        "draft": f"{DRAFT_PHASE.steps} steps from the target's embedding and first layer, on the target's soft labels "
+        f"for corpus text and on {REPLY_BATCHES * REPLY_BATCH} texts it wrote greedily itself",
     }
     for role, text in roles.items():
         layers = TARGET_PHASES[-1].layers if role == "target" else DRAFT_PHASE.layers
@@ -453,6 +462,7 @@ def export(work: Path, output: Path, tokenizer: Tokenizer, corpus: dict, results
         if role == "draft":
             rates = ", ".join(f"{x:.3f}" for x in result["acceptance_by_position"])
             extra = f"| greedy agreement with the target, by drafted position | {rates} (held-out prompts) |\n"
+        (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private
         (folder / "README.md").write_text(
             CARD.format(
                 name=f"tiny-{role}",
@@ -460,6 +470,7 @@ def export(work: Path, output: Path, tokenizer: Tokenizer, corpus: dict, results
                 layers=layers,
                 parameters=sum(p.numel() for p in model.parameters()),
                 vocab=VOCAB_SIZE,
+                training=training[role],
                 train_mb=corpus["train_characters"] / 1e6,
                 tokens=result["tokens"],
                 minutes=result["seconds"] / 60,

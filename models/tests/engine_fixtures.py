@@ -6,7 +6,14 @@ import torch
 
 from models.llama.config import LlamaConfig
 from models.llama.torch_llama import TorchLlama
+from models.speculative.controller import FixedDraftLength
+from models.speculative.drafters.model import ModelDrafter
+from models.speculative.generate import generate
+from models.speculative.sampling import SamplingParams
+from models.speculative.stats import GenerationStats
 from models.tests.llama_fixtures import random_tensors, tiny_config
+
+GREEDY = SamplingParams()
 
 
 def engine_config(vocab_size: int = 64, layers: int = 2, **overrides) -> LlamaConfig:
@@ -77,3 +84,15 @@ def build_pair(seed: int, noise: float | None, vocab_size: int = 64, **options) 
 
 def random_prompt(length: int, seed: int, vocab_size: int = 64) -> list[int]:
     return torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def plain(target, prompt, **options) -> list[int]:
+    return [token.id for token in generate(target, None, prompt, **options)]
+
+
+def speculate(target, draft, prompt, k=4, **options):
+    """(ids, origins, stats) of a speculative generation."""
+    stats = GenerationStats()
+    drafter = ModelDrafter(draft, options.get("sampling", GREEDY))
+    tokens = list(generate(target, drafter, prompt, controller=FixedDraftLength(k), stats=stats, **options))
+    return [token.id for token in tokens], [token.origin for token in tokens], stats

@@ -65,6 +65,9 @@ def test_merging_adds_counts_and_averages_the_first_token():
     assert both.mean_acceptance_length == pytest.approx(1 + 8 / 5)
     assert both.finish_reason == "stop"
     assert GenerationStats.merge([both, GenerationStats(tokens=1, finish_reason="length")]).finish_reason == ""
-    again = GenerationStats.merge([GenerationStats.merge([one]), GenerationStats.merge([other, unborn])])
-    assert (again.ttft_s, again.decode_tokens) == (pytest.approx(both.ttft_s), both.decode_tokens)
+    third = GenerationStats(tokens=1, ttft_s=0.9)
+    flat = GenerationStats.merge([one, other, third])
+    nested = GenerationStats.merge([GenerationStats.merge([one, other]), third])
+    assert nested.ttft_s == pytest.approx(flat.ttft_s) == pytest.approx(0.5)
+    assert nested.decode_tokens == flat.decode_tokens == 16
     assert len(one.rounds) == 6
