@@ -13,7 +13,7 @@ from models.llama.checkpoint import Checkpoint
 from models.llama.tokenizer import LlamaTokenizer, check_pair
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "def add(first, second):\n    return first + second\n\n\nclass Box:\n    def __init__(self):\n        self.n = 1\n"
+TEXT = "def add(first, second):\n    return first + second\n\n\nclass Box:\n    size = 1\n"
 
 
 @pytest.fixture(scope="module")
