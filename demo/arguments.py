@@ -19,6 +19,8 @@ PROMPTS = Path(__file__).resolve().parent / "prompts"
 MODES = ("compare", "speculative", "baseline")
 DTYPES = ("bf16", "fp32", "fp16")
 MAX_DRAFT_TOKENS = 31  # one verify forward holds 32 rows: the drafted tokens and one more
+# A padded decode of so many rows costs what one row does, within 5 % (bf16; scripts/forward_cost.py).
+FREE_ROWS = 12
 
 EPILOG = """\
 prompt files:
@@ -66,10 +68,11 @@ class Settings:
 
     @property
     def fixed_rows(self) -> int | None:
-        """Rows every target forward is padded to, so that a row's bits do not depend on how many rows are computed."""
-        if not self.row_invariant:
-            return None
-        return next(rows for rows in (8, 16, 32) if rows > self.num_draft_tokens)
+        """Rows every target forward is padded to, so that a row's bits do not depend on how many rows are computed.
+
+        Just enough for a verification.
+        """
+        return self.num_draft_tokens + 1 if self.row_invariant else None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -140,8 +143,9 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         "--row-invariant",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compute every target forward on one fixed number of rows, so that greedy text is the same bit for bit "
-        "with and without speculation (default: on, except in fp32, where it is slow and hardly ever matters)",
+        help="compute every target forward on K + 1 rows, so that greedy text is the same bit for bit with and without "
+        "speculation (default: on where that costs plain decoding nothing: K + 1 <= 12, and not in fp32, which hardly "
+        "ever needs it)",
     )
     group.add_argument(
         "--max-seq-len",
@@ -212,7 +216,7 @@ def parse_settings(
     if options.draft_dtype is None:
         values["draft_dtype"] = options.dtype
     if options.row_invariant is None:
-        values["row_invariant"] = options.dtype != "fp32"
+        values["row_invariant"] = options.dtype != "fp32" and options.num_draft_tokens < FREE_ROWS
     return Settings(**values)
 
 

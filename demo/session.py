@@ -96,8 +96,11 @@ class Session:
         self.tokenizer: LlamaTokenizer | None = target.tokenizer
         self.prompts = self._make_prompts(texts, target)
         self._check_lengths()
-        self.target = self._load("target", target, settings.dtype, settings.fixed_rows)
-        self.draft = self._load("draft", draft, settings.draft_dtype, None) if draft else None
+        verify_rows = settings.num_draft_tokens + 1
+        self.target = self._load(
+            "target", target, settings.dtype, fixed_rows=settings.fixed_rows, typical_rows=verify_rows
+        )
+        self.draft = self._load("draft", draft, settings.draft_dtype) if draft else None
         self.stop_ids = () if settings.random_prompts else target.checkpoint.config.eos_token_ids
 
     # -------------------------------------------------------------------------------------------------- loading
@@ -114,15 +117,13 @@ class Session:
             ) from error
         return draft
 
-    def _load(self, role: str, opened: OpenedModel, dtype: str, fixed_rows: int | None) -> LoadedModel:
+    def _load(self, role: str, opened: OpenedModel, dtype: str, **rows: int | None) -> LoadedModel:
         weights, kv = estimate_bytes(opened, dtype, self.max_seq_len)
         logger.info(
             f"loading {role} {describe_source(opened.source)}: {weights / 1e6:,.0f} MB of weights, {kv / 1e6:,.0f} MB "
             f"of KV cache for {self.max_seq_len} tokens ({dtype}, {self.settings.device})"
         )
-        return load_model(
-            opened, device=self.settings.device, dtype=dtype, max_seq_len=self.max_seq_len, fixed_rows=fixed_rows
-        )
+        return load_model(opened, device=self.settings.device, dtype=dtype, max_seq_len=self.max_seq_len, **rows)
 
     def _make_prompts(self, texts: list[str], target: OpenedModel) -> list[Prompt]:
         if self.settings.random_prompts:

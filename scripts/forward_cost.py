@@ -53,7 +53,7 @@ def hf_forwards(checkpoint, dtype: str, rows: Sequence[int], context: int) -> di
     def run(n: int) -> None:
         out = model(input_ids=torch.ones(1, n, dtype=torch.long), past_key_values=cache)
         out.logits[0].argmax(-1).tolist()
-        cache.crop(context)
+        cache.crop(-n)
 
     return {("HF", n): lambda n=n: run(n) for n in rows}
 

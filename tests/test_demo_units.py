@@ -44,14 +44,15 @@ def test_another_target_has_no_draft_unless_one_is_named():
     assert settings(environ={"HF_MODEL": "somewhere"}).draft is None
 
 
-@pytest.mark.parametrize(("k", "rows"), [(0, 8), (7, 8), (8, 16), (15, 16), (16, 32), (31, 32)])
-def test_fixed_rows_hold_the_drafted_tokens_and_one_more(k, rows):
+@pytest.mark.parametrize(("k", "rows"), [(0, 1), (4, 5), (11, 12), (12, None), (31, None)])
+def test_fixed_rows_are_the_drafted_tokens_and_one_more(k, rows):
     assert settings("--num-draft-tokens", str(k)).fixed_rows == rows
 
 
-def test_rows_are_fixed_except_in_fp32_unless_asked_for():
+def test_rows_are_fixed_where_that_is_free_or_asked_for():
     assert settings("--dtype", "fp32").fixed_rows is None
-    assert settings("--dtype", "fp32", "--row-invariant").fixed_rows == 8
+    assert settings("--dtype", "fp32", "--row-invariant").fixed_rows == 5
+    assert settings("--num-draft-tokens", "31", "--row-invariant").fixed_rows == 32
     assert settings("--no-row-invariant").fixed_rows is None
 
 

@@ -54,12 +54,14 @@ def load_model(
     dtype: str = "bf16",
     max_seq_len: int | None = None,
     fixed_rows: int | None = None,
+    typical_rows: int | None = None,
 ) -> LoadedModel:
     """Put a model's weights on ``device`` ("cpu", "cuda" or "tt").
 
     ``dtype`` is "bf16", "fp32", "fp16", or "int8" (8-bit matrices, the rest in fp32). ``max_seq_len`` is the context
-    to reserve in tokens (default: `default_context`); ``fixed_rows`` pads every forward to that many rows. Raises
-    UserError if the device is not there, or cannot hold the model.
+    to reserve in tokens (default: `default_context`); ``fixed_rows`` pads every forward to that many rows,
+    ``typical_rows`` says how many most forwards have (see `TorchLlama`). Raises UserError if the device is not there,
+    or cannot hold the model.
     """
     check_device(device)
     start = time.perf_counter()
@@ -71,6 +73,7 @@ def load_model(
             dtype="fp32" if dtype == "int8" else dtype,
             max_seq_len=max_seq_len,
             fixed_rows=fixed_rows,
+            typical_rows=typical_rows,
             quantize="int8" if dtype == "int8" else None,
         )
     except (MemoryError, RuntimeError) as error:  # torch has no exception of its own for a host without memory

@@ -64,6 +64,8 @@ class TorchLlama:
         max_seq_len: positions the KV cache holds (<= config.max_position_embeddings).
         batch: sequences decoded side by side.
         fixed_rows: pad every decode and verification to this many rows (row-invariant, see above); None: no padding.
+        typical_rows: rows that most forwards have, for which weights are laid out (default: fixed_rows, else 1). A
+            hint: it changes speed, and results only in their last bits.
         quantize: "int8" for dynamic int8 weights (drafts on CPU; activations are then fp32), or None.
 
     Raises:
@@ -82,6 +84,7 @@ class TorchLlama:
         max_seq_len: int = 2048,
         batch: int = 1,
         fixed_rows: int | None = None,
+        typical_rows: int | None = None,
         quantize: str | None = None,
     ):
         if dtype not in DTYPES:
@@ -104,6 +107,7 @@ class TorchLlama:
         self.batch = batch
         self.fixed_rows = fixed_rows
         self.max_rows = fixed_rows or MAX_ROWS
+        self.typical_rows = typical_rows or fixed_rows or 1
         self.dtype = torch.float32 if quantize else DTYPES[dtype]
         self._load(tensors, quantize)
 
@@ -121,11 +125,16 @@ class TorchLlama:
         def take(name: str) -> torch.Tensor:
             return tensors[name].to(device=self.device, dtype=self.dtype)
 
+        def layout_rows(weight: torch.Tensor) -> int:
+            # For one row, large weights are 1.3x faster in their own layout, small ones 1.1x to 1.3x slower.
+            rows = self.typical_rows * self.batch
+            return rows if rows > 1 or weight.numel() >= 2**21 else 8
+
         def linear(weight: torch.Tensor):
             if quantize:
                 made = Int8Linear(weight)
             else:
-                made = PackedLinear(weight, (self.fixed_rows or 1) * self.batch) if packed else PlainLinear(weight)
+                made = PackedLinear(weight, layout_rows(weight)) if packed else PlainLinear(weight)
             self.linears.append(made)
             return made
 
