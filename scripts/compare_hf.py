@@ -86,6 +86,7 @@ def hf_runners(session) -> dict[str, Generate]:
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=list(session.stop_ids) or None,
             pad_token_id=0,
+            use_cache=True,
         )
         return out[0, len(ids) :].tolist()
 

@@ -449,7 +449,7 @@ def export(work: Path, output: Path, tokenizer: Tokenizer, corpus: dict, results
         layers = TARGET_PHASES[-1].layers if role == "target" else DRAFT_PHASE.layers
         folder = output / f"tiny-{role}"
         model = load_trained(work / f"{role}.safetensors", layers).to(torch.bfloat16)
-        model.config.use_cache = True
+        model.config.use_cache = model.generation_config.use_cache = True
         model.save_pretrained(folder)
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
