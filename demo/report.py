@@ -41,7 +41,7 @@ def build_results(session: Session, interrupted: bool, total_s: float) -> Result
         "interrupted": interrupted,
         "total_s": total_s,
         "memory": _memory(session),
-        "settings": _settings(session),
+        "settings": describe_settings(session),
         "versions": versions(),
         "machine": machine(settings.device),
         "command": sys.argv,
@@ -165,7 +165,7 @@ def _memory(session: Session) -> Results:
     }
 
 
-def _settings(session: Session) -> Results:
+def describe_settings(session: Session) -> Results:
     settings = session.settings
     values = dataclasses.asdict(settings)
     del values["quiet"], values["no_color"], values["json"]

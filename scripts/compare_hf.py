@@ -130,6 +130,7 @@ def compare(settings: Settings, repeats: int) -> dict:
     import torch
 
     from demo.environment import machine, versions
+    from demo.report import describe_settings
     from demo.session import Session
 
     session = Session(settings, read_prompts(settings))
@@ -149,7 +150,7 @@ def compare(settings: Settings, repeats: int) -> dict:
         },
         "prompts": len(session.prompts),
         "repeats": repeats,
-        "settings": vars(settings),
+        "settings": describe_settings(session),
         "versions": versions(),
         "machine": machine(settings.device),
     }
