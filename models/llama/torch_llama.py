@@ -1,7 +1,6 @@
 """Llama in torch: the reference for the TT-NN model's numbers, and the runtime on CPU and CUDA.
 
-Shape letters: B sequences, n rows (positions) of each, R rows after padding, S cache length, L cache rows read,
-H hidden size, Q query heads, G KV heads, D head_dim, V vocabulary.
+Shape letters as in `models.llama`, and R: rows of a sequence after padding.
 
 Row-invariant arithmetic
     In bf16 (and in the last bits of fp32) the result of a row depends on how many rows are computed with it, because
@@ -36,7 +35,7 @@ Tokens = Sequence[int] | torch.Tensor
 
 
 class _Layer:
-    """Weights of one decoder layer. qkv: H -> (Q + 2G) D; gate_up: H -> 2 intermediate."""
+    """Weights of one decoder layer. qkv: H -> (Q + 2 KV) D; gate_up: H -> 2 intermediate."""
 
     __slots__ = ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down", "kv")
 
@@ -50,7 +49,7 @@ class _Layer:
         self.mlp_norm = take(prefix + "post_attention_layernorm.weight")
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj")
         self.down = fused("mlp.down_proj")
-        self.kv = kv  # [B, S, 2 G D]: the keys of a position, then its values
+        self.kv = kv  # [B, S, 2 KV D]: the keys of a position, then its values
 
 
 class TorchLlama:
@@ -178,7 +177,8 @@ class TorchLlama:
         """Bytes of the weights held in memory; a memory-mapped embedding table is the file's, not counted."""
         held = sum(linear.bytes for linear in self.linears)
         norms = self.norm.nbytes * (2 * len(self.layers) + 1)
-        return held + norms
+        table_of_its_own = self.device.type != "cpu" and not self.config.tie_word_embeddings
+        return held + norms + (self.embedding.nbytes if table_of_its_own else 0)
 
     @property
     def kv_cache_bytes(self) -> int:
