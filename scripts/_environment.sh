@@ -47,6 +47,9 @@ else:
         state = "no-venv"
 version = "%d.%d.%d" % sys.version_info[:3]
 executable = getattr(sys, "_base_executable", "") or sys.executable
+base = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
+if sys.prefix != sys.base_prefix and os.path.exists(base):  # Python 3.10 names the environment, not what it was made with
+    executable = base
 print("|".join([state, version, "yes" if ttnn else "no", sys.base_prefix, executable]))
 '
 
