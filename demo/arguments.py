@@ -10,6 +10,7 @@ from pathlib import Path
 
 from models.command_line import Parser
 from models.errors import UserError
+from models.speculative.controller import MAX_DRAFT_LENGTH
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED_TARGET = ROOT / "models" / "checkpoints" / "tiny-target"
@@ -18,9 +19,8 @@ PROMPTS = Path(__file__).resolve().parent / "prompts"
 
 MODES = ("compare", "speculative", "baseline")
 DTYPES = ("bf16", "fp32", "fp16")
-MAX_DRAFT_TOKENS = 31  # one verify forward holds 32 rows: the drafted tokens and one more
-# A padded decode of so many rows costs what one row does, within 5 % (bf16; scripts/forward_cost.py).
-FREE_ROWS = 12
+# A padded decode of so many rows costs what one row does, within 5 % (bf16; scripts/forward_cost.py: 12 rows 1.12x).
+FREE_ROWS = 7
 
 EPILOG = """\
 prompt files:
@@ -144,7 +144,7 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         action=argparse.BooleanOptionalAction,
         default=None,
         help="compute every target forward on K + 1 rows, so that greedy text is the same bit for bit with and without "
-        "speculation (default: on where that costs plain decoding nothing: K + 1 <= 12, and not in fp32, which hardly "
+        "speculation (default: on where that costs plain decoding nothing: K + 1 <= 7, and not in fp32, which hardly "
         "ever needs it)",
     )
     group.add_argument(
@@ -171,10 +171,10 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     group.add_argument("--max-new-tokens", type=_integer(1), default=30, metavar="N", help="(default: %(default)s)")
     group.add_argument(
         "--num-draft-tokens",
-        type=_integer(0, MAX_DRAFT_TOKENS),
+        type=_integer(0, MAX_DRAFT_LENGTH),
         default=4,
         metavar="K",
-        help=f"tokens drafted per round, 0 to {MAX_DRAFT_TOKENS} (default: %(default)s)",
+        help=f"tokens drafted per round, 0 to {MAX_DRAFT_LENGTH} (default: %(default)s)",
     )
     group.add_argument(
         "--verification",

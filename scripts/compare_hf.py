@@ -62,6 +62,7 @@ def hf_runners(session) -> dict[str, Generate]:
     from models.llama.torch_llama import DTYPES
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     settings = session.settings
 
     def load(opened):

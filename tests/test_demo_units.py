@@ -44,7 +44,7 @@ def test_another_target_has_no_draft_unless_one_is_named():
     assert settings(environ={"HF_MODEL": "somewhere"}).draft is None
 
 
-@pytest.mark.parametrize(("k", "rows"), [(0, 1), (4, 5), (11, 12), (12, None), (31, None)])
+@pytest.mark.parametrize(("k", "rows"), [(0, 1), (4, 5), (6, 7), (7, None), (31, None)])
 def test_fixed_rows_are_the_drafted_tokens_and_one_more(k, rows):
     assert settings("--num-draft-tokens", str(k)).fixed_rows == rows
 

@@ -7,6 +7,8 @@ tokenizer and checks the files, `load_model` puts the weights on the device.
 import time
 from dataclasses import dataclass
 
+import torch
+
 from models.errors import UserError
 from models.llama.checkpoint import Checkpoint
 from models.llama.device import check_device
@@ -76,13 +78,15 @@ def load_model(
             typical_rows=typical_rows,
             quantize="int8" if dtype == "int8" else None,
         )
-    except (MemoryError, RuntimeError) as error:  # torch has no exception of its own for a host without memory
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # torch has an exception of its own for a full GPU, none for a full host
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if not full:
             raise
         gigabytes = sum(estimate_bytes(opened, dtype, max_seq_len)) / 1e9
         raise UserError(
             f"{opened.source} needs {gigabytes:.1f} GB in {dtype} with a context of {max_seq_len} tokens, more than "
-            "this machine has free: lower --max-seq-len or choose a smaller model"
+            f"{device} has free: lower --max-seq-len or choose a smaller model"
         ) from error
     return LoadedModel(opened, model, dtype, opened.seconds + time.perf_counter() - start)
 

@@ -68,10 +68,8 @@ class TorchLlama:
         quantize: "int8" for dynamic int8 weights (drafts on CPU; activations are then fp32), or None.
 
     Raises:
-        UserError: unknown dtype or quantisation, a context the model or the device cannot hold.
+        UserError: unknown dtype or quantisation, a context longer than the model's.
     """
-
-    max_rows: int
 
     def __init__(
         self,
@@ -139,31 +137,23 @@ class TorchLlama:
 
         rows = self.fixed_rows or MAX_ROWS
         length = -(-(self.max_seq_len + rows) // KV_BLOCK) * KV_BLOCK
-        try:
-            shape = (config.num_hidden_layers, self.batch, length, 2 * config.num_key_value_heads * config.head_dim)
-            self.kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            # On the CPU the table stays as stored (a memory-mapped file costs no memory of its own): it is only ever
-            # read a few rows at a time, and a tied lm_head has its own packed copy.
-            embedding = tensors["model.embed_tokens.weight"]
-            self.embedding = embedding if on_cpu else embedding.to(device=self.device, dtype=self.dtype)
-            self.layers = [
-                _Layer(take, linear, f"model.layers.{i}.", self.kv[i]) for i in range(config.num_hidden_layers)
-            ]
-            self.norm = take("model.norm.weight")
-            tied = config.tie_word_embeddings
-            head = self.embedding.to(self.dtype) if tied else take("lm_head.weight")
-            self.lm_head = linear(head)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{self.device} has too little memory for this model and a context of {self.max_seq_len} tokens: "
-                "lower --max-seq-len or choose a smaller model"
-            ) from error
+        shape = (config.num_hidden_layers, self.batch, length, 2 * config.num_key_value_heads * config.head_dim)
+        self.kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # On the CPU the table stays as stored (a memory-mapped file costs no memory of its own): it is only ever
+        # read a few rows at a time, and a tied lm_head has its own packed copy.
+        embedding = tensors["model.embed_tokens.weight"]
+        self.embedding = embedding if on_cpu else embedding.to(device=self.device, dtype=self.dtype)
+        self.layers = [_Layer(take, linear, f"model.layers.{i}.", self.kv[i]) for i in range(config.num_hidden_layers)]
+        self.norm = take("model.norm.weight")
+        tied = config.tie_word_embeddings
+        head = self.embedding.to(self.dtype) if tied else take("lm_head.weight")
+        self.lm_head = linear(head)
         cos, sin = rope_tables(config, length)
         self.cos = cos.to(device=self.device, dtype=self.dtype)[:, None]  # [S, 1, D]
         self.sin = sin.to(device=self.device, dtype=self.dtype)[:, None]
         # Attention may take the query heads of a group as rows of their KV head, which is then read (on CPU also
-        # repacked) once for all of them: bit for bit the same, 1.3x cheaper at 24 heads on 8, 4x in a batch of 96. Two
-        # heads a group are cheaper left apart.
+        # repacked) once for all of them: equal but for the last bit, 1.3x cheaper at 24 heads on 8, 4x in a batch of
+        # 96. Two heads a group are cheaper left apart.
         group = config.num_attention_heads // config.num_key_value_heads
         self.fold = group if group > 2 or self.batch > 1 else 1
         # Row i of a forward at position p may see columns 0..p+i. One band, shifted by p, holds every such mask.

@@ -32,9 +32,8 @@ class GenerationStats:
     draft_prefill_s: float = 0.0  # the drafter's reading of the prompt, a part of decode_s
     decode_s: float = 0.0  # from the first token to the last, less the time the consumer held a token
     rounds: list[Round] = field(default_factory=list)
-    finish_reason: str = (
-        ""  # "stop" | "length" | "context" | "interrupted"; "" while running or when merged ones differ
-    )
+    # "stop", "length", "context" or "interrupted"; "" while running, or where merged ones differ
+    finish_reason: str = ""
     generations: int = 1
 
     @property
