@@ -1,0 +1,108 @@
+"""Grouped-query attention over a flat cache, for one sequence.
+
+Decode and verify treat the R positions as rows of a batch that shares one cache: `paged_*update_cache` writes them in
+turn (share_cache), and paged attention reads the flat cache [1, KV, S, D] as one block of S positions through a page
+table of R equal rows, each row up to its own position. Unpaged attention with share_cache returns one row only in
+ttnn 0.81.1 (tt-metal PR 50149).
+"""
+
+import numpy
+import ttnn
+
+from models.llama.ttnn_llama.collectives import Line, OneChip
+from models.llama.ttnn_llama.kv_cache import LayerCache
+from models.llama.ttnn_llama.layout import KV_BLOCK, Layout, compute_config
+from models.llama.ttnn_llama.linear import Linear
+from models.llama.ttnn_llama.rows import RowInputs, RowPlan
+
+
+class Attention:
+    """q|k|v projection, rope, cache, attention and output projection of one layer.
+
+    Args:
+        wqkv: [1, 1, H, (Q + 2 KV) D] per chip, q and k columns permuted for interleaved rope.
+        wo: [1, 1, Q D, H] per chip: its products are summed over the chips.
+        cache: of this layer.
+    """
+
+    def __init__(
+        self, wqkv: ttnn.Tensor, wo: ttnn.Tensor, cache: LayerCache, layout: Layout, collectives: OneChip | Line
+    ):
+        options = {"weight_format": layout.precision.attention, "fidelity": layout.precision.fidelity}
+        self.wqkv = Linear(wqkv, layout, in_cores=layout.residual_cores, output=layout.qkv, **options)
+        self.wo = Linear(wo, layout, in_cores=layout.heads, output=layout.residual, **options)
+        self.cache = cache
+        self.collectives = collectives
+        self.heads, self.kv_heads = layout.heads, layout.kv_heads
+        # Chunked attention takes no double: the scale has to be a number that float32 holds.
+        self.scale = float(numpy.float32(layout.head_dim**-0.5))
+        self.decode_program = layout.attention_program(q_chunk=32)
+        self.prefill_program = layout.attention_program(q_chunk=KV_BLOCK)
+        self.compute = compute_config(layout.mesh_device, "HiFi2")
+
+    def decode_forward(
+        self, x: ttnn.Tensor, tables: list[ttnn.Tensor], inputs: RowInputs, plan: RowPlan
+    ) -> ttnn.Tensor:
+        """Normed hidden states [1, 1, R, H] -> [1, 1, R, H], both sharded as the residual stream.
+
+        Writes keys and values of the R rows at inputs.positions. tables: cos and sin of the rows.
+        """
+        qkv = self.wqkv.decode_forward(x)
+        q_1RQD, k_1RKD, v_1RKD = ttnn.experimental.nlp_create_qkv_heads_decode(
+            qkv,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            overlap_qk_coregrid=plan.overlap_heads,
+            memory_config=ttnn.L1_HEIGHT_SHARDED_MEMORY_CONFIG,
+        )
+        ttnn.deallocate(qkv)
+        q_1RQD, k_1RKD = plan.rotate(q_1RQD, k_1RKD, tables)
+        plan.store(self.cache, k_1RKD, v_1RKD, inputs)
+        attended_1RQD = ttnn.transformer.paged_scaled_dot_product_attention_decode(
+            q_1RQD,
+            self.cache.keys,
+            self.cache.values,
+            plan.page_table,
+            cur_pos_tensor=inputs.positions,
+            scale=self.scale,
+            program_config=self.decode_program,
+            compute_kernel_config=self.compute,
+            memory_config=ttnn.L1_MEMORY_CONFIG,
+        )
+        attended_1RQD = ttnn.interleaved_to_sharded(attended_1RQD, plan.attended)
+        joined = ttnn.experimental.nlp_concat_heads_decode(attended_1RQD, num_heads=self.heads)  # [1, 1, 32, Q D]
+        output = self.collectives.sum_rows(self.wo.decode_forward(joined))
+        # Heads are concatenated for a whole tile of 32 rows: the first R of them, as a view.
+        hidden = output.shape[-1]
+        return ttnn.reshape(output, (1, 1, plan.rows, hidden), (1, 1, 32, hidden))
+
+    def prefill_forward(self, x: ttnn.Tensor, tables: list[ttnn.Tensor], rotation: ttnn.Tensor, start: int):
+        """Normed hidden states [1, 1, m, H] of positions start..start+m-1 -> [1, 1, m, H], in DRAM.
+
+        start and m are multiples of 128; the cache holds all positions before start. rotation: the 32 x 32 tile.
+        """
+        qkv = self.wqkv.prefill_forward(x)
+        q, k, v = ttnn.experimental.nlp_create_qkv_heads(
+            qkv,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            transpose_k_heads=False,
+            memory_config=ttnn.DRAM_MEMORY_CONFIG,
+        )  # [1, Q, m, D], [1, KV, m, D] twice
+        ttnn.deallocate(qkv)
+        q, k = (ttnn.experimental.rotary_embedding_llama(heads, *tables, rotation) for heads in (q, k))
+        self.cache.fill(ttnn.typecast(k, self.cache.dtype), ttnn.typecast(v, self.cache.dtype), start)
+        attended = ttnn.transformer.chunked_scaled_dot_product_attention(
+            q,
+            self.cache.keys,
+            self.cache.values,
+            self.cache.page_table,
+            start,
+            scale=self.scale,
+            program_config=self.prefill_program,
+            compute_kernel_config=self.compute,
+        )
+        for heads in (q, k, v):
+            ttnn.deallocate(heads)
+        joined = ttnn.experimental.nlp_concat_heads(attended)  # [1, 1, m, Q D]
+        return self.collectives.sum_prefill(self.wo.prefill_forward(joined))
