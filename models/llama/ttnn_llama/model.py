@@ -132,7 +132,7 @@ class TtnnLlama:
         logits = self.head.logits(ttnn.interleaved_to_sharded(rows, self.layout.residual))  # [1, 1, 32, V]
         row = last - tile
         logits = ttnn.slice(logits, [0, 0, row, 0], [1, 1, row + 1, self.vocab_size])
-        return self._to_host(logits).view(-1).float()
+        return self._logits_of(logits).view(-1)
 
     def _prefill_chunk(self, tokens: Sequence[int], start: int) -> ttnn.Tensor:
         """Hidden states [1, 1, m, H] of tokens at positions start.., padded to m."""
@@ -158,11 +158,11 @@ class TtnnLlama:
     # ------------------------------------------------------------------------------------------ decode, verify
     def forward(self, tokens: Sequence[int], position: int) -> torch.Tensor:
         """Logits [n, V] fp32 of tokens [n <= 32] at position..: n = 1 is decoding, n = K + 1 verification."""
-        return self._to_host(self._run("logits", tokens, position)).view(-1, self.vocab_size)[: len(tokens)].float()
+        return self._logits_of(self._run("logits", tokens, position))[: len(tokens)]
 
     def greedy(self, tokens: Sequence[int], position: int) -> list[int]:
         """The argmax ids [n] of `forward`; only ids leave the device."""
-        return self._to_host(self._run("ids", tokens, position)).view(-1)[: len(tokens)].tolist()
+        return self.read(self._run("ids", tokens, position))[: len(tokens)]
 
     def draft_greedy(self, tokens: Sequence[int], position: int, k: int) -> list[int]:
         """k chained greedy ids after tokens [m]: argmax feeds the next embedding, the host reads all ids at once."""
@@ -173,10 +173,11 @@ class TtnnLlama:
         first, step = self._inputs[key]
         first.fill(tokens, position)
         step.place(position + m)
-        return self._to_host(self.runner.run(key)).view(-1).tolist()
+        return self.read(self.runner.run(key))
 
     def prepare(self, what: str, n: int) -> tuple:
         """Register the program that gives "logits" or "ids" of up to n rows; returns its key."""
+        self._check_rows(n)
         rows = padded_rows(n)
         key = (id(self), what, rows)
         if key not in self.runner:
@@ -190,6 +191,7 @@ class TtnnLlama:
 
     def prepare_chain(self, m: int, k: int) -> tuple:
         """Register the program that drafts k ids after m tokens; returns its key."""
+        self._check_rows(m)
         key = (id(self), "chain", m, k)
         if key not in self.runner:
             first, step = self.new_inputs(padded_rows(m)), self.new_inputs(1)
@@ -227,6 +229,11 @@ class TtnnLlama:
             drafted.append(self.head.argmax(self.decode(step, self.plan(1), drafted[-1])))
         return drafted
 
+    @staticmethod
+    def read(ids: ttnn.Tensor) -> list[int]:
+        """Ids that are the same on all chips, on the host: waits for the device."""
+        return ttnn.to_torch(ttnn.get_device_tensors(ids)[0]).view(-1).tolist()
+
     # ---------------------------------------------------------------------------------------------- internals
     def _run(self, what: str, tokens: Sequence[int], position: int) -> ttnn.Tensor:
         self._check(len(tokens), position)
@@ -234,9 +241,9 @@ class TtnnLlama:
         self._inputs[key].fill(tokens, position)
         return self.runner.run(key)
 
-    def _to_host(self, tensor: ttnn.Tensor) -> torch.Tensor:
-        """A tensor that is the same on all chips: read from the first one."""
-        return ttnn.to_torch(ttnn.get_device_tensors(tensor)[0])
+    def _logits_of(self, logits: ttnn.Tensor) -> torch.Tensor:
+        """[rows, V] fp32 of logits that are the same on all chips."""
+        return ttnn.to_torch(ttnn.get_device_tensors(logits)[0]).view(-1, self.vocab_size).float()
 
     def _check(self, n: int, position: int) -> None:
         if n < 1 or position < 0 or position + n > self.max_seq_len:
@@ -244,6 +251,11 @@ class TtnnLlama:
                 f"{n} tokens at position {position} do not fit the context of {self.max_seq_len}: "
                 "shorten the prompt or raise --max-seq-len"
             )
+
+    @staticmethod
+    def _check_rows(n: int) -> None:
+        if n > MAX_ROWS:
+            raise UserError(f"{n} rows exceed the {MAX_ROWS} of a tile: draft at most {MAX_ROWS - 1} tokens")
 
 
 def _below(prefix: str, weights: dict[str, ttnn.Tensor]) -> dict[str, ttnn.Tensor]:
