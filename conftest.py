@@ -7,9 +7,28 @@ import numpy
 import pytest
 import torch
 
+from models.ttnn_mock import cluster
+
+BOARD = os.environ.get("MESH_DEVICE")  # tt-metal's way to say which board a test runs on
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never waits for a network
 for name in ("HF_MODEL", "MESH_DEVICE"):  # the demos honour these, the tests choose their own models and devices
     os.environ.pop(name, None)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--board",
+        choices=list(cluster.BOARDS),
+        default=BOARD if BOARD in cluster.BOARDS else "N150",
+        help="Tenstorrent board of the ttnn tests (default: MESH_DEVICE, else N150)",
+    )
+
+
+def pytest_report_header(config):
+    if not cluster.is_installed():
+        return "board: none, ttnn is not installed"
+    where = "silicon" if cluster.has_silicon() else "mock, numbers from golden functions"
+    return f"board: {config.getoption('--board')} ({where})"
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from models.command_line import Parser
 from models.errors import UserError
+from models.llama.ttnn_llama.memory import PLACEMENTS
+from models.llama.ttnn_llama.precision import PRECISIONS
 from models.speculative.controller import MAX_DRAFT_LENGTH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,7 @@ PROMPTS = Path(__file__).resolve().parent / "prompts"
 
 MODES = ("compare", "speculative", "baseline")
 DTYPES = ("bf16", "fp32", "fp16")
+PRECISION = "performance"  # as tt_transformers' demo
 # A padded decode of so many rows costs what one row does, within 5 % (bf16; scripts/forward_cost.py: 12 rows 1.12x).
 FREE_ROWS = 7
 
@@ -50,6 +53,11 @@ class Settings:
     num_draft_tokens: int
     verification: str
     row_invariant: bool
+    precision: str
+    draft_precision: str
+    draft_placement: str
+    trace: bool
+    weight_cache: bool
     max_seq_len: int | None
     prompts: str | None
     prompt: list[str] | None
@@ -70,9 +78,9 @@ class Settings:
     def fixed_rows(self) -> int | None:
         """Rows every target forward is padded to, so that a row's bits do not depend on how many rows are computed.
 
-        Just enough for a verification.
+        Just enough for a verification. On a board nothing has to be padded: a tile has 32 rows anyway.
         """
-        return self.num_draft_tokens + 1 if self.row_invariant else None
+        return self.num_draft_tokens + 1 if self.row_invariant and self.device != "tt" else None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -132,7 +140,9 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         help="the same for the draft model (default: the embedded tiny-draft)",
     )
     group.add_argument("--device", choices=("cpu", "cuda", "tt"), default="cpu", help="(default: %(default)s)")
-    group.add_argument("--dtype", choices=DTYPES, default="bf16", help="numbers of the models (default: %(default)s)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default=None, help="numbers of the models on cpu and cuda (default: bf16)"
+    )
     group.add_argument(
         "--draft-dtype",
         choices=(*DTYPES, "int8"),
@@ -154,6 +164,39 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         help="context to reserve, in tokens (default: the models' own, at most 2048)",
     )
     group.add_argument("--threads", type=_integer(1), metavar="N", help="CPU threads of torch (default: torch's own)")
+
+    group = parser.add_argument_group("Tenstorrent boards (--device tt)")
+    group.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default=None,
+        help=f"formats of weights and KV cache of the target (default: {PRECISION})",
+    )
+    group.add_argument(
+        "--draft-precision",
+        choices=tuple(PRECISIONS),
+        default=None,
+        help="the same for the draft; a lower one can only lower acceptance, never change the text "
+        "(default: --precision)",
+    )
+    group.add_argument(
+        "--draft-placement",
+        choices=PLACEMENTS,
+        default=None,
+        help=f"draft on all chips beside the target, or on a chip of its own (default: {PLACEMENTS[0]})",
+    )
+    group.add_argument(
+        "--trace",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="replay captured programs instead of dispatching op by op (default: on)",
+    )
+    group.add_argument(
+        "--weight-cache",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep converted weights on disk for the next run, in TT_CACHE_PATH or ~/.cache (default: on)",
+    )
 
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompts", metavar="FILE", help="file of prompts, see below (default: demo/prompts/)")
@@ -213,11 +256,28 @@ def parse_settings(
     if options.target is None:
         values["target"] = str(EMBEDDED_TARGET)
         values["draft"] = options.draft or str(EMBEDDED_DRAFT)
-    if options.draft_dtype is None:
-        values["draft_dtype"] = options.dtype
+    _check_device_flags(options)
+    for name, default in (("dtype", "bf16"), ("precision", PRECISION), ("draft_placement", PLACEMENTS[0])):
+        values[name] = values[name] or default
+    for name in ("dtype", "precision"):
+        values[f"draft_{name}"] = values[f"draft_{name}"] or values[name]
+    for name in ("trace", "weight_cache"):
+        values[name] = values[name] is not False
     if options.row_invariant is None:
-        values["row_invariant"] = options.dtype != "fp32" and options.num_draft_tokens < FREE_ROWS
+        values["row_invariant"] = values["dtype"] != "fp32" and options.num_draft_tokens < FREE_ROWS
     return Settings(**values)
+
+
+def _check_device_flags(options: argparse.Namespace) -> None:
+    """UserError for a flag that has no meaning on the device."""
+    torch_flags = ("dtype", "draft_dtype", "row_invariant", "threads")
+    board_flags = ("precision", "draft_precision", "draft_placement", "trace", "weight_cache")
+    on_board = options.device == "tt"
+    given = [name for name in (torch_flags if on_board else board_flags) if getattr(options, name) is not None]
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        remedy = "use --precision or leave it out" if on_board else "add --device tt or leave it out"
+        raise UserError(f"{flag} has no meaning with --device {options.device}: {remedy}")
 
 
 def read_prompts(settings: Settings) -> list[str]:

@@ -9,9 +9,14 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
 
 from demo.arguments import Settings, parse_settings, read_prompts
 from models.command_line import BROKEN_PIPE, INTERRUPTED, discard_stdout, run_command
+
+if TYPE_CHECKING:
+    from demo.session import Session
 
 
 def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:
@@ -33,8 +38,6 @@ def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
     # Only now the slow imports: a mistake above is answered at once.
     from loguru import logger
 
-    from demo.display import make_display
-    from demo.report import build_results
     from demo.session import Session
 
     logger.remove()
@@ -42,7 +45,15 @@ def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
 
-    session = Session(settings, prompts)
+    with closing(Session(settings, prompts)) as session:
+        return _run(session, start)
+
+
+def _run(session: "Session", start: float) -> int:
+    from demo.display import make_display
+    from demo.report import build_results
+
+    settings = session.settings
     # What exists now stays: keep the garbage collector from walking through it in the middle of a measurement.
     gc.collect()
     gc.freeze()

@@ -4,12 +4,13 @@ import random
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from loguru import logger
 
 from demo.arguments import EMBEDDED_DRAFT, Settings, describe_source
+from demo.progress import loading_bar
 from models.errors import UserError
 from models.llama.loading import (
     LoadedModel,
@@ -22,10 +23,15 @@ from models.llama.loading import (
 )
 from models.llama.tokenizer import LlamaTokenizer
 from models.speculative.controller import FixedDraftLength
+from models.speculative.drafters import Drafter
+from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import Token, generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
+
+if TYPE_CHECKING:
+    from models.llama.ttnn_llama.pair import BoardModels
 
 
 @dataclass
@@ -96,11 +102,16 @@ class Session:
         self.tokenizer: LlamaTokenizer | None = target.tokenizer
         self.prompts = self._make_prompts(texts, target)
         self._check_lengths()
-        verify_rows = settings.num_draft_tokens + 1
-        self.target = self._load(
-            "target", target, settings.dtype, fixed_rows=settings.fixed_rows, typical_rows=verify_rows
-        )
-        self.draft = self._load("draft", draft, settings.draft_dtype) if draft else None
+        self.board: BoardModels | None = None
+        self.warm_up_s = 0.0  # compiling and capturing on a board
+        if settings.device == "tt":
+            self._load_on_board(target, draft)
+        else:
+            verify_rows = settings.num_draft_tokens + 1
+            self.target = self._load(
+                "target", target, settings.dtype, fixed_rows=settings.fixed_rows, typical_rows=verify_rows
+            )
+            self.draft = self._load("draft", draft, settings.draft_dtype) if draft else None
         self.stop_ids = () if settings.random_prompts else target.checkpoint.config.eos_token_ids
 
     # -------------------------------------------------------------------------------------------------- loading
@@ -124,6 +135,39 @@ class Session:
             f"of KV cache for {self.max_seq_len} tokens ({dtype}, {self.settings.device})"
         )
         return load_model(opened, device=self.settings.device, dtype=dtype, max_seq_len=self.max_seq_len, **rows)
+
+    def _load_on_board(self, target: OpenedModel, draft: OpenedModel | None) -> None:
+        from models.llama.ttnn_llama.pair import BoardModels, BoardOptions
+
+        settings = self.settings
+        options = BoardOptions(
+            precision=settings.precision,
+            draft_precision=settings.draft_precision,
+            placement=settings.draft_placement,
+            trace=settings.trace,
+            weight_cache=settings.weight_cache,
+            draft_length=settings.num_draft_tokens,
+            greedy=self.sampling.greedy,
+            batched=settings.verification == "batched",
+        )
+        with loading_bar(settings.quiet) as progress:
+            self.board = BoardModels(target, draft, max_seq_len=self.max_seq_len, options=options, progress=progress)
+        self.target, self.draft = self.board.target, self.board.draft
+        for role, plan in self.board.plans.items():
+            logger.info(
+                f"{role} on {self.board.describe()}: {plan.weights / 1e6:,.0f} MB of weights, "
+                f"{plan.kv_cache / 1e6:,.0f} MB of KV cache per chip ({plan.precision.name})"
+            )
+        try:
+            self.warm_up_s = self.board.warm_up(len(prompt.ids) for prompt in self.prompts)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the board back, if there is one."""
+        if self.board:
+            self.board.close()
 
     def _make_prompts(self, texts: list[str], target: OpenedModel) -> list[Prompt]:
         if self.settings.random_prompts:
@@ -171,6 +215,8 @@ class Session:
         for path in order:
             self.under_way.append(runs[path])
             viewer.begin_run(runs[path])
+            if self.board:
+                self.board.select(path)
             self._generate(runs[path], viewer)
             viewer.end_run(runs[path])
         self.under_way = []
@@ -180,7 +226,7 @@ class Session:
         detokenizer = self.tokenizer.detokenizer() if self.tokenizer else None
         stream = generate(
             self.target.model,
-            ModelDrafter(self.draft.model, self.sampling) if speculative else None,
+            self._drafter() if speculative else None,
             run.prompt.ids,
             sampling=self.sampling,
             controller=FixedDraftLength(self.settings.num_draft_tokens) if speculative else None,
@@ -199,6 +245,11 @@ class Session:
                 viewer.token(run)
         if detokenizer and token and (rest := detokenizer.flush()):
             run.pieces.append((rest, token.origin))
+
+    def _drafter(self) -> Drafter:
+        if self.board and self.board.fused:
+            return FusedDrafter(self.board.fused, self.draft.model)
+        return ModelDrafter(self.draft.model, self.sampling)
 
     def top_two_margin(self, ids: list[int]) -> float:
         """How far the target's best next token is ahead of its second after ``ids``, in logits."""

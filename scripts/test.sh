@@ -1,9 +1,26 @@
 #!/usr/bin/env bash
-# All tests: scripts/test.sh [arguments of pytest, paths relative to the repository]
+# All tests: scripts/test.sh
+#   Everything on the board N150, then the ttnn tests on the other boards; mocks of them where there is no silicon.
+# Some of them: scripts/test.sh ARGUMENTS, which are pytest's, paths relative to the repository
 # Makes .venv on first use. PYTHON=/path/to/python chooses the interpreter.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 
 prepare_environment
 cd "$ROOT"
-exec "$VENV_PYTHON" -m pytest "$@"
+if [ $# -gt 0 ]; then exec "$VENV_PYTHON" -m pytest "$@"; fi
+
+status=0 # of the first run that fails; the others are run all the same
+run() { "$VENV_PYTHON" -m pytest "$@" || { local failed=$?; [ "$status" -ne 0 ] || status=$failed; }; }
+
+say "all tests, board N150"
+run --board N150
+if "$VENV_PYTHON" -c 'import sys; from models.ttnn_mock import cluster; sys.exit(not cluster.is_installed())'; then
+    for board in N300 T3K P150; do
+        say "ttnn tests, board $board"
+        run models/tests/ttnn --board "$board"
+    done
+else
+    say "ttnn is not installed: its tests on N300, T3K and P150 are skipped"
+fi
+exit "$status"

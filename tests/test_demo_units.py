@@ -11,7 +11,6 @@ from demo.arguments import EMBEDDED_DRAFT, EMBEDDED_TARGET, parse_settings, read
 from demo.environment import check_writable, write_json
 from demo.wording import closing_lines, explain_slowdown, summary_sections
 from models.errors import UserError
-from models.llama import device as devices
 
 
 def settings(*argv, mode=None, environ=None):
@@ -134,23 +133,6 @@ def test_default_prompt_files_hold_ten_different_prompts(flags):
 
 def test_max_prompts_takes_the_first():
     assert read_prompts(settings("--max-prompts", "2")) == read_prompts(settings())[:2]
-
-
-# ------------------------------------------------------------------------------------------------------ device
-def test_tt_says_what_to_install_what_to_set_or_that_it_is_not_there_yet(monkeypatch, tmp_path):
-    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install ttnn") as caught:
-        devices.check_device("tt", {})
-    assert "3.10 or 3.12" in str(caught.value)
-    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(devices, "DEVICE_FILES", tmp_path)
-    with pytest.raises(UserError, match="MESH_DEVICE"):
-        devices.check_device("tt", {})
-    with pytest.raises(UserError, match="N9000.*N150"):
-        devices.check_device("tt", {"MESH_DEVICE": "N9000"})
-    (tmp_path / "0").touch()
-    with pytest.raises(UserError, match="not part of this version"):
-        devices.check_device("tt", {"MESH_DEVICE": "N300"})
 
 
 # --------------------------------------------------------------------------------------------------- JSON file

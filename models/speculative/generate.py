@@ -173,7 +173,9 @@ class _Verifier:
         return sample(self._distribution(logits[None])[0], self._generator)
 
     def __call__(self, tokens: list[int], draft: Draft) -> tuple[int, int, float]:
-        """(accepted, the target's id after them, seconds inside the target)."""
+        """(accepted, the target's id after them, seconds inside the target; none if the draft came verified)."""
+        if draft.verified and self._sampling.greedy and not self._sequential:
+            return *draft.verified, 0.0
         block, position = [tokens[-1], *draft.tokens], len(tokens) - 1
         self._seconds = 0.0
         if self._sequential:

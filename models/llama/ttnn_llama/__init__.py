@@ -1,11 +1,30 @@
 """Llama 3.x in TT-NN: prefill, decode and the verification of several tokens in one forward, on Tenstorrent boards.
 
+Known without ttnn:
 boards        the boards: chips, wiring, memory
-mesh          the chips opened as one mesh, or as one for the target and one for the draft
+shapes        sizes that all of the package agrees on
 precision     named choices of number formats and of arithmetic fidelity
+memory        what a model takes of each chip's DRAM, whether that fits, and what would
+
+Getting a model onto a board:
+mesh          the chips opened as one mesh, or as one for the target and one for the draft
 weights       checkpoint tensors -> the layout and the share of them that each chip holds
 weight_cache  converted tensors kept on disk
-memory        what a model takes of each chip's DRAM, and whether that fits
+layout        where a model's tensors lie, and the program configuration of each matmul, bound once per board
+
+The forward:
+model         a language model on one mesh: prefill, decode and verify
+rows          the inputs of a forward of R rows, and the ops that depend on R
+rope          rotary tables on the device
+kv_cache      one flat pair of tensors per layer
+attention     grouped-query attention of R rows over one cache
+mlp           down(silu(gate(x)) * up(x))
+norm          RMSNorm of the residual stream
+linear        a matmul whose weight is read from DRAM once
+lm_head       final norm, logits in pieces, argmax on the device
+collectives   sums and joins over the chips; nothing on one chip
+runner        programs run eagerly, or as traces that are captured once and replayed
+fused         a greedy round as one program: K drafted tokens, their verification, the accepted count
 
 Shapes, in names and comments: R rows (positions computed in one forward), S positions in the KV cache, H hidden,
 Q query heads, KV key and value heads, D head_dim, I intermediate (MLP), V vocabulary, n chips of the mesh. The suffix

@@ -11,9 +11,10 @@ import ttnn
 
 from models.llama.ttnn_llama.collectives import Line, OneChip
 from models.llama.ttnn_llama.kv_cache import LayerCache
-from models.llama.ttnn_llama.layout import KV_BLOCK, Layout, compute_config
+from models.llama.ttnn_llama.layout import Layout, compute_config
 from models.llama.ttnn_llama.linear import Linear
 from models.llama.ttnn_llama.rows import RowInputs, RowPlan
+from models.llama.ttnn_llama.shapes import KV_BLOCK
 
 
 class Attention:

@@ -10,8 +10,8 @@ import torch
 import ttnn
 
 from models.errors import UserError
-from models.llama.ttnn_llama.layout import padded_rows
-from models.llama.ttnn_llama.model import MAX_ROWS, TtnnLlama
+from models.llama.ttnn_llama.model import TtnnLlama
+from models.llama.ttnn_llama.shapes import MAX_ROWS, padded_rows
 
 
 class FusedRound:
@@ -80,7 +80,7 @@ class FusedRound:
         first.fill(tokens, position)
         step.place(position + 2)
         verify.fill([tokens[-1]] * (longest + 1), position + 1)
-        result = self.target.read(self.runner.run((id(self), "round", longest)))
+        result = self.target.read(self.runner.run(self.key(k)))
         accepted, drafted, verified = result[0], result[1 : 1 + longest], result[1 + longest :]
         return drafted[:k], verified[: k + 1], min(accepted, k)
 

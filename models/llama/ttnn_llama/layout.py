@@ -15,25 +15,11 @@ import ttnn
 
 from models.llama.config import LlamaConfig
 from models.llama.ttnn_llama.precision import Precision, tile_bytes
+from models.llama.ttnn_llama.shapes import KV_BLOCK, TILE, cache_length
 
-TILE = 32
-KV_BLOCK = 128  # cache lengths and prefill chunks are multiples of it, and so is every chunk size of attention
-PREFILL_CHUNK = 1024
 # L1 for a matmul's weight buffers (three blocks in flight), and tiles of output that a prefill core keeps at once.
 _WEIGHT_BUFFER_BYTES = 600_000
 _PREFILL_TILES = 96
-# Rows a forward is built for; others are padded up. Heads are concatenated on a rectangle of cores, at most 8 wide.
-ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
-
-
-def padded_rows(n: int) -> int:
-    """The smallest row count a forward is built for that holds n rows, 1 <= n <= 32."""
-    return next(rows for rows in ROW_COUNTS if rows >= n)
-
-
-def cache_length(max_seq_len: int) -> int:
-    """Positions the KV cache reserves: room for a whole verification at the last position, in blocks of 128."""
-    return -(-(max_seq_len + TILE) // KV_BLOCK) * KV_BLOCK
 
 
 def _largest_divisor(number: int, limit: int) -> int:

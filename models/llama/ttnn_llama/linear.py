@@ -61,4 +61,3 @@ class Linear:
             memory_config=ttnn.DRAM_MEMORY_CONFIG,
             dtype=ttnn.bfloat16,
         )
-

@@ -8,9 +8,10 @@ padding of the 32-row tile, and argmax over a row-major row runs on many cores.
 import ttnn
 
 from models.llama.ttnn_llama.collectives import Line, OneChip
-from models.llama.ttnn_llama.layout import TILE, Layout
+from models.llama.ttnn_llama.layout import Layout
 from models.llama.ttnn_llama.linear import Linear
 from models.llama.ttnn_llama.norm import RMSNorm
+from models.llama.ttnn_llama.shapes import TILE
 
 
 class LMHead:
@@ -31,8 +32,7 @@ class LMHead:
         """Residual stream [1, 1, R, H] -> [1, 1, R, V] bf16 row-major in DRAM, whole on every chip."""
         normed = self.norm.decode_forward(x)
         parts = [
-            ttnn.sharded_to_interleaved(piece.decode_forward(normed), ttnn.DRAM_MEMORY_CONFIG)
-            for piece in self.pieces
+            ttnn.sharded_to_interleaved(piece.decode_forward(normed), ttnn.DRAM_MEMORY_CONFIG) for piece in self.pieces
         ]
         joined = parts[0] if len(parts) == 1 else ttnn.concat(parts, dim=-1)
         return self.collectives.join_vocabulary(ttnn.untilize(joined, use_multicore=True))

@@ -14,10 +14,9 @@ from models.errors import UserError
 from models.llama.config import LlamaConfig
 from models.llama.ttnn_llama.boards import BOARDS, Board
 from models.llama.ttnn_llama.precision import PRECISIONS, Precision, tile_bytes
-from models.llama.ttnn_llama.weights import MESH_SIZES, TILE, WeightSpec, weight_specs
+from models.llama.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, TILE, cache_length
+from models.llama.ttnn_llama.weights import MESH_SIZES, WeightSpec, weight_specs
 
-KV_BLOCK = 128
-PREFILL_ROWS = 1024
 SMALLEST_CONTEXT = 128  # a shorter one is no advice
 PLACEMENTS = ("shared", "own-chip")
 COLUMNS = ("model", "precision", "weights", "KV cache", "activations", "traces", "total")
@@ -59,11 +58,6 @@ class MemoryPlan:
         )
 
 
-def cache_length(max_seq_len: int) -> int:
-    """Positions the KV cache reserves: a verification of 32 rows may begin at the last one; whole blocks of 128."""
-    return math.ceil((max_seq_len + TILE) / KV_BLOCK) * KV_BLOCK
-
-
 def plan(
     config: LlamaConfig,
     precision: Precision,
@@ -80,10 +74,9 @@ def plan(
     """
     specs = weight_specs(config, board_chips, precision)
     positions = cache_length(max_seq_len)
-    kv_tiles = config.num_key_value_heads // board_chips * positions * config.head_dim // TILE**2
     return MemoryPlan(
         weights=sum(weight_bytes(spec, board_chips, dram_banks) for spec in specs),
-        kv_cache=2 * config.num_hidden_layers * _dealt(kv_tiles, tile_bytes(precision.kv_cache), dram_banks),
+        kv_cache=kv_cache_bytes(config, precision, board_chips, max_seq_len, dram_banks),
         activations=_activations(config, board_chips, positions),
         traces=trace_bytes,
         config=config,
@@ -103,6 +96,13 @@ def weight_bytes(spec: WeightSpec, chips: int, dram_banks: int) -> int:
     return _dealt(rows, columns * _BF16, dram_banks)  # one row a page
 
 
+def kv_cache_bytes(config: LlamaConfig, precision: Precision, chips: int, max_seq_len: int, dram_banks: int) -> int:
+    """DRAM that the KV cache takes on each of ``chips`` chips."""
+    heads = config.num_key_value_heads // chips
+    tiles = heads * cache_length(max_seq_len) * config.head_dim // TILE**2
+    return 2 * config.num_hidden_layers * _dealt(tiles, tile_bytes(precision.kv_cache), dram_banks)
+
+
 def _dealt(pages: int, page_bytes: int, banks: int) -> int:
     """Bytes of an interleaved buffer: pages go to the banks in turn, all banks reserve what the fullest takes."""
     return math.ceil(pages / banks) * banks * page_bytes
@@ -113,10 +113,13 @@ def _activations(config: LlamaConfig, chips: int, positions: int) -> int:
     hidden, ffn = config.hidden_size, config.intermediate_size // chips
     q_width = config.num_attention_heads * config.head_dim // chips
     qkv_width = q_width + 2 * config.num_key_value_heads * config.head_dim // chips
-    # residual, normed, block's output, its sum over chips; qkv as one, as heads, rotated; attended and joined heads
+    # the residual stream before and after, normed, block's output; qkv as one, as heads, rotated; heads before and after
+    # they are joined; gate, up and their product
     attention = 4 * hidden + 3 * qkv_width + 2 * q_width
     mlp = 4 * hidden + 3 * ffn
-    prefill = min(PREFILL_ROWS, positions) * max(attention, mlp)
+    # reduce-scatter works in a buffer of twice its input, then its results are gathered
+    collective = 3 * hidden if chips > 1 else 0
+    prefill = min(PREFILL_ROWS, positions) * (max(attention, mlp) + collective)
     # logits of a verification: in pieces, joined and untilized on each chip, then gathered
     logits = TILE * (3 * config.vocab_size // chips + config.vocab_size)
     rope = 4 * positions * config.head_dim  # cos and sin, for lookups and for ranges

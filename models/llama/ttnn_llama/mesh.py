@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     import ttnn
 
 Closers = list[tuple[str, Callable[[], None]]]  # what it closes, how; in the order of opening
+# What to do about an error of ttnn, by words in it. After any other one the board may be in no state to go on.
+REMEDIES = {
+    "sfpi not found": "ttnn's wheel comes without its kernel compiler: install the release that "
+    "ttnn/tt_metal/sfpi-version names, from https://github.com/tenstorrent/sfpi/releases",
+    "No chips detected": "look for the board with `tt-smi -ls`, or use --device cpu",
+}
 RESET = "reset the board with `tt-smi -r` and run the command again"
 
 
@@ -58,7 +64,7 @@ def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
     """
     board = board_of_environment(environ)
     ttnn = _import_ttnn()
-    with _errors_passed_on("the chips could not be read"):
+    with errors_passed_on("the chips could not be read"):
         chips, arch = ttnn.get_num_devices(), ttnn.get_arch_name()
     if board is None:
         for board in BOARDS.values():
@@ -110,7 +116,7 @@ def open_mesh(board: Board, *, trace_region_bytes: int, own_chip_for_draft: bool
 def _open(board: Board, trace_region_bytes: int, columns: int, own_chip_for_draft: bool, closers: Closers) -> Meshes:
     ttnn = _import_ttnn()
     arguments = {}
-    with _errors_passed_on(f"{board.name} could not be opened"):
+    with errors_passed_on(f"{board.name} could not be opened"):
         # On one chip there is nothing to connect, and the fabric waits for a neighbour (tt-metal issue 55519).
         if board.chips > 1:
             ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_1D)
@@ -149,7 +155,7 @@ def _close(closers: Closers) -> list[UserError]:
         while closers:
             name, close = closers.pop()
             try:
-                with _errors_passed_on(f"{name} could not be closed"):
+                with errors_passed_on(f"{name} could not be closed"):
                     close()
             except UserError as error:
                 errors.append(error)
@@ -165,14 +171,16 @@ def _import_ttnn() -> ModuleType:
 
 
 @contextlib.contextmanager
-def _errors_passed_on(what: str) -> Iterator[None]:
-    """ttnn's errors as one line: what failed, ttnn's own message, and the remedy."""
+def errors_passed_on(what: str) -> Iterator[None]:
+    """ttnn's errors as one line: ``what`` failed, ttnn's own message, and the remedy."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # nanobind maps C++ exceptions to several classes
-        raise UserError(f"{what}: {first_line(error)}: {RESET}") from error
+        message = first_line(error)
+        remedy = next((remedy for words, remedy in REMEDIES.items() if words in message), RESET)
+        raise UserError(f"{what}: {message}: {remedy}") from error
 
 
 def first_line(error: BaseException) -> str:

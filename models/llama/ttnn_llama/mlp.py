@@ -10,9 +10,7 @@ from models.llama.ttnn_llama.linear import Linear
 class MLP:
     """w1 (gate) and w3 (up): [1, 1, H, I] per chip; w2 (down): [1, 1, I, H], whose products are summed."""
 
-    def __init__(
-        self, w1: ttnn.Tensor, w3: ttnn.Tensor, w2: ttnn.Tensor, layout: Layout, collectives: OneChip | Line
-    ):
+    def __init__(self, w1: ttnn.Tensor, w3: ttnn.Tensor, w2: ttnn.Tensor, layout: Layout, collectives: OneChip | Line):
         precision = layout.precision
         gate_up = {"weight_format": precision.gate_up, "fidelity": precision.gate_up_fidelity}
         self.w1, self.w3 = (

@@ -17,17 +17,17 @@ from models.llama.config import LlamaConfig
 from models.llama.ttnn_llama.attention import Attention
 from models.llama.ttnn_llama.collectives import Line, OneChip, collectives
 from models.llama.ttnn_llama.kv_cache import LayerCache, make_cache
-from models.llama.ttnn_llama.layout import KV_BLOCK, PREFILL_CHUNK, ROW_COUNTS, TILE, Layout, padded_rows
+from models.llama.ttnn_llama.layout import Layout
 from models.llama.ttnn_llama.lm_head import LMHead
+from models.llama.ttnn_llama.memory import kv_cache_bytes, weight_bytes
 from models.llama.ttnn_llama.mlp import MLP
 from models.llama.ttnn_llama.norm import RMSNorm
 from models.llama.ttnn_llama.precision import Precision
 from models.llama.ttnn_llama.rope import RopeTables
 from models.llama.ttnn_llama.rows import RowInputs, RowPlan, make_row_plan
 from models.llama.ttnn_llama.runner import Runner
+from models.llama.ttnn_llama.shapes import MAX_ROWS, PREFILL_CHUNK, TILE, padded_prompt, padded_rows
 from models.llama.ttnn_llama.weights import WeightSpec, weight_specs
-
-MAX_ROWS = ROW_COUNTS[-1]
 
 
 class WeightSource(Protocol):
@@ -39,9 +39,7 @@ class WeightSource(Protocol):
 class Layer:
     """One decoder layer: x + attention(norm(x)), then that + mlp(norm(that))."""
 
-    def __init__(
-        self, weights: dict[str, ttnn.Tensor], cache: LayerCache, layout: Layout, collectives: OneChip | Line
-    ):
+    def __init__(self, weights: dict[str, ttnn.Tensor], cache: LayerCache, layout: Layout, collectives: OneChip | Line):
         self.attention_norm = RMSNorm(weights["attention_norm"], layout)
         self.attention = Attention(weights["wqkv"], weights["wo"], cache, layout, collectives)
         self.mlp_norm = RMSNorm(weights["mlp_norm"], layout)
@@ -111,6 +109,12 @@ class TtnnLlama:
         ]
         pieces = [weights[spec.name] for spec in specs if spec.name.startswith("head.")]
         self.head = LMHead(RMSNorm(weights["norm"], self.layout), pieces, self.layout, self.collectives)
+        self.weight_bytes = sum(weight_bytes(spec, self.layout.chips, self.layout.banks) for spec in specs) * (
+            self.layout.chips
+        )
+        self.kv_cache_bytes = kv_cache_bytes(config, precision, self.layout.chips, max_seq_len, self.layout.banks) * (
+            self.layout.chips
+        )
         self._plans: dict[int, RowPlan] = {}
         self._inputs: dict[tuple, RowInputs] = {}
 
@@ -136,7 +140,7 @@ class TtnnLlama:
 
     def _prefill_chunk(self, tokens: Sequence[int], start: int) -> ttnn.Tensor:
         """Hidden states [1, 1, m, H] of tokens at positions start.., padded to m."""
-        m = -(-len(tokens) // KV_BLOCK) * KV_BLOCK
+        m = padded_prompt(len(tokens))
         ids = ttnn.from_torch(
             torch.tensor([[*tokens, *[0] * (m - len(tokens))]], dtype=torch.int32),
             dtype=ttnn.uint32,
@@ -152,7 +156,7 @@ class TtnnLlama:
 
     def compile_prefill(self, lengths: Iterable[int]) -> None:
         """Run prefills once for every kernel that prompts of these lengths need. Leaves nonsense in the cache."""
-        for padded in sorted({-(-length // KV_BLOCK) * KV_BLOCK for length in lengths}):
+        for padded in sorted({padded_prompt(length) for length in lengths}):
             self.prefill([0] * min(padded, self.max_seq_len))
 
     # ------------------------------------------------------------------------------------------ decode, verify
@@ -169,11 +173,13 @@ class TtnnLlama:
         m = len(tokens)
         self._check(m, position)
         self._check(m + k - 1, position)
-        key = self.prepare_chain(m, k)
+        # A longer chain that is there already costs less than making a shorter one.
+        key = min((key for key in self._inputs if key[1:3] == ("chain", m) and key[3] >= k), default=None)
+        key = key or self.prepare_chain(m, k)
         first, step = self._inputs[key]
         first.fill(tokens, position)
         step.place(position + m)
-        return self.read(self.runner.run(key))
+        return self.read(self.runner.run(key))[:k]
 
     def prepare(self, what: str, n: int) -> tuple:
         """Register the program that gives "logits" or "ids" of up to n rows; returns its key."""
@@ -236,8 +242,11 @@ class TtnnLlama:
 
     # ---------------------------------------------------------------------------------------------- internals
     def _run(self, what: str, tokens: Sequence[int], position: int) -> ttnn.Tensor:
-        self._check(len(tokens), position)
-        key = self.prepare(what, len(tokens))
+        n = len(tokens)
+        self._check(n, position)
+        # One row is decoding and worth a program of its own; a verification may run in one made for more rows.
+        key = min((key for key in self._inputs if n > 1 and key[1] == what and key[2] >= n), default=None)
+        key = key or self.prepare(what, n)
         self._inputs[key].fill(tokens, position)
         return self.runner.run(key)
 

@@ -53,6 +53,4 @@ class RopeTables:
 
     def range(self, start: int, count: int) -> list[ttnn.Tensor]:
         """cos and sin [1, 1, count, D] of positions start.., both multiples of 32."""
-        return [
-            ttnn.slice(table, [0, 0, start, 0], [1, 1, start + count, self.head_dim]) for table in self.ranges
-        ]
+        return [ttnn.slice(table, [0, 0, start, 0], [1, 1, start + count, self.head_dim]) for table in self.ranges]

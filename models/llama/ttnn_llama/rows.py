@@ -10,8 +10,9 @@ import torch
 import ttnn
 
 from models.llama.ttnn_llama.kv_cache import LayerCache
-from models.llama.ttnn_llama.layout import TILE, Layout
+from models.llama.ttnn_llama.layout import Layout
 from models.llama.ttnn_llama.rope import RopeTables, rotation_tile
+from models.llama.ttnn_llama.shapes import TILE
 
 
 class RowInputs:

@@ -20,6 +20,7 @@ import torch
 from models.errors import UserError
 from models.llama.config import LlamaConfig
 from models.llama.ttnn_llama.precision import Precision, ttnn_dtype
+from models.llama.ttnn_llama.shapes import TILE
 from models.llama.ttnn_llama.weight_cache import WeightCache
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from models.llama.checkpoint import Checkpoint
 
-TILE = 32
 # A wider piece of the head would not fit the matmul's buffers into L1.
 HEAD_TILES = 512
 # Numbers of chips that a mesh of a known board, or a part of it beside a draft's chip, can have.

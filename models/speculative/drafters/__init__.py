@@ -10,11 +10,14 @@ class Draft(NamedTuple):
 
     probs[k, V]: the law each token was drawn from (temperature, top-k and top-p applied); None when tokens were
     chosen deterministically. Seconds spent on reading the prompt, once per generation, go into prefill_s.
+    verified: where the target has already checked a greedy draft in the same device program, how many tokens it
+    accepted and its own id after them.
     """
 
     tokens: list[int]
     probs: Tensor | None = None
     prefill_s: float = 0.0
+    verified: tuple[int, int] | None = None
 
 
 class Drafter(Protocol):

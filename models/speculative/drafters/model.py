@@ -29,12 +29,12 @@ class ModelDrafter:
         k = min(k, self.model.max_seq_len - len(tokens) + 1)  # the last one drafted is not written
         if k < 1:
             return Draft([])
-        prefill_s = self._prefill(tokens) if self.cached == 0 else 0.0
+        prefill_s = self.read_prompt(tokens)
         while len(tokens) - self.cached > self.model.max_rows:
             self.model.greedy(tokens[self.cached : self.cached + self.model.max_rows], self.cached)
             self.cached += self.model.max_rows
         position, pending = self.cached, tokens[self.cached :]
-        self.cached, self._ahead = len(tokens), k - 1
+        self.fed(tokens, k)
         if self.sampling.greedy:
             return Draft(self.model.draft_greedy(pending, position, k), None, prefill_s)
         return self._draw(pending, position, k, prefill_s)
@@ -43,8 +43,14 @@ class ModelDrafter:
         """Advance over the kept tokens: all kept leaves the last, which was never fed, and its successor to feed."""
         self.cached += min(accepted, self._ahead)
 
-    def _prefill(self, tokens: list[int]) -> float:
-        """Read all but the last token, which every round feeds itself. Returns seconds."""
+    def fed(self, tokens: list[int], k: int) -> None:
+        """Note that the cache now holds all of `tokens`, and of k tokens drafted after them all but the last."""
+        self.cached, self._ahead = len(tokens), k - 1
+
+    def read_prompt(self, tokens: list[int]) -> float:
+        """Before the first draft: read all but the last token, which every round feeds itself. Returns seconds."""
+        if self.cached:
+            return 0.0
         began = time.perf_counter()
         if len(tokens) > 1:
             self.model.prefill(tokens[:-1])[0].item()  # reading a number waits for the device

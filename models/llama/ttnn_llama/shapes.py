@@ -1,0 +1,24 @@
+"""Sizes that everything in this package agrees on. Importable where ttnn is not installed."""
+
+TILE = 32
+KV_BLOCK = 128  # cache lengths and prefill chunks are multiples of it, and so is every chunk of attention
+PREFILL_CHUNK = 1024  # positions of one prefill forward
+# Rows a decode or verify forward is built for; other numbers are padded up. Heads are concatenated on a rectangle of
+# cores, one row a core, at most 8 wide.
+ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
+MAX_ROWS = ROW_COUNTS[-1]
+
+
+def padded_rows(n: int) -> int:
+    """The smallest row count a forward is built for that holds n rows, 1 <= n <= 32."""
+    return next(rows for rows in ROW_COUNTS if rows >= n)
+
+
+def padded_prompt(n: int) -> int:
+    """Positions that a chunk of n tokens takes in prefill."""
+    return -(-n // KV_BLOCK) * KV_BLOCK
+
+
+def cache_length(max_seq_len: int) -> int:
+    """Positions the KV cache reserves: room for a whole tile of rows at the last position, in whole blocks."""
+    return -(-(max_seq_len + TILE) // KV_BLOCK) * KV_BLOCK

@@ -1,0 +1,45 @@
+"""Drafting and verification in one device program, where both models share the device."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from models.speculative.drafters import Draft
+from models.speculative.drafters.model import ModelDrafter
+from models.speculative.language_model import LanguageModel
+from models.speculative.sampling import SamplingParams
+
+
+class FusedGreedy(Protocol):
+    """A greedy round of two models as one program, such as `models.llama.ttnn_llama.fused.FusedRound`."""
+
+    max_draft: int  # the longest draft it can make; 0: none
+
+    def run(self, tokens: Sequence[int], position: int, k: int) -> tuple[list[int], list[int], int]:
+        """Feed the sequence's last two tokens, draft k, verify: (drafted [k], the target's ids [k + 1], accepted)."""
+
+
+class FusedDrafter:
+    """Proposes drafts that come verified, for greedy decoding with batched verification.
+
+    Every round feeds the last two tokens, whether the draft has seen the first of them or not, so that there is one
+    program for all rounds. What does not fit one (a longer draft, a draft model that is further behind) is drafted
+    by the model alone and verified by the loop.
+    """
+
+    def __init__(self, fused: FusedGreedy, model: LanguageModel) -> None:
+        self._fused = fused
+        self._alone = ModelDrafter(model, SamplingParams())
+
+    def propose(self, tokens: list[int], k: int) -> Draft:
+        """Draft k tokens, verified; fewer where the draft model's context ends."""
+        alone = self._alone
+        k = min(k, alone.model.max_seq_len - len(tokens) + 1)
+        if not 0 < k <= self._fused.max_draft or (alone.cached and len(tokens) - alone.cached > 2):
+            return alone.propose(tokens, k)
+        prefill_s = alone.read_prompt(tokens)
+        drafted, verified, accepted = self._fused.run(tokens[-2:], len(tokens) - 2, k)
+        alone.fed(tokens, k)
+        return Draft(drafted, None, prefill_s, (accepted, verified[accepted]))
+
+    def observe(self, accepted: int) -> None:
+        self._alone.observe(accepted)

@@ -1,0 +1,328 @@
+"""What a function of ttnn ops runs on a device: each op, its program, and the DRAM bytes it reads and writes per chip.
+
+ttnn's graph capture names every op, its program factory and the buffers it gets. Where a buffer is larger than what
+the kernel touches, rules correct the size; they follow the kernel sources of ttnn 0.81.1:
+
+- exact: sharded norms, element-wise ops, reshuffles, matmuls from sharded input (the weight's tiles, without the
+  padding of its last bank); an embedding reads the rows it looks up, a slice what it returns; a cache update reads and
+  writes one row of tiles per KV head and position, `fill_cache` writes what it is given;
+- estimated: decode attention, whole chunks of keys and values up to each row's position, once for each row and KV head
+  (cores could share them); prefill attention, keys and values up to the chunk's end, once; matmuls of interleaved
+  input, both operands once (cores multicast them, but blocks may be read again); collectives, their inputs and
+  outputs.
+
+Works on silicon too, where capture slows the host down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import ttnn
+
+Nodes = list[dict]  # of a captured graph, in the order of time
+
+TILE = 32
+_TILE_BYTES = {"BFLOAT8_B": 1088, "BFLOAT4_B": 576}
+_VALUE_BYTES = {"FLOAT32": 4, "UINT32": 4, "INT32": 4, "BFLOAT16": 2, "UINT16": 2, "UINT8": 1}
+_COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_broadcast", "all_to_all", "point_to_point")
+_EXACT_MATMULS = ("MatmulMultiCoreReuseMultiCastDRAMShardedProgramFactory",)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one op moves between a chip's cores and one DRAM buffer."""
+
+    address: int
+    read: int
+    written: int
+    exact: bool  # False: estimated, see the module
+
+
+@dataclass(frozen=True)
+class DeviceOp:
+    """One program that ran on every chip of the mesh."""
+
+    call: str  # the function that was called, such as "ttnn.linear"
+    operation: str  # what ttnn runs for it, such as "MatmulDeviceOperation"
+    factory: str  # of its program
+    cache_hit: bool  # the program was compiled before
+    traffic: tuple[Traffic, ...]
+
+    @property
+    def dram_read(self) -> int:
+        return sum(traffic.read for traffic in self.traffic)
+
+    @property
+    def dram_written(self) -> int:
+        return sum(traffic.written for traffic in self.traffic)
+
+    @property
+    def exact(self) -> bool:
+        return all(traffic.exact for traffic in self.traffic)
+
+    @property
+    def is_collective(self) -> bool:
+        """Did it run within a call that lets chips talk to each other?"""
+        return self.call.rpartition(".")[2].removesuffix("_async") in _COLLECTIVES
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Nodes]:
+    """Capture the graph of what the block runs, also when it fails; the nodes are there after the block."""
+    nodes: Nodes = []
+    ttnn.graph.begin_graph_capture(ttnn.graph.RunMode.NORMAL)
+    try:
+        yield nodes
+    finally:
+        nodes += ttnn.graph.end_graph_capture()
+
+
+def capture(function: Callable[[], object], positions: Sequence[int] | None = None) -> list[DeviceOp]:
+    """Run ``function`` and return its device ops; see `device_ops`."""
+    with recorded() as nodes:
+        function()
+    return device_ops(nodes, positions)
+
+
+# ---- sums -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Device ops, and DRAM bytes (read and written) on each chip. Costs add, subtract and multiply."""
+
+    ops: int = 0  # without collectives
+    collectives: int = 0
+    weights: int = 0
+    kv_cache: int = 0
+    other: int = 0
+
+    @property
+    def dram(self) -> int:
+        return self.weights + self.kv_cache + self.other
+
+    def __add__(self, cost: Cost) -> Cost:
+        return Cost(*(getattr(self, field.name) + getattr(cost, field.name) for field in fields(Cost)))
+
+    def __sub__(self, cost: Cost) -> Cost:
+        return self + -1 * cost
+
+    def __rmul__(self, times: int) -> Cost:
+        return Cost(*(times * getattr(self, field.name) for field in fields(Cost)))
+
+
+def cost(ops: Sequence[DeviceOp], weights: Collection[int], kv_cache: Collection[int]) -> Cost:
+    """The sum of ``ops``; ``weights`` and ``kv_cache`` are addresses of buffers."""
+    moved = Counter()
+    for traffic in (traffic for op in ops for traffic in op.traffic):
+        kind = "weights" if traffic.address in weights else "kv_cache" if traffic.address in kv_cache else "other"
+        moved[kind] += traffic.read + traffic.written
+    collectives = sum(op.is_collective for op in ops)
+    return Cost(ops=len(ops) - collectives, collectives=collectives, **moved)
+
+
+def split(one_layer: Cost, two_layers: Cost) -> tuple[Cost, Cost]:
+    """(each layer, all the rest) of a model, from the costs of it with one and with two layers."""
+    layer = two_layers - one_layer
+    return layer, one_layer - layer
+
+
+def readers(ops: Sequence[DeviceOp], address: int) -> list[DeviceOp]:
+    """The ops that read the buffer at an address: exactly one for a weight that a forward reads once."""
+    return [op for op in ops if any(traffic.address == address and traffic.read for traffic in op.traffic)]
+
+
+def peak_dram(nodes: Nodes) -> int:
+    """The most DRAM, per chip, that buffers made within the captured graph took at one time."""
+    live: dict[int, int] = {}
+    peak = 0
+    for node in nodes:
+        if node["node_type"] == "buffer_allocate" and node["params"]["type"] == "DRAM":
+            live[node["params"]["address"]] = node["params"]["size"]
+            peak = max(peak, sum(live.values()))
+        elif node["node_type"] == "buffer_deallocate" and node["params"]["type"] == "DRAM":
+            live.pop(node["params"]["address"], None)
+    return peak
+
+
+# ---- from the graph -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor as the graph describes it, per chip."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    tiled: bool
+    in_dram: bool
+    address: int
+
+    @classmethod
+    def of(cls, params: dict) -> _Tensor | None:
+        """None for a tensor on the host."""
+        if params["storage_type"] != "DEVICE":
+            return None
+        return cls(
+            tuple(int(size) for size in re.findall(r"\d+", params["shape"])),
+            params["dtype"].removeprefix("DataType::"),
+            params["layout"] == "Layout::TILE",
+            "BufferType::DRAM" in params["memory_config"],
+            # views have no address of their own
+            params.get("address") or json.loads(params["device_tensors"])[0]["address"],
+        )
+
+    @property
+    def tile_bytes(self) -> int:
+        return _TILE_BYTES.get(self.dtype) or TILE * TILE * _VALUE_BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """Whole tiles, or values."""
+        if not self.tiled:
+            return math.prod(self.shape) * _VALUE_BYTES[self.dtype]
+        *outer, rows, columns = (1, 1, *self.shape)
+        return math.prod(outer) * math.ceil(rows / TILE) * math.ceil(columns / TILE) * self.tile_bytes
+
+    def rows_bytes(self, positions: int) -> int:
+        """Of that many positions, a multiple of 32, of all heads of a cache [1, heads, S, D]."""
+        _, heads, _, head_dim = self.shape
+        return heads * positions // TILE * math.ceil(head_dim / TILE) * self.tile_bytes
+
+
+@dataclass
+class _Call:
+    """A device op that is being read from the graph."""
+
+    call: str
+    params: dict
+    arguments: list[str]
+    inputs: list[_Tensor]
+    made: dict[int, int]  # DRAM buffers: address -> bytes
+
+
+def device_ops(nodes: Nodes, positions: Sequence[int] | None = None) -> list[DeviceOp]:
+    """The device ops of a captured graph, in their order.
+
+    ``positions`` are the rows' positions in the cache, -1 for rows that are skipped: ops of decode attention and cache
+    updates with that many rows are counted accordingly. Others attend to the whole cache, an upper bound.
+    """
+    tensors = {node["counter"]: _Tensor.of(node["params"]) for node in nodes if node["node_type"] == "tensor"}
+    ops: list[DeviceOp] = []
+    stack: list[tuple[str, _Call | None]] = []
+    for node in nodes:
+        kind, params = node["node_type"], node["params"]
+        if kind == "function_start":
+            call = None
+            if "program_factory_type" in params:
+                inputs = [tensors[i] for i in node["input_tensors"] if tensors.get(i)]
+                call = _Call(stack[0][0] if stack else params["name"], params, node["arguments"], inputs, {})
+            stack.append((params["name"], call))
+        elif kind == "buffer_allocate" and params["type"] == "DRAM":
+            call = next((call for _, call in reversed(stack) if call), None)
+            if call:
+                call.made[params["address"]] = params["size"]
+        elif kind == "function_end" and stack:
+            _, call = stack.pop()
+            if call:
+                outputs = [tensors[i] for i in node["connections"] if tensors.get(i)]
+                ops.append(_device_op(call, outputs, positions))
+    return ops
+
+
+def _device_op(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> DeviceOp:
+    operation, factory = call.params["name"], call.params["program_factory_type"].rpartition("::")[2]
+    stored = [tensor for tensor in call.inputs if tensor.in_dram]
+    rule = _RULES.get(operation)
+    corrected = rule(call, outputs, positions) if rule else []
+    known = {traffic.address for traffic in corrected}
+    op = DeviceOp(call.call, operation, factory, call.params["program_cache_hit"], ())
+    exact = not op.is_collective and (operation != "MatmulDeviceOperation" or factory in _EXACT_MATMULS)
+    # An op that was given the buffer of its output does not make one.
+    made = {tensor.address: tensor.bytes for tensor in outputs if tensor.in_dram} | call.made
+    for tensor in stored:
+        made.pop(tensor.address, None)  # in place: written by a rule, or not at all
+    read = {tensor.address: tensor.bytes for tensor in stored if tensor.address not in known}
+    traffic = [
+        *corrected,
+        *(Traffic(address, size, 0, exact) for address, size in read.items()),
+        *(Traffic(address, 0, size, exact) for address, size in made.items()),
+    ]
+    return DeviceOp(op.call, op.operation, op.factory, op.cache_hit, tuple(traffic))
+
+
+# ---- ops that touch a part of a buffer ------------------------------------------------------------------------------
+
+
+def _embedding(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
+    ids, table = call.inputs[:2]
+    row = table.shape[-1] * _VALUE_BYTES[table.dtype]
+    return [Traffic(table.address, math.prod(ids.shape) * row, 0, True)] if table.in_dram else []
+
+
+def _slice(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
+    source = call.inputs[0]
+    return [Traffic(source.address, sum(output.bytes for output in outputs), 0, True)] if source.in_dram else []
+
+
+def _update_rows(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
+    """(cache, new)... and the positions: each row patches one row of tiles in every head."""
+    caches = [tensor for tensor in call.inputs if tensor.in_dram and tensor.tiled]
+    new = next(tensor for tensor in call.inputs if not tensor.in_dram)
+    rows = _rows(new.shape[1], positions)
+    count = new.shape[1] if rows is None else len(rows)
+    moved = [(cache.address, count * cache.rows_bytes(TILE)) for cache in caches]
+    return [Traffic(address, size, size, True) for address, size in moved]
+
+
+def _fill(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
+    cache, new = call.inputs[:2]
+    return [Traffic(cache.address, 0, new.bytes, "FILL" in call.arguments[0])]
+
+
+def _attend_rows(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
+    queries, *caches = call.inputs[:3]
+    length = caches[0].shape[2]
+    chunk = int(re.search(r"SDPAProgramConfig\([^,]*, [^,]*, \d+, (\d+)", call.arguments[0])[1]) or TILE
+    rows = _rows(queries.shape[1], positions)
+    if rows is None:
+        rows = [length - 1] * queries.shape[1]
+    attended = sum(min(length, (position // chunk + 1) * chunk) for position in rows)
+    return [Traffic(cache.address, cache.rows_bytes(attended), 0, False) for cache in caches]
+
+
+def _attend_sequence(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
+    """Attention of a prefill chunk, whose start stands among the arguments; keys and values of its own else."""
+    queries, *stored = call.inputs[:3]
+    start = re.search(r"SDPAProgramConfig\(.*?\), \d+, (\d+|std::nullopt),", call.arguments[0])
+    paged = len(call.inputs) > 3 and start is not None and start[1].isdigit()
+    end = int(start[1]) + queries.shape[2] if paged else stored[0].shape[2]
+    return [
+        Traffic(tensor.address, min(tensor.bytes, tensor.rows_bytes(math.ceil(end / TILE) * TILE)), 0, False)
+        for tensor in stored
+    ]
+
+
+def _rows(count: int, positions: Sequence[int] | None) -> list[int] | None:
+    """The positions of an op of ``count`` rows that takes part, None where they are not known."""
+    if positions is None or len(positions) != count:
+        return None
+    return [position for position in positions if position >= 0]
+
+
+_RULES: dict[str, Callable[[_Call, list[_Tensor], Sequence[int] | None], list[Traffic]]] = {
+    "EmbeddingsDeviceOperation": _embedding,
+    "SliceDeviceOperation": _slice,
+    "PagedFusedUpdateCacheDeviceOperation": _update_rows,
+    "PagedUpdateCacheDeviceOperation": _update_rows,
+    "UpdateKVCacheOperation": _fill,
+    "SdpaDecodeDeviceOperation": _attend_rows,
+    "SDPAOperation": _attend_sequence,
+}
