@@ -108,15 +108,25 @@ def test_the_named_context_is_the_largest_that_fits():
 def test_the_named_precision_fits_and_the_next_better_does_not():
     board = BOARDS["N150"]
     message = refusal(board, {"target": planned(EIGHT_B, "bf16", board, 2048)})
-    assert "use precision accuracy, or a board like N300" in message
+    assert "use --precision accuracy, or a board like N300" in message
     check_fit(board, {"target": planned(EIGHT_B, "accuracy", board, 2048)})
 
 
 def test_the_draft_is_lowered_before_the_target():
     board = BOARDS["N150"]
     plans = {"target": planned(EIGHT_B, "accuracy", board, 2048), "draft": planned(THREE_B, "accuracy", board, 2048)}
-    assert "precision bfp4 for the draft" in refusal(board, plans)
+    assert "--draft-precision bfp4" in refusal(board, plans)
     check_fit(board, {**plans, "draft": planned(THREE_B, "bfp4", board, 2048)})
+
+
+def test_the_flags_for_target_and_draft_are_both_named_and_fit_together():
+    board = BOARDS["N150"]
+    plans = {"target": planned(EIGHT_B, "bf16", board, 2048), "draft": planned(ONE_B, "performance", board, 2048)}
+    found = re.search(r"--precision (\w+) --draft-precision (\w+)", refusal(board, plans)).groups()
+    assert found == ("accuracy", "performance")  # what is low enough is left as it is
+    check_fit(
+        board, {"target": planned(EIGHT_B, found[0], board, 2048), "draft": planned(ONE_B, found[1], board, 2048)}
+    )
 
 
 def test_the_named_board_is_the_smallest_that_fits():
@@ -125,18 +135,26 @@ def test_the_named_board_is_the_smallest_that_fits():
     check_fit(BOARDS["N300"], {"target": planned(EIGHT_B, "bf16", BOARDS["N300"], 8192)})
 
 
+def test_another_board_is_judged_by_its_own_banks(monkeypatch):
+    n150, p150 = BOARDS["N150"], BOARDS["P150"]
+    need = planned(ONE_B, "accuracy", p150, 2048).total  # less than with the padding to twelve banks
+    boards = {b.name: dataclasses.replace(b, dram_bytes=size) for b, size in ((n150, need // 2), (p150, need))}
+    monkeypatch.setattr("models.llama.ttnn_llama.memory.BOARDS", boards)
+    assert "a board like P150" in refusal(boards["N150"], {"target": planned(ONE_B, "accuracy", n150, 2048)})
+
+
 def test_leaving_out_the_draft_is_named_only_where_that_helps():
     board = BOARDS["N150"]
     fits, large = (planned(EIGHT_B, precision, board, 2048) for precision in ("accuracy", "bf16"))
     draft = planned(THREE_B, "bf16", board, 2048)
-    assert "no draft model" in refusal(board, {"target": fits, "draft": draft})
-    assert "no draft model" not in refusal(board, {"target": large, "draft": draft})
+    assert "no draft" in refusal(board, {"target": fits, "draft": draft})
+    assert "no draft" not in refusal(board, {"target": large, "draft": draft})
 
 
 def test_precision_and_context_are_named_together_where_neither_alone_is_enough():
     board = dataclasses.replace(BOARDS["N150"], dram_bytes=7_000_000_000)
     plans = {"target": planned(EIGHT_B, "accuracy", board, 131072)}
-    precision, context = re.search(r"use precision (\w+) with --max-seq-len (\d+)", refusal(board, plans)).groups()
+    precision, context = re.search(r"use --precision (\w+) with --max-seq-len (\d+)", refusal(board, plans)).groups()
     check_fit(board, {"target": planned(EIGHT_B, precision, board, int(context))})
     refusal(board, {"target": planned(EIGHT_B, precision, board, int(context) + 1)})
     refusal(board, {"target": planned(EIGHT_B, "accuracy", board, 128)})
@@ -152,7 +170,7 @@ def test_models_on_chips_of_their_own_are_checked_one_by_one():
     refusal(board, plans, "shared")
     plans["draft"] = planned(EIGHT_B, "bf16", board, 2048, chips=1)
     message = refusal(board, plans, "own-chip")
-    assert message.startswith("draft needs ") and "precision bfp4 for the draft" in message
+    assert message.startswith("draft needs ") and "--draft-precision bfp4" in message
     assert "a board like T3K" not in message  # the draft would still be on one chip
 
 

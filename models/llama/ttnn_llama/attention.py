@@ -11,7 +11,7 @@ import ttnn
 
 from models.llama.ttnn_llama.collectives import Line, OneChip
 from models.llama.ttnn_llama.kv_cache import LayerCache
-from models.llama.ttnn_llama.layout import Layout, compute_config
+from models.llama.ttnn_llama.layout import Layout, attention_compute_config
 from models.llama.ttnn_llama.linear import Linear
 from models.llama.ttnn_llama.rows import RowInputs, RowPlan
 from models.llama.ttnn_llama.shapes import KV_BLOCK
@@ -39,7 +39,7 @@ class Attention:
         self.scale = float(numpy.float32(layout.head_dim**-0.5))
         self.decode_program = layout.attention_program(q_chunk=32)
         self.prefill_program = layout.attention_program(q_chunk=KV_BLOCK)
-        self.compute = compute_config(layout.mesh_device, "HiFi2")
+        self.compute = attention_compute_config(layout.mesh_device)
 
     def decode_forward(
         self, x: ttnn.Tensor, tables: list[ttnn.Tensor], inputs: RowInputs, plan: RowPlan

@@ -92,6 +92,17 @@ def compute_config(mesh_device: ttnn.MeshDevice, fidelity: str):
     )
 
 
+def attention_compute_config(mesh_device: ttnn.MeshDevice):
+    """Compute kernel configuration of attention: the combination that tt_transformers decodes Llama with."""
+    return ttnn.init_device_compute_kernel_config(
+        mesh_device.arch(),
+        math_fidelity=ttnn.MathFidelity.HiFi2,
+        math_approx_mode=False,
+        fp32_dest_acc_en=False,
+        packer_l1_acc=False,
+    )
+
+
 class Layout:
     """Sizes per chip and memory configurations of one model on one mesh.
 

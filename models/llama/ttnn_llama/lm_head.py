@@ -23,6 +23,7 @@ class LMHead:
         width, cores = pieces[0].shape[-1], layout.cores
         tiles_per_core = -(-width // (TILE * cores.count))
         output = cores.width_sharded(width, cores.in_rows(-(-width // (TILE * tiles_per_core))))
+        self.join = _concatenate if len(pieces) > 1 else _only
         options = {"weight_format": layout.precision.head, "fidelity": layout.precision.head_fidelity}
         self.pieces = [
             Linear(piece, layout, in_cores=layout.residual_cores, output=output, **options) for piece in pieces
@@ -34,11 +35,18 @@ class LMHead:
         parts = [
             ttnn.sharded_to_interleaved(piece.decode_forward(normed), ttnn.DRAM_MEMORY_CONFIG) for piece in self.pieces
         ]
-        joined = parts[0] if len(parts) == 1 else ttnn.concat(parts, dim=-1)
-        return self.collectives.join_vocabulary(ttnn.untilize(joined, use_multicore=True))
+        return self.collectives.join_vocabulary(ttnn.untilize(self.join(parts), use_multicore=True))
 
     @staticmethod
     def argmax(logits: ttnn.Tensor) -> ttnn.Tensor:
         """[1, 1, R, V] row-major -> ids [1, R] uint32, the lowest one where logits tie."""
         ids = ttnn.argmax(logits, dim=3, keepdim=False)  # [1, 1, R]
         return ttnn.reshape(ids, (1, ids.shape[-1]))
+
+
+def _concatenate(parts: list[ttnn.Tensor]) -> ttnn.Tensor:
+    return ttnn.concat(parts, dim=-1)
+
+
+def _only(parts: list[ttnn.Tensor]) -> ttnn.Tensor:
+    return parts[0]

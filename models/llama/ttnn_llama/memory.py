@@ -113,13 +113,13 @@ def _activations(config: LlamaConfig, chips: int, positions: int) -> int:
     hidden, ffn = config.hidden_size, config.intermediate_size // chips
     q_width = config.num_attention_heads * config.head_dim // chips
     qkv_width = q_width + 2 * config.num_key_value_heads * config.head_dim // chips
-    # the residual stream before and after, normed, block's output; qkv as one, as heads, rotated; heads before and after
-    # they are joined; gate, up and their product
+    # the residual stream before and after, normed, block's output; qkv as one, as heads, rotated; attended and joined
+    # heads; gate, up and their product
     attention = 4 * hidden + 3 * qkv_width + 2 * q_width
     mlp = 4 * hidden + 3 * ffn
     # reduce-scatter works in a buffer of twice its input, then its results are gathered
     collective = 3 * hidden if chips > 1 else 0
-    prefill = min(PREFILL_ROWS, positions) * (max(attention, mlp) + collective)
+    prefill = min(PREFILL_CHUNK, positions) * (max(attention, mlp) + collective)
     # logits of a verification: in pieces, joined and untilized on each chip, then gathered
     logits = TILE * (3 * config.vocab_size // chips + config.vocab_size)
     rope = 4 * positions * config.head_dim  # cos and sin, for lookups and for ranges
@@ -186,7 +186,7 @@ def _remedies(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> 
                 yield f"{label} with --max-seq-len {context}"
                 break
     if "draft" in plans and _fits(board, {"target": plans["target"]}, placement):
-        yield "no draft model"
+        yield "no draft"
     for other in sorted(BOARDS.values(), key=lambda other: other.chips * other.dram_bytes):
         moved = _moved(other, plans, placement)
         if other != board and moved and _fits(other, moved, placement):
@@ -222,11 +222,12 @@ def _lower_precisions(plans: Mapping[str, MemoryPlan]) -> Iterator[tuple[str, di
 
     lowest = order[-1]
     if "draft" in plans and plans["draft"].precision.name != lowest.name:
-        yield f"precision {lowest.name} for the draft", {**plans, "draft": lowered(plans["draft"], lowest)}
+        yield f"--draft-precision {lowest.name}", {**plans, "draft": lowered(plans["draft"], lowest)}
     for precision in order[1:]:
         changed = {name: lowered(plan, precision) for name, plan in plans.items()}
         if changed != dict(plans):
-            yield f"precision {precision.name}", changed
+            flags = {"target": "--precision", "draft": "--draft-precision"}
+            yield " ".join(f"{flags[name]} {plan.precision.name}" for name, plan in changed.items()), changed
 
 
 def _moved(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> dict[str, MemoryPlan] | None:

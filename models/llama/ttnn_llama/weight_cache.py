@@ -83,7 +83,7 @@ class WeightCache:
         import ttnn
 
         note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if not isinstance(note, dict) or note.get("key") != self._entry_key(spec):
+        if note["key"] != self._entry_key(spec):
             raise ValueError("it was made for something else")
         size = path.stat().st_size
         if size != note["bytes"]:

@@ -169,9 +169,14 @@ def take_another_layers_entry(path: Path, loader: Loader) -> None:
     shutil.copy(other.with_suffix(".json"), path.with_suffix(".json"))
 
 
-def take_another_checkpoints_key(path: Path, loader: Loader) -> None:
-    key = json.loads(path.with_suffix(".json").read_text())["key"]
-    change_note(path, key={**key, "checkpoint": "0123456789abcdef"})
+def take_another_checkpoints_entry(path: Path, loader: Loader) -> None:
+    mine, mesh_device, _, cache_dir = loader.args
+    other = Checkpoint.open(write_tiny_checkpoint(mine.path.with_name("other"), CONFIG, seed=1))
+    spec = loader.spec("layers.0.w1")
+    CheckpointSource(other, mesh_device, PERFORMANCE, cache_dir).tensor(spec)
+    entry = WeightCache(cache_dir, other.digest(), tuple(mesh_device.shape)).path(spec)
+    shutil.copy(entry, path)
+    shutil.copy(entry.with_suffix(".json"), path.with_suffix(".json"))
 
 
 def store_another_format(path: Path, loader: Loader) -> None:
@@ -214,7 +219,7 @@ DAMAGES = [
     truncate,
     flip_a_byte,
     take_another_layers_entry,
-    take_another_checkpoints_key,
+    take_another_checkpoints_entry,
     store_another_format,
     store_another_shape,
     write_something_else,
