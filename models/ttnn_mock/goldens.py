@@ -38,7 +38,9 @@ def matmul(
 ):
     a = input_tensor_a.mT if transpose_a else input_tensor_a
     b = input_tensor_b.mT if transpose_b else input_tensor_b
-    y = a @ b
+    # In whole tiles of rows, as the device does it: torch's order of summation depends on the number of rows.
+    rows = a.shape[-2] if a.ndim > 1 else TILE
+    y = (functional.pad(a, (0, 0, 0, -rows % TILE)) @ b)[..., :rows, :] if rows % TILE else a @ b
     if bias is not None:
         y = y + bias
     activation = getattr(program_config, "fused_activation", None) or activation
@@ -133,9 +135,8 @@ def nlp_concat_heads(input):
 
 def nlp_concat_heads_decode(input_tensor, *, num_heads, inferred_shape):
     """[1, B, Q, D] -> [1, 1, 32, Q D]: the operation always returns a whole tile of rows."""
-    batch, width = input_tensor.shape[1], num_heads * input_tensor.shape[-1]
     y = input_tensor.new_zeros(inferred_shape)
-    y[0, 0, :batch] = input_tensor[0, :, :num_heads].reshape(batch, width)
+    y[0, 0, : input_tensor.shape[1]] = input_tensor[0].flatten(1)
     return y
 
 

@@ -70,7 +70,7 @@ class DeviceOp:
     @property
     def is_collective(self) -> bool:
         """Did it run within a call that lets chips talk to each other?"""
-        return self.call.rpartition(".")[2].removesuffix("_async") in _COLLECTIVES
+        return _is_collective(self.call)
 
 
 @contextlib.contextmanager
@@ -144,12 +144,38 @@ def peak_dram(nodes: Nodes) -> int:
     live: dict[int, int] = {}
     peak = 0
     for node in nodes:
-        if node["node_type"] == "buffer_allocate" and node["params"]["type"] == "DRAM":
-            live[node["params"]["address"]] = node["params"]["size"]
-            peak = max(peak, sum(live.values()))
-        elif node["node_type"] == "buffer_deallocate" and node["params"]["type"] == "DRAM":
-            live.pop(node["params"]["address"], None)
+        _follow(node, "DRAM", "size", live)
+        peak = max(peak, sum(live.values()))
     return peak
+
+
+def peak_l1(nodes: Nodes) -> int:
+    """An upper bound of the L1, per core, that the captured graph took beside what was there before it.
+
+    Every core is taken to have a part of each tensor. Circular buffers are in the graph when a program is compiled,
+    not when it is found in the program cache; ttnn 0.81.1 does not record those of its matmuls.
+    """
+    # ttnn's extract_resource_usage_per_core adds up the circular buffers of all chips of a mesh.
+    live: dict[int, int] = {}
+    circular: Counter[int] = Counter()  # chip -> bytes, of the program at hand
+    peak = 0
+    for node in nodes:
+        _follow(node, "L1", "max_size_per_bank", live)
+        if node["node_type"] == "circular_buffer_allocate" and node["params"]["globally_allocated"] == "0":
+            circular[node["params"]["device_id"]] += node["params"]["size"]
+        elif node["node_type"] == "function_end":
+            circular.clear()
+        peak = max(peak, sum(live.values()) + max(circular.values(), default=0))
+    return peak
+
+
+def _follow(node: dict, kind: str, size: str, live: dict[int, int]) -> None:
+    """Keep ``live`` (address -> bytes) up with a node that makes or frees a buffer of that kind."""
+    params = node["params"]
+    if node["node_type"] == "buffer_allocate" and params["type"] == kind:
+        live[params["address"]] = params[size]
+    elif node["node_type"] == "buffer_deallocate" and params["type"] == kind:
+        live.pop(params["address"], None)
 
 
 # ---- from the graph -------------------------------------------------------------------------------------------------
@@ -239,23 +265,19 @@ def device_ops(nodes: Nodes, positions: Sequence[int] | None = None) -> list[Dev
 
 def _device_op(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> DeviceOp:
     operation, factory = call.params["name"], call.params["program_factory_type"].rpartition("::")[2]
-    stored = [tensor for tensor in call.inputs if tensor.in_dram]
-    rule = _RULES.get(operation)
-    corrected = rule(call, outputs, positions) if rule else []
-    known = {traffic.address for traffic in corrected}
-    op = DeviceOp(call.call, operation, factory, call.params["program_cache_hit"], ())
-    exact = not op.is_collective and (operation != "MatmulDeviceOperation" or factory in _EXACT_MATMULS)
-    # An op that was given the buffer of its output does not make one.
-    made = {tensor.address: tensor.bytes for tensor in outputs if tensor.in_dram} | call.made
-    for tensor in stored:
-        made.pop(tensor.address, None)  # in place: written by a rule, or not at all
-    read = {tensor.address: tensor.bytes for tensor in stored if tensor.address not in known}
-    traffic = [
-        *corrected,
-        *(Traffic(address, size, 0, exact) for address, size in read.items()),
-        *(Traffic(address, 0, size, exact) for address, size in made.items()),
-    ]
-    return DeviceOp(op.call, op.operation, op.factory, op.cache_hit, tuple(traffic))
+    exact = not _is_collective(call.call) and (operation != "MatmulDeviceOperation" or factory in _EXACT_MATMULS)
+    read = {tensor.address: tensor.bytes for tensor in call.inputs if tensor.in_dram}
+    # What is written: buffers the op made, or was given for its output; what it changes in place is for a rule.
+    written = {tensor.address: tensor.bytes for tensor in outputs if tensor.in_dram} | call.made
+    traffic = {address: Traffic(address, 0, size, exact) for address, size in written.items()}
+    traffic |= {address: Traffic(address, size, 0, exact) for address, size in read.items()}
+    if operation in _RULES:
+        traffic |= {corrected.address: corrected for corrected in _RULES[operation](call, outputs, positions)}
+    return DeviceOp(call.call, operation, factory, call.params["program_cache_hit"], tuple(traffic.values()))
+
+
+def _is_collective(call: str) -> bool:
+    return call.rpartition(".")[2].removesuffix("_async") in _COLLECTIVES
 
 
 # ---- ops that touch a part of a buffer ------------------------------------------------------------------------------

@@ -86,6 +86,9 @@ class ShadowTensor(ttnn.Tensor):
     def item(self):
         return _to_host(self).item()
 
+    def deallocate(self, force=True):
+        ttnn.deallocate(self, force)
+
     def reshape(self, *shape):
         shape = shape[0] if len(shape) == 1 else shape
         return ttnn.reshape(self, shape)
@@ -153,7 +156,7 @@ def rounded(x, dtype):
 
 def _adopt(tensor, values, part=False):
     """The tensor with these values as its shadow."""
-    for new, _ in _distinct(values, values):
+    for (new,) in _distinct(values):
         if tuple(new.shape) != tuple(tensor.shape):
             raise ShapeMismatch(f"values {list(new.shape)} for a tensor {list(tensor.shape)}")
     shadow = Shadow(values, part)
@@ -177,9 +180,9 @@ def _to_host(tensor):
     storage = _INTEGERS.get(host.dtype, torch.float32)
     spec = host.spec
     shards = {}
-    for new, _ in _distinct(shadow.values, shadow.values):
+    for (new,) in _distinct(shadow.values):
         shards[id(new)] = _real(ttnn.from_torch, new.to(storage).contiguous(), spec=spec)
-    if len(shadow.values) == 1:
+    if shadow.part:
         return shards[id(shadow.values[0])]
     new = ttnn.from_host_shards([shards[id(v)] for v in shadow.values], host.host_buffer().shape())
     new.update_tensor_topology(host.tensor_topology())
@@ -187,16 +190,12 @@ def _to_host(tensor):
 
 
 def _host_values(host, count):
-    """The real data of a host tensor, one value per device."""
-    shards = _real_get_device_tensors(host)
-    values = [_plain(shard.to_torch()) for shard in shards]
+    """The real data of a host tensor, one value per device; replicas are one and the same value."""
+    values = [_plain(shard.to_torch()) for shard in _real_get_device_tensors(host)]
     if len(values) == 1:
         return values * count
-    if isinstance(host.tensor_topology().placements()[0], ttnn.PlacementReplicate) and all(
-        isinstance(placement, ttnn.PlacementReplicate) for placement in host.tensor_topology().placements()
-    ):
-        return values[:1] * len(values)
-    return values
+    replicated = all(isinstance(p, ttnn.PlacementReplicate) for p in host.tensor_topology().placements())
+    return values[:1] * len(values) if replicated else values
 
 
 def _to_device(host, device, memory_config=None, **kwargs):
@@ -353,11 +352,11 @@ def _evaluate(golden, args, kwargs, tensors, values, count, **extra):
     return [list(results) for results in zip(*(on(device) for device in range(count)), strict=True)]
 
 
-def _store(name, out, results, tensors, values, owned=False):
+def _store(name, out, results, tensors, values):
     """The output with its shadow; an output that is one of the arguments has its shadow changed in place."""
     dtype, shape = out.dtype, tuple(out.shape)
     new = {}
-    for result, _ in _distinct(results, results):
+    for (result,) in _distinct(results):
         if tuple(result.shape) != shape:
             raise ShapeMismatch(f"{name}: ttnn infers {list(shape)}, the golden function gives {list(result.shape)}")
         new[id(result)] = rounded(result, dtype)
@@ -365,26 +364,26 @@ def _store(name, out, results, tensors, values, owned=False):
     for tensor in tensors:
         if tensor.tensor_id == out.tensor_id:
             shadow = _shadow_of(tensor)
-            if not all(a is b for a, b in zip(shadow.values, stored, strict=True)):
+            if not all(new is old for new, old in zip(results, shadow.values, strict=True)):
                 shadow.write(stored)
             return tensor
-    if not owned:
-        inputs = {x.untyped_storage().data_ptr() for own in values.values() for x in own}
-        fresh = {id(x): x.clone() if x.untyped_storage().data_ptr() in inputs else x for x in new.values()}
-        stored = [fresh[id(x)] for x in stored]
-    return _adopt(out, stored)
+    inputs = {x.untyped_storage().data_ptr() for own in values.values() for x in own}
+    fresh = {id(x): x.clone() if x.untyped_storage().data_ptr() in inputs else x for x in new.values()}
+    return _adopt(out, [fresh[id(x)] for x in stored])
 
 
 def _reshape(operation, input_tensor, *args, **kwargs):
     out = _real(operation, input_tensor, *args, **kwargs)
-    if out.storage_type() != _DEVICE or out.tensor_id == input_tensor.tensor_id:
-        return out if out.storage_type() != _DEVICE else input_tensor
+    if out.storage_type() != _DEVICE:
+        return out
+    if out.tensor_id == input_tensor.tensor_id:
+        return input_tensor
     name = operation.python_fully_qualified_name
     values = _shadow_of(input_tensor).values
     is_view = out.buffer_address() == input_tensor.buffer_address()
     shape, padded, old_padded = tuple(out.shape), tuple(out.padded_shape), tuple(input_tensor.padded_shape)
     new = {}
-    for x, _ in _distinct(values, values):
+    for (x,) in _distinct(values):
         if is_view and (old_padded != tuple(x.shape) or padded != shape) or x.numel() != torch.Size(shape).numel():
             # The same tiles under another shape: rows of padding become rows of the tensor, or the reverse.
             whole = x.new_zeros(old_padded)
@@ -430,28 +429,21 @@ def _collective(operation, golden, args, kwargs):
 
 def _in_place(operation, golden, written, args, kwargs):
     out = _real(operation, *args, **kwargs)
-    names = _parameters(golden)
-    arguments = dict(zip(names, args, strict=False)) | kwargs
+    arguments = dict(zip(_parameters(golden), args, strict=False)) | kwargs
     tensors = []
     _collect(list(arguments.values()), tensors)
     values = {id(tensor): value(tensor) for tensor in tensors}
-    count = max(len(own) for own in values.values())
+    uniform = all(_is_uniform(own) for own in values.values())
     for target, source in written.items():
         target, source = arguments[target], arguments.get(source)
-        if source is not None:
-            values[id(source)] = (
-                [rounded(x, target.dtype) for x in values[id(source)]]
-                if (source.dtype != target.dtype)
-                else values[id(source)]
-            )
-    uniform = all(_is_uniform(own) for own in values.values())
-    for target in written:
-        target = arguments[target]
+        if source is not None and source.dtype != target.dtype:
+            new = {id(x): rounded(x, target.dtype) for x in values[id(source)]}
+            values[id(source)] = [new[id(x)] for x in values[id(source)]]
         shadow = _shadow_of(target)
         shadow.separate(*([] if uniform else values.values()))
         values[id(target)] = shadow.values
     arguments = _golden_arguments(golden, arguments)
-    for device in range(1 if uniform else count):
+    for device in range(1 if uniform else max(len(own) for own in values.values())):
         golden(**{name: _pick(x, device, values) for name, x in arguments.items()})
     return _returned(out, tensors)
 
@@ -479,14 +471,9 @@ def _general(operation, args, kwargs):
             raise NotImplementedError(f"{operation.python_fully_qualified_name} has no golden function")
         return out  # on the host, with real data
     name = operation.python_fully_qualified_name
-    golden = goldens.GOLDENS.get(name)
-    if (
-        golden is None
-        and not operation.is_cpp_operation
-        and all(isinstance(tensor, ShadowTensor) for tensor in on_device)
-    ):
+    if not operation.is_cpp_operation and all(isinstance(tensor, ShadowTensor) for tensor in on_device):
         return out  # made of operations that have given it a shadow
-    golden = golden or operation.golden_function
+    golden = goldens.GOLDENS.get(name) or operation.golden_function
     if golden is None:
         raise NotImplementedError(f"{name} has no golden function")
     values = {id(tensor): value(tensor) for tensor in tensors}

@@ -8,18 +8,16 @@ import pytest
 
 from models.ttnn_mock import cluster
 
-INSTALLED = cluster.is_installed()
+MISSING = None if cluster.is_installed() else "ttnn is not installed"  # why the tests cannot run
 
 
 class Uncollected(pytest.Module):
     def collect(self):
-        pytest.skip("ttnn is not installed: its wheels are for CPython 3.12 and 3.10 on x86-64 Linux")
+        pytest.skip(f"{MISSING}: its wheels are for CPython 3.12 and 3.10 on x86-64 Linux")
 
 
 def pytest_pycollect_makemodule(module_path, parent):
-    if not INSTALLED:
-        return Uncollected.from_parent(parent, path=module_path)
-    return None
+    return Uncollected.from_parent(parent, path=module_path) if MISSING else None
 
 
 def _mocked(board):
@@ -32,12 +30,15 @@ def _mocked(board):
 
 def pytest_configure(config):
     """Import ttnn under the mock's variables, before a test module does; then put them away."""
-    if not INSTALLED:
+    global MISSING
+    if MISSING:
         return
     cluster.quieten()
     patch = pytest.MonkeyPatch() if cluster.has_silicon() else _mocked(config.getoption("--board"))
     try:
         import ttnn  # noqa: F401
+    except ImportError as error:
+        MISSING = f"ttnn does not import ({error})"
     finally:
         patch.undo()
 
@@ -54,7 +55,7 @@ class MeshOpener:
     """Keeps one mesh open from test to test; another shape or other parameters take its place."""
 
     def __init__(self, board):
-        self.board_shape = cluster.BOARDS[board].mesh_shape
+        self.board, self.board_shape = board, cluster.BOARDS[board].mesh_shape
         self._mesh, self._key = None, None
 
     def open(self, shape=None, parameters=None):
@@ -64,6 +65,10 @@ class MeshOpener:
         shape = tuple(shape or self.board_shape)
         if shape[0] * shape[1] > self.board_shape[0] * self.board_shape[1]:
             pytest.skip(f"mesh {shape[0]}x{shape[1]}: this board has {self.board_shape[0]}x{self.board_shape[1]}")
+        found = f"{ttnn.get_arch_name()} x {ttnn.get_num_devices()}"
+        wanted = f"{cluster.BOARDS[self.board].arch} x {self.board_shape[0] * self.board_shape[1]}"
+        if found != wanted:  # only on silicon
+            pytest.skip(f"--board {self.board} is {wanted}, this machine has {found}")
         key = (shape, repr(sorted((parameters or {}).items())))
         if key == self._key:
             return self._mesh

@@ -408,6 +408,8 @@ def test_heads_are_split_and_joined(put, same):
     for tensor, expected in zip(outputs, (q, k, v), strict=True):
         same(tensor, expected.transpose(1, 2))
     same(ttnn.experimental.nlp_concat_heads(outputs[0]), q.reshape(1, 1, B, Q * D))
+    transposed = ttnn.experimental.nlp_create_qkv_heads(put(x), num_heads=Q, num_kv_heads=KV, transpose_k_heads=True)
+    same(transposed[1], k.transpose(1, 2).mT)
     outputs = ttnn.experimental.nlp_create_qkv_heads_decode(
         put(x), num_heads=Q, num_kv_heads=KV, memory_config=ttnn.L1_HEIGHT_SHARDED_MEMORY_CONFIG
     )
@@ -452,7 +454,7 @@ def test_rotary_embedding_llama_decode_gives_each_row_its_own_angle(put, same):
 
 
 def test_fused_rotary_embedding_turns_q_and_k(put, same):
-    q, k, angle = bf16(1, B, Q, D), bf16(1, B, KV, D), angles(torch.tensor([3, 100, 7, 50, 0]))
+    q, k, angle = bf16(1, B, Q, D), bf16(1, B, KV, D), angles(torch.tensor([3, 100, 7, 50, 0, 8, 1, 20, 70, 5]))
     grid = ttnn.CoreRangeSet({ttnn.CoreRange(ttnn.CoreCoord(0, 0), ttnn.CoreCoord(B - 1, 1))})
     both, first, second = (
         ttnn.MemoryConfig(
@@ -465,7 +467,7 @@ def test_fused_rotary_embedding_turns_q_and_k(put, same):
             *(ttnn.CoreRangeSet({ttnn.CoreRange(ttnn.CoreCoord(0, y), ttnn.CoreCoord(B - 1, y))}) for y in (0, 1)),
         )
     )
-    cos, sin = (put(table.repeat(2, 1)[None, :, None], memory_config=both) for table in tables(angle))
+    cos, sin = (put(table[None, :, None], memory_config=both) for table in tables(angle))
     matrix = put(
         rotation().repeat(1, 1, 2 * B, 1),
         memory_config=ttnn.MemoryConfig(
@@ -477,8 +479,8 @@ def test_fused_rotary_embedding_turns_q_and_k(put, same):
     outputs = ttnn.experimental.rotary_embedding_llama_fused_qk(
         put(q, memory_config=first), put(k, memory_config=second), cos, sin, matrix
     )
-    for tensor, x in zip(outputs, (q, k), strict=True):
-        same(tensor, rotate_pairs(x, angle[None, :, None].expand(1, B, x.shape[2], D // 2)), 0.02)
+    for tensor, x, own in zip(outputs, (q, k), angle.split(B), strict=True):
+        same(tensor, rotate_pairs(x, own[None, :, None].expand(1, B, x.shape[2], D // 2)), 0.02)
 
 
 @pytest.mark.parametrize("decode", [False, True])
@@ -762,9 +764,10 @@ def test_an_operation_without_golden_function_is_an_error(put):
         ttnn.experimental.dropout(put(bf16(1, 1, 32, 32)), probability=0.5, scale=2.0, seed=1)
 
 
-def test_a_deallocated_tensor_has_no_values(put, shadow):
+@pytest.mark.parametrize("free", [ttnn.deallocate, lambda tensor: tensor.deallocate()], ids=["function", "method"])
+def test_a_deallocated_tensor_has_no_values(put, shadow, free):
     tensor = put(bf16(1, 1, 32, 32))
-    ttnn.deallocate(tensor)
+    free(tensor)
     with pytest.raises(RuntimeError, match="deallocated"):
         shadow.value(tensor)
 
@@ -854,6 +857,8 @@ def test_host_shards_keep_their_part_on_the_way_to_the_mesh(mesh_device, shadow,
     device = ttnn.to_device(host, mesh_device)
     assert torch.equal(ttnn.to_torch(device, mesh_composer=composer).float(), x)
     assert torch.equal(ttnn.to_torch(ttnn.from_device(device), mesh_composer=composer).float(), x)
+    placements = [str(tensor.tensor_topology().placements()) for tensor in (device, ttnn.from_device(device))]
+    assert placements[0] == placements[1] and "Shard(3)" in placements[0]
     target = ttnn.zeros_like(device)
     ttnn.copy_host_to_device_tensor(host, target)
     assert torch.equal(ttnn.to_torch(target, mesh_composer=composer).float(), x)
@@ -874,6 +879,21 @@ def test_collectives_combine_the_devices(line, same):
     whole = ttnn.to_torch(scattered, mesh_composer=ttnn.ConcatMeshToTensor(mesh, dim=3)).float()
     torch.testing.assert_close(whole, sum(parts), rtol=2**-7, atol=2**-7)
     same(ttnn.all_gather(scattered, dim=3), sum(parts))
+
+
+@pytest.mark.parametrize("mesh_device", [(2, 4)], indirect=True)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_collectives_join_the_devices_along_one_axis(mesh_device, shadow, axis):
+    x = bf16(2, 4, 32, 32)  # one tile for each device
+    mapper = ttnn.ShardTensor2dMesh(mesh_device, dims=(0, 1), mesh_shape=(2, 4))
+    tensor = ttnn.from_torch(x, dtype=FP32, layout=TILE, device=mesh_device, mesh_mapper=mapper)
+    reduced = ttnn.all_reduce(tensor, cluster_axis=axis)
+    gathered = ttnn.all_gather(tensor, dim=3, cluster_axis=axis)
+    for device in range(8):
+        row, column = divmod(device, 4)
+        group = x[:, column] if axis == 0 else x[row]
+        torch.testing.assert_close(shadow.value(reduced)[device][0, 0], group.sum(0))
+        assert torch.equal(shadow.value(gathered)[device][0, 0], torch.cat(list(group), -1))
 
 
 def test_a_gather_of_integers_is_exact(line, same):
