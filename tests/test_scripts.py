@@ -299,7 +299,9 @@ def test_ci_lints_then_runs_the_test_script(machine):
     result = machine.run(machine.clone / ".ci/run")
     assert result.returncode == 0, result.stderr
     ran = f"ran in {machine.clone}:\n<-m>\n"
-    assert result.stdout == f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<pytest>\n"
+    lint = f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n"
+    others = [f"{ran}<pytest>\n<models/tests/ttnn>\n<--board>\n<{board}>\n" for board in ("N300", "T3K", "P150")]
+    assert result.stdout == f"{lint}{ran}<pytest>\n<--board>\n<N150>\n{''.join(others)}"
     assert machine.installs == 1
 
 
