@@ -150,10 +150,11 @@ def peak_dram(nodes: Nodes) -> int:
 
 
 def peak_l1(nodes: Nodes) -> int:
-    """An upper bound of the L1, per core, that the captured graph took beside what was there before it.
+    """L1 per core, at most, that the captured graph shows to be taken beside what was there before it.
 
     Every core is taken to have a part of each tensor. Circular buffers are in the graph when a program is compiled,
-    not when it is found in the program cache; ttnn 0.81.1 does not record those of its matmuls.
+    not when it is found in the program cache; ttnn 0.81.1 records none for matmuls and unary ops. It does refuse a
+    program whose circular buffers do not fit beside the tensors.
     """
     # ttnn's extract_resource_usage_per_core adds up the circular buffers of all chips of a mesh.
     live: dict[int, int] = {}

@@ -1,0 +1,206 @@
+"""Device ops and DRAM bytes of one forward, per model size and board: the table of the README.
+
+    python scripts/op_counts.py --markdown
+
+Counted in ttnn's own graph of the model with one and with two layers, on mock boards: the difference is a layer, what
+remains is outside the layers. The time is a bound computed from bytes: these bytes at the published DRAM bandwidth of
+a chip, nothing else counted. It is no measurement: with this traffic a forward cannot be faster, and it will be slower.
+Weights and most of the rest are exact, what attention reads of the cache and what collectives move is estimated: see
+models/ttnn_mock/graph.py.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from demo.arguments import PRECISION
+from models.command_line import Parser, run_command
+from models.errors import UserError
+from models.llama.config import LlamaConfig, named_config
+from models.llama.ttnn_llama.boards import BOARDS, Board, board_named
+from models.llama.ttnn_llama.precision import PRECISIONS, Precision, precision_named
+from models.llama.ttnn_llama.shapes import MAX_ROWS, padded_rows
+from models.ttnn_mock import cluster
+
+SIZES = ("1B", "3B", "8B")
+ROWS = (1, 5, 32)
+POSITION = 1024
+COLUMNS = (
+    "model",
+    "board",
+    "rows",
+    "ops per layer",
+    "collectives per layer",
+    "ops outside",
+    "collectives outside",
+    "weights MB",
+    "KV MB",
+    "other MB",
+    "bound ms",
+)
+BOUND = "bound ms: computed from bytes per chip at the published bandwidth ({bandwidth}), not measured."
+
+
+class Recorder:
+    """A weight source that remembers which tensors it gave."""
+
+    def __init__(self, source):
+        self.source = source
+        self.tensors = {}
+
+    def tensor(self, spec):
+        self.tensors[spec.name] = self.source.tensor(spec)
+        return self.tensors[spec.name]
+
+
+def counted(config: LlamaConfig, mesh_device, precision: Precision, rows: Sequence[int], position: int) -> Iterator:
+    """(rows, whether q and k are rotated together, Cost) of greedy forwards of rows from a position."""
+    from models.llama.ttnn_llama.model import TtnnLlama
+    from models.llama.ttnn_llama.weights import EmptySource
+    from models.ttnn_mock import graph
+
+    source = Recorder(EmptySource(mesh_device))
+    model = TtnnLlama(config, mesh_device, source, precision=precision, max_seq_len=position + max(rows))
+    weights = {tensor.buffer_address() for tensor in source.tensors.values()}
+    cache = {tensor.buffer_address() for layer in model.cache for tensor in (layer.keys, layer.values)}
+    for n in rows:
+        model.greedy([1] * n, position)  # makes the buffers that stay
+        positions = [*range(position, position + n), *[-1] * (padded_rows(n) - n)]
+        ops = graph.capture(lambda n=n: model.greedy([1] * n, position), positions)
+        yield n, not model.plan(padded_rows(n)).overlap_heads, graph.cost(ops, weights, cache)
+
+
+def measure(board: Board, sizes: Sequence[str], precision: Precision, rows: Sequence[int], position: int) -> list[dict]:
+    """One entry for each size and row count on a board; this process must be on the board's mock."""
+    from models.llama.ttnn_llama.mesh import open_mesh
+    from models.ttnn_mock import graph
+
+    entries = []
+    with open_mesh(board, trace_region_bytes=0) as meshes:
+        for size in sizes:
+            config = named_config(size)
+            one, two = (
+                list(
+                    counted(dataclasses.replace(config, num_hidden_layers=n), meshes.target, precision, rows, position)
+                )
+                for n in (1, 2)
+            )
+            for (n, fused, once), (_, _, twice) in zip(one, two, strict=True):
+                layer, outside = graph.split(once, twice)
+                whole = outside + config.num_hidden_layers * layer
+                entries.append(
+                    {
+                        "model": size,
+                        "board": board.name,
+                        "rows": n,
+                        "fused_rope_and_cache_update": fused,
+                        "layers": config.num_hidden_layers,
+                        "layer": dataclasses.asdict(layer),
+                        "outside": dataclasses.asdict(outside),
+                        "forward": dataclasses.asdict(whole),
+                        "dram_bytes": whole.dram,
+                        "bound_ms": whole.dram / board.dram_gb_per_s / 1e6,
+                    }
+                )
+    return entries
+
+
+def each_in_its_process(boards: Sequence[str], options: argparse.Namespace) -> list[dict]:
+    """A process has one board: run this script once for each."""
+    entries = []
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "counts.json")
+        for board in boards:
+            command = [sys.executable, __file__, "--boards", board, "--json", str(file), "--sizes", *options.sizes]
+            command += ["--rows", *map(str, options.rows), "--position", str(options.position)]
+            command += ["--precision", options.precision]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if done.returncode:
+                raise RuntimeError(f"counting on {board} failed:\n{done.stdout}")
+            entries += json.loads(file.read_text())["entries"]
+    return entries
+
+
+def table_row(entry: dict) -> list[str]:
+    layer, outside, forward = entry["layer"], entry["outside"], entry["forward"]
+    megabytes = [f"{forward[part] / 1e6:.1f}" for part in ("weights", "kv_cache", "other")]
+    counts = [layer["ops"], layer["collectives"], outside["ops"], outside["collectives"]]
+    return [entry["model"], entry["board"], *map(str, (entry["rows"], *counts)), *megabytes, f"{entry['bound_ms']:.2f}"]
+
+
+def show(entries: list[dict], options: argparse.Namespace) -> None:
+    bandwidth = ", ".join(f"{name} {BOARDS[name].dram_gb_per_s:.0f} GB/s" for name in options.boards)
+    about = (
+        f"Precision {options.precision}; rows at positions {options.position} and after; bytes per chip, read and "
+        f"written, of one greedy forward. {BOUND.format(bandwidth=bandwidth)}"
+    )
+    separate = sorted({f"{e['rows']} rows on {e['board']}" for e in entries if not e["fused_rope_and_cache_update"]})
+    if separate:
+        about += (
+            f" Two ops more than elsewhere, as two cores a row are needed to rotate q and k together and to write k "
+            f"and v together, and the grid has fewer: {', '.join(separate)}."
+        )
+    rows = [table_row(entry) for entry in entries]
+    if options.markdown:
+        print("| " + " | ".join(COLUMNS) + " |")
+        print("|" + "|".join([" --- "] * 2 + [" ---: "] * (len(COLUMNS) - 2)) + "|")
+        for row in rows:
+            print("| " + " | ".join(row) + " |")
+        print(f"\n{about}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(about)
+
+
+def command(argv: Sequence[str] | None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="(default: 1B 3B 8B)")
+    parser.add_argument("--boards", nargs="+", default=list(BOARDS), help=f"(default: {' '.join(BOARDS)})")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="(default: 1 5 32)")
+    parser.add_argument("--position", type=int, default=POSITION, help="of the first row (default: %(default)s)")
+    parser.add_argument("--precision", default=PRECISION, help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
+    options = parser.parse_args(argv)
+    for name in options.sizes:
+        named_config(name)
+    boards = [board_named(name) for name in options.boards]
+    precision = precision_named(options.precision)
+    if not 1 <= min(options.rows) <= max(options.rows) <= MAX_ROWS or not 0 <= options.position <= 100_000:
+        raise UserError(f"--rows must be within 1..{MAX_ROWS} and --position within 0..100000")
+    from demo.environment import check_writable, versions, write_json
+
+    if options.json:
+        check_writable(options.json)
+    if len(boards) == 1:
+        cluster.activate(boards[0].name)
+        entries = measure(boards[0], options.sizes, precision, options.rows, options.position)
+    else:
+        entries = each_in_its_process(options.boards, options)
+        entries.sort(key=lambda entry: options.sizes.index(entry["model"]))
+    show(entries, options)
+    if options.json:
+        write_json(options.json, {"entries": entries, "versions": versions(), "settings": vars(options)})
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(run_command(lambda: command(None)))
