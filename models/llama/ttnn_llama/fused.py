@@ -21,12 +21,16 @@ class FusedRound:
         target, draft: models on the same mesh, with the same vocabulary and the same runner.
 
     Raises:
-        UserError: models on different meshes.
+        UserError: models on different meshes, or of different vocabularies.
     """
 
     def __init__(self, target: TtnnLlama, draft: TtnnLlama):
         if target.mesh_device is not draft.mesh_device or target.runner is not draft.runner:
             raise UserError("a fused round needs target and draft on one mesh: use --draft-placement shared")
+        if target.vocab_size != draft.vocab_size:
+            raise UserError(
+                f"target vocab {target.vocab_size} != draft vocab {draft.vocab_size}: the pair must share one tokenizer"
+            )
         self.target = target
         self.draft = draft
         self.runner = target.runner
@@ -68,14 +72,16 @@ class FusedRound:
 
         tokens: the last two ids, at position and position + 1; the draft's cache holds all before them, the target's
         all before the last. Returns (drafted ids [k], the target's ids [k + 1], accepted <= k). Both caches then hold
-        the drafted tokens too, except the draft's the last. Raises UserError without room for two tokens.
+        the drafted tokens too, except the draft's the last. Raises UserError where one of the caches has no room, or
+        no round of so many tokens was prepared.
         """
         longest = self._prepared(k)
         first, step, verify = self._inputs[longest]
-        if len(tokens) != 2 or position < 0 or position + 2 + k > self.target.max_seq_len + 1:
+        context = min(self.target.max_seq_len, self.draft.max_seq_len + 1)  # the draft does not write the last one
+        if len(tokens) != 2 or position < 0 or position + 2 + k > context:
             raise UserError(
                 f"{len(tokens)} tokens and {k} drafted ones at position {position} do not fit a fused round in the "
-                f"context of {self.target.max_seq_len}: draft fewer tokens or raise --max-seq-len"
+                f"context of {context}: draft fewer tokens or raise --max-seq-len"
             )
         first.fill(tokens, position)
         step.place(position + 2)
@@ -85,6 +91,10 @@ class FusedRound:
         return drafted[:k], verified[: k + 1], min(accepted, k)
 
     def _prepared(self, k: int) -> int:
+        if not 1 <= k <= self.max_draft:
+            raise UserError(
+                f"{k} drafted tokens are outside 1..{self.max_draft}, what this fused round was prepared for"
+            )
         return next(length for length in self.draft_lengths if length >= k)
 
     def _round(self, k: int, first, step, verify) -> ttnn.Tensor:

@@ -1,4 +1,4 @@
-"""Where a model's tensors lie on a chip, and which program configuration each matmul gets: bound once, when it is built.
+"""Where a model's tensors lie on a chip, and which program configuration each matmul gets, bound when it is built.
 
 Decode and verify keep everything in L1, sharded, from one op to the next:
 - the residual stream [1, 1, R, H] by width over H/D cores, one head's width each: what the heads of one position

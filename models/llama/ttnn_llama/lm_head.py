@@ -15,7 +15,7 @@ from models.llama.ttnn_llama.shapes import TILE
 
 
 class LMHead:
-    """norm: of the last hidden states. pieces: [1, 1, H, V / n / parts] per chip each, in the order of the vocabulary."""
+    """norm: of the last hidden states. pieces: [1, 1, H, V / n / parts] per chip each, in the vocabulary's order."""
 
     def __init__(self, norm: RMSNorm, pieces: list[ttnn.Tensor], layout: Layout, collectives: OneChip | Line):
         self.norm = norm

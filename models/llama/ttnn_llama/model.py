@@ -198,6 +198,7 @@ class TtnnLlama:
     def prepare_chain(self, m: int, k: int) -> tuple:
         """Register the program that drafts k ids after m tokens; returns its key."""
         self._check_rows(m)
+        self._check_rows(k + 1)  # also what keeps a longer chain than asked for within the cache's last tile
         key = (id(self), "chain", m, k)
         if key not in self.runner:
             first, step = self.new_inputs(padded_rows(m)), self.new_inputs(1)

@@ -1,25 +1,36 @@
-"""Helpers for the tests of the TT-NN model: reduced Llamas with the heads of the published ones, on the board under test.
+"""Helpers for the tests of the TT-NN model: reduced Llamas, with the heads of the published ones.
 
 On a mock the values come from golden functions (`models.ttnn_mock.shadow`); on silicon the same tests read the chips.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 import ttnn
 
+import models
 from models.llama.config import LlamaConfig, named_config
 from models.llama.ttnn_llama.model import TtnnLlama
-from models.llama.ttnn_llama.precision import precision_named
+from models.llama.ttnn_llama.precision import precision_named, ttnn_dtype
 from models.llama.ttnn_llama.runner import Runner
-from models.llama.ttnn_llama.weights import CheckpointSource
-from models.tests.llama_fixtures import random_tensors
+from models.llama.ttnn_llama.weights import CheckpointSource, interleave_pairs
+from models.tests.llama_fixtures import hf_model, random_tensors
 from models.ttnn_mock import cluster
 
+CHECKPOINTS = Path(models.__file__).parent / "checkpoints"
 SIZES = ("1B", "3B", "8B")  # D=64 Q:KV 4:1, D=128 3:1, D=128 4:1
 VOCAB = 1024
+LARGER = ("q_proj.weight", "o_proj.weight", "down_proj.weight")  # in `random_tensors`, three times
+# Which field of a precision is the format of a matrix, by a part of its name.
+FORMATS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
+    "down_proj": "down",
+    "lm_head": "head",
+}
 
 
 @contextlib.contextmanager
@@ -45,7 +56,7 @@ def reduced(size: str, chips: int, layers: int = 4, **overrides) -> LlamaConfig:
     kv_heads = max(2, chips)
     sizes = {
         "vocab_size": VOCAB,
-        "hidden_size": 2 * group * full.head_dim,
+        "hidden_size": 768 if group == 3 else 512,
         "intermediate_size": 1280,
         "num_hidden_layers": layers,
         "num_attention_heads": group * kv_heads,
@@ -66,9 +77,39 @@ class Weights(dict):
         self.config = config
 
     @classmethod
-    def random(cls, config: LlamaConfig, seed: int = 0) -> "Weights":
-        """Larger than Hugging Face's initial ones, see `random_tensors`; in bf16 on both sides of a comparison."""
-        return cls(config, random_tensors(config, seed))
+    def random(cls, config: LlamaConfig, seed: int = 0, *, sharp: bool = True) -> "Weights":
+        """Larger than Hugging Face's initial ones; in bf16 on both sides of a comparison.
+
+        sharp: as `random_tensors` makes them. Sharp attention shows small faults, and small errors grow in it: formats
+        of few bits lose several percent. Without it all matrices have variance 1/inputs.
+        """
+        tensors = random_tensors(config, seed)
+        if not sharp:
+            tensors = {name: t / 3 if name.endswith(LARGER) else t for name, t in tensors.items()}
+        return cls(config, tensors)
+
+    def changed(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Weights":
+        """The same model with change(name, tensor) for each tensor."""
+        return Weights(self.config, {name: change(name, tensor) for name, tensor in self.items()})
+
+    def in_formats_of(self, precision: str) -> "Weights":
+        """Every matrix rounded to its format, in the order of values that it has on the device."""
+        named = precision_named(precision)
+        dim = self.config.head_dim
+
+        def rounded(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            format = next((getattr(named, field) for part, field in FORMATS.items() if part in name), None)
+            if format is None:
+                return tensor
+            paired = "q_proj" in name or "k_proj" in name
+            matrix = interleave_pairs(tensor, dim) if paired else tensor
+            device = ttnn.from_torch(matrix.t().contiguous(), dtype=ttnn_dtype(format), layout=ttnn.TILE_LAYOUT)
+            matrix = device.to_torch().t().float()
+            if paired:
+                matrix = matrix.reshape(-1, dim // 2, 2, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
+            return matrix
+
+        return self.changed(rounded)
 
     def on(
         self, mesh: ttnn.MeshDevice, precision: str = "bf16", max_seq_len: int = 352, runner: Runner | None = None
@@ -79,8 +120,26 @@ class Weights(dict):
         return TtnnLlama(self.config, mesh, source, precision=named, max_seq_len=max_seq_len, runner=runner)
 
 
+@torch.no_grad()
+def hf_logits(weights: Weights, ids: list[int]) -> torch.Tensor:
+    """Hugging Face's logits [n, V] in fp32."""
+    return hf_model(weights.config, weights)(torch.tensor([ids])).logits[0]
+
+
 def random_ids(count: int, seed: int, vocab_size: int = VOCAB) -> list[int]:
     return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def cached(model: TtnnLlama) -> torch.Tensor:
+    """The whole KV cache [layers, 2, KV, S, D], chips joined: keys in the device's order of pairs, then values."""
+    layers = [(layer.keys, layer.values) for layer in model.cache]
+    return torch.stack([torch.stack([torch.cat(on_chips(kept), 1)[0].float() for kept in pair]) for pair in layers])
+
+
+def in_pairs(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[R, heads, D] as Hugging Face has them -> in neighbouring pairs, as the device has them."""
+    columns = heads.flatten(1).t()  # [heads D, R], like the rows of a weight
+    return interleave_pairs(columns, head_dim).t().reshape(heads.shape)
 
 
 def on_chips(tensor: ttnn.Tensor) -> list[torch.Tensor]:
