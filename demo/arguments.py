@@ -10,7 +10,7 @@ from pathlib import Path
 
 from models.command_line import Parser
 from models.errors import UserError
-from models.llama.ttnn_llama.memory import PLACEMENTS
+from models.llama.ttnn_llama.boards import PLACEMENTS
 from models.llama.ttnn_llama.precision import PRECISIONS
 from models.speculative.controller import MAX_DRAFT_LENGTH
 
@@ -22,6 +22,13 @@ PROMPTS = Path(__file__).resolve().parent / "prompts"
 MODES = ("compare", "speculative", "baseline")
 DTYPES = ("bf16", "fp32", "fp16")
 PRECISION = "performance"  # as tt_transformers' demo
+# Flags that have a meaning on some devices only, and what to do about one of them on another device.
+TORCH_FLAGS = {
+    "dtype": "use --precision or leave it out",
+    "draft_dtype": "use --draft-precision or leave it out",
+    "row_invariant": "leave it out, on a board all rows are computed alike",
+}
+BOARD_FLAGS = ("precision", "draft_precision", "draft_placement", "trace", "weight_cache")
 # A padded decode of so many rows costs what one row does, within 5 % (bf16; scripts/forward_cost.py: 12 rows 1.12x).
 FREE_ROWS = 7
 
@@ -32,8 +39,10 @@ prompt files:
            belongs to the separator, so end a prompt with an empty line to give it a final line end)
 
 environment:
-  HF_MODEL     same as --target        DRAFT_MODEL  same as --draft
-  MESH_DEVICE  N150, N300, T3K or P150: the board of --device tt
+  HF_MODEL       same as --target
+  DRAFT_MODEL    same as --draft
+  MESH_DEVICE    the board of --device tt: N150, N300, T3K or P150 (default: the one that is found)
+  TT_CACHE_PATH  directory of converted weights (default: tt-speculative-llama/weights in ~/.cache)
   A flag wins over its variable.
 
 exit codes: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupted (results so far are printed).
@@ -139,15 +148,32 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         default=environ.get("DRAFT_MODEL") or None,
         help="the same for the draft model (default: the embedded tiny-draft)",
     )
-    group.add_argument("--device", choices=("cpu", "cuda", "tt"), default="cpu", help="(default: %(default)s)")
     group.add_argument(
-        "--dtype", choices=DTYPES, default=None, help="numbers of the models on cpu and cuda (default: bf16)"
+        "--device",
+        choices=("cpu", "cuda", "tt"),
+        default="cpu",
+        help="tt is a Tenstorrent board (default: %(default)s)",
     )
+    group.add_argument(
+        "--max-seq-len",
+        type=_integer(2),
+        metavar="N",
+        help="context to reserve, in tokens (default: the models' own, at most 2048)",
+    )
+    group.add_argument(
+        "--threads",
+        type=_integer(1),
+        metavar="N",
+        help="CPU threads of torch, which on a board converts weights and draws samples (default: torch's own)",
+    )
+
+    group = parser.add_argument_group("numbers on cpu and cuda")
+    group.add_argument("--dtype", choices=DTYPES, default=None, help="of the models (default: bf16)")
     group.add_argument(
         "--draft-dtype",
         choices=(*DTYPES, "int8"),
         default=None,
-        help="numbers of the draft; a cheaper one can only lower acceptance, never change the text (default: --dtype)",
+        help="of the draft; a cheaper one can only lower acceptance, never change the text (default: --dtype)",
     )
     group.add_argument(
         "--row-invariant",
@@ -157,20 +183,14 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         "speculation (default: on where that costs plain decoding nothing: K + 1 <= 7, and not in fp32, which hardly "
         "ever needs it)",
     )
-    group.add_argument(
-        "--max-seq-len",
-        type=_integer(2),
-        metavar="N",
-        help="context to reserve, in tokens (default: the models' own, at most 2048)",
-    )
-    group.add_argument("--threads", type=_integer(1), metavar="N", help="CPU threads of torch (default: torch's own)")
 
     group = parser.add_argument_group("Tenstorrent boards (--device tt)")
     group.add_argument(
         "--precision",
         choices=tuple(PRECISIONS),
         default=None,
-        help=f"formats of weights and KV cache of the target (default: {PRECISION})",
+        help="formats of the target's weights and KV cache: bf16 everywhere; accuracy: bfp8; performance: bfp8, gate "
+        f"and up matrices bfp4; bfp4: all layers bfp4, KV cache and output matrix bfp8 (default: {PRECISION})",
     )
     group.add_argument(
         "--draft-precision",
@@ -183,19 +203,20 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         "--draft-placement",
         choices=PLACEMENTS,
         default=None,
-        help=f"draft on all chips beside the target, or on a chip of its own (default: {PLACEMENTS[0]})",
+        help="shared: the draft on the target's chips, a greedy round being one program; own-chip: on a chip of its "
+        f"own, for boards with several (default: {PLACEMENTS[0]})",
     )
     group.add_argument(
         "--trace",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="replay captured programs instead of dispatching op by op (default: on)",
+        help="replay captured programs instead of dispatching op by op (default: on; never on mock boards)",
     )
     group.add_argument(
         "--weight-cache",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="keep converted weights on disk for the next run, in TT_CACHE_PATH or ~/.cache (default: on)",
+        help="keep converted weights on disk for the next run (default: on)",
     )
 
     group = parser.add_argument_group("prompts")
@@ -270,13 +291,12 @@ def parse_settings(
 
 def _check_device_flags(options: argparse.Namespace) -> None:
     """UserError for a flag that has no meaning on the device."""
-    torch_flags = ("dtype", "draft_dtype", "row_invariant", "threads")
-    board_flags = ("precision", "draft_precision", "draft_placement", "trace", "weight_cache")
     on_board = options.device == "tt"
-    given = [name for name in (torch_flags if on_board else board_flags) if getattr(options, name) is not None]
+    given = [name for name in (TORCH_FLAGS if on_board else BOARD_FLAGS) if getattr(options, name) is not None]
     if given:
-        flag = "--" + given[0].replace("_", "-")
-        remedy = "use --precision or leave it out" if on_board else "add --device tt or leave it out"
+        flag = "--no-" * (getattr(options, given[0]) is False) or "--"
+        flag += given[0].replace("_", "-")
+        remedy = TORCH_FLAGS[given[0]] if on_board else "add --device tt or leave it out"
         raise UserError(f"{flag} has no meaning with --device {options.device}: {remedy}")
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from demo.arguments import Settings
 from demo.report import Results
 from demo.session import Prompt, Row, Run, Session
-from demo.wording import closing_lines, explain_slowdown, figures, models, run_settings, speed, summary_sections
+from demo.wording import about, closing_lines, explain_slowdown, figures, pace, summary_sections
 
 # Where a token came from -> its style and, for the legend, its name.
 ORIGINS = {
@@ -84,7 +84,7 @@ class QuietView:
         where = "interrupted"
         if run:
             place = f"prompt {run.prompt.number}" if run.counted else "the warm-up"
-            where += f" in {place}, {run.path}, after {len(run.tokens)} tokens: {speed(run)}"
+            where += f" in {place}, {run.path}, after {_so_far(run, self.session)}"
             where += "" if run.counted else " (nothing is counted yet, so the table shows the warm-up)"
         self.console.print()
         self.console.print(Text(where, style="bold yellow"))
@@ -124,9 +124,8 @@ class PlainView(QuietView):
         self._written = 0
 
     def __enter__(self) -> "PlainView":
-        for role, about in models(self.session):
-            self._write(f"{role:<8}{about}\n")
-        self._write(f"{'run':<8}{run_settings(self.session)}\n")
+        for name, line in about(self.session):
+            self._write(f"{name:<8}{line}\n")
         return self
 
     def begin_prompt(self, prompt: Prompt) -> None:
@@ -153,7 +152,7 @@ class PlainView(QuietView):
             self._write(f"=== {run.path}\n{run.text}\n")
 
     def end_prompt(self, row: Row) -> None:
-        self._write("=== " + " | ".join(figures(row)) + "\n")
+        self._write("=== " + " | ".join(figures(row, self.session)) + "\n")
 
     def interrupted(self, run: Run | None) -> None:
         if run and run is not self._streamed:
@@ -182,9 +181,8 @@ class TerminalView(QuietView):
 
     def __enter__(self) -> "TerminalView":
         grid = Table.grid(padding=(0, 2, 0, 0))
-        for role, about in models(self.session):
-            grid.add_row(Text(role, style="bold"), Text(about))
-        grid.add_row(Text("run", style="bold"), Text(run_settings(self.session)))
+        for name, line in about(self.session):
+            grid.add_row(Text(name, style="bold"), Text(line))
         self.console.print(Panel(grid, border_style="dim", expand=False))
         if self.session.draft:
             legend = Text(" ")
@@ -222,7 +220,7 @@ class TerminalView(QuietView):
             self.console.print(Padding(Text("baseline:", style="bold"), (1, 0, 0, 1)))
             self.console.print(_indented(_run_text(row.runs["baseline"])))
         line = Text()
-        for figure in figures(row):
+        for figure in figures(row, self.session):
             line.append("  " + figure + " ", style="bold green" if figure == "same text" else "bold")
         self.console.print(Padding(line, (1, 0, 0, 0)))
 
@@ -242,17 +240,22 @@ class TerminalView(QuietView):
         console = self.console
         status = Text(f" {run.path}  ", style="bold")
         if run.tokens:
-            status.append(f"{len(run.tokens)}/{self.session.settings.max_new_tokens} tokens   {speed(run)}")
+            status.append(_so_far(run, self.session, f"/{self.session.settings.max_new_tokens}"))
         else:
             status.append("reading the prompt ...")
-        if self._finished:
-            status.append(f"   ({self._finished.path} {speed(self._finished)})", style="dim")
+        if self._finished and (said := pace(self._finished, self.session)):
+            status.append(f"   ({self._finished.path} {said})", style="dim")
         text = Text.assemble(_prompt_text(run.prompt), _run_text(run))
         lines = text.wrap(console, console.width - 2)
         room = max(console.height - 7, 3)
         tail = Text("\n").join(lines[-room:])
         self._live.update(Group(self._title(run), _indented(tail), Text(""), status), refresh=True)
         self._drawn = time.perf_counter()
+
+
+def _so_far(run: Run, session: Session, limit: str = "") -> str:
+    said = pace(run, session)
+    return f"{len(run.tokens)}{limit} tokens" + f": {said}" * bool(said)
 
 
 def _prompt_text(prompt: Prompt) -> Text:

@@ -7,10 +7,13 @@ import re
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from demo.arguments import ROOT
 from models.errors import UserError
+
+if TYPE_CHECKING:
+    from models.llama.ttnn_llama.boards import Board
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "ttnn")
 
@@ -34,13 +37,18 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Processor, memory and device that the numbers come from."""
+def machine(device: str, board: "Board | None" = None, mock: bool = False) -> dict[str, Any]:
+    """Processor, memory and device that the numbers come from. On a ``mock`` board times are no numbers at all."""
     import torch
 
     return {
         "device": device,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "board": board and board.name,
+        "chips": board and board.chips,
+        "arch": board and board.arch,
+        "ttnn": versions()["ttnn"] if board else None,
+        "mock": mock,
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -9,9 +9,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextlib.contextmanager
-def loading_bar(quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]:
-    """A function (role, tensors done, tensors in all, name) that moves a bar for each role; on stderr, then gone."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+def loading_bar(quiet: bool, timed: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+    """A function (role, tensors done, tensors in all, name) that moves a bar for each role; on stderr, then gone.
+    ``timed`` shows seconds too."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()] + [TimeElapsedColumn()] * timed
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=quiet or not sys.stderr.isatty()) as progress:
         tasks = {}

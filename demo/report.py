@@ -5,21 +5,31 @@ decode seconds, host work included, printing excluded. Totals weigh prompts by t
 """
 
 import dataclasses
+import re
 import statistics
 import sys
 from typing import Any
 
-from demo.arguments import describe_source
+from demo.arguments import BOARD_FLAGS, TORCH_FLAGS, describe_source
 from demo.environment import machine, peak_memory, versions
 from demo.session import Row, Run, Session
 from models.speculative.stats import GenerationStats
 
 Results = dict[str, Any]
 
+# Keys of times, and of what is computed from times.
+TIMES = re.compile(r".*_(s|ms)|tok_s_user|host_share|speedup(_median)?|ttft_ratio")
+
 
 def build_results(session: Session, interrupted: bool, total_s: float) -> Results:
     """Everything the JSON file holds. Times are in the unit their name ends with, memory in bytes, ids from the
-    target's vocabulary, prompts and tokens counted from 1. A path that was not run is null."""
+    target's vocabulary, prompts and tokens counted from 1. A path that was not run is null, and so is every time on a
+    mock board."""
+    results = _results(session, interrupted, total_s)
+    return _without_times(results) if session.mock else results
+
+
+def _results(session: Session, interrupted: bool, total_s: float) -> Results:
     settings = session.settings
     rows = session.rows
     totals: dict[str, Results | None] = {"baseline": None, "speculative": None}
@@ -40,14 +50,24 @@ def build_results(session: Session, interrupted: bool, total_s: float) -> Result
         "divergence": _first_divergence(session) if compared and greedy else None,
         "interrupted": interrupted,
         "total_s": total_s,
+        "warm_up_s": session.warm_up_s,
         "memory": _memory(session),
         "settings": describe_settings(session),
         "versions": versions(),
-        "machine": machine(settings.device),
+        "machine": machine(settings.device, session.board and session.board.board, session.mock),
         "command": sys.argv,
-        "prompts": [_row_results(row) for row in rows],
-        "partial": [_run_results(run) for run in session.under_way],
+        "prompts": [_row_results(row, session.fused) for row in rows],
+        "partial": [_run_results(run, session.fused) for run in session.under_way],
     }
+
+
+def _without_times(value: Any) -> Any:
+    """The same results with null for every time."""
+    if isinstance(value, dict):
+        return {key: None if TIMES.fullmatch(key) else _without_times(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_times(item) for item in value]
+    return value
 
 
 def _path_totals(session: Session, path: str, runs: list[Run]) -> Results:
@@ -61,25 +81,27 @@ def _path_totals(session: Session, path: str, runs: list[Run]) -> Results:
         "decode_s": stats.decode_s,
         "load_s": load_s,
     }
-    return totals | (_speculation(stats) if path == "speculative" else {})
+    return totals | (_speculation(stats, session.fused) if path == "speculative" else {})
 
 
-def _speculation(stats: GenerationStats) -> Results:
+def _speculation(stats: GenerationStats, fused: bool) -> Results:
+    """Of the times of a round either draft_ms and verify_ms are known, or fused_ms: both in one device program."""
     rated = bool(stats.acceptance_by_position)  # False if every round was cut short or nothing was to be drafted
     return {
         "rounds": len(stats.rounds),
         "acceptance_rate": stats.acceptance_rate if rated else None,
         "mean_acceptance_length": stats.mean_acceptance_length if rated else None,
         "acceptance_by_position": stats.acceptance_by_position,
-        "draft_ms": stats.draft_ms,
-        "verify_ms": stats.verify_ms,
+        "draft_ms": None if fused else stats.draft_ms,
+        "verify_ms": None if fused else stats.verify_ms,
+        "fused_ms": stats.draft_ms + stats.verify_ms if fused else None,
         "host_ms": stats.host_ms,
         "host_share": stats.host_share,
         "draft_prefill_ms": stats.draft_prefill_s * 1000,
     }
 
 
-def _run_results(run: Run) -> Results:
+def _run_results(run: Run, fused: bool) -> Results:
     stats = run.stats
     results = {
         "path": run.path,
@@ -91,10 +113,10 @@ def _run_results(run: Run) -> Results:
         "decode_s": stats.decode_s,
         "finish_reason": stats.finish_reason,
     }
-    return results | (_speculation(stats) if run.path == "speculative" else {})
+    return results | (_speculation(stats, fused) if run.path == "speculative" else {})
 
 
-def _row_results(row: Row) -> Results:
+def _row_results(row: Row, fused: bool) -> Results:
     return {
         "number": row.prompt.number,
         "prompt": row.prompt.text,
@@ -104,7 +126,7 @@ def _row_results(row: Row) -> Results:
         "speedup": _row_speedup(row),
         "baseline": None,
         "speculative": None,
-        **{path: _run_results(run) for path, run in row.runs.items()},
+        **{path: _run_results(run, fused) for path, run in row.runs.items()},
     }
 
 
@@ -155,23 +177,35 @@ def _first_divergence(session: Session) -> Results | None:
 
 
 def _memory(session: Session) -> Results:
-    models = {"target": session.target, "draft": session.draft}
-    return {
-        **{
-            role: loaded and {"weight_bytes": loaded.model.weight_bytes, "kv_cache_bytes": loaded.model.kv_cache_bytes}
-            for role, loaded in models.items()
-        },
-        **{f"peak_{name}": value for name, value in peak_memory(session.settings.device).items()},
-    }
+    """Of each model over all its chips and, on a board, of one chip."""
+    memory: Results = {}
+    for role, loaded in (("target", session.target), ("draft", session.draft)):
+        memory[role] = loaded and {
+            "weight_bytes": loaded.model.weight_bytes,
+            "kv_cache_bytes": loaded.model.kv_cache_bytes,
+        }
+        if loaded and session.board:
+            plan = session.board.plans[role]
+            memory[role] |= {
+                "chips": plan.chips,
+                "weight_bytes_per_chip": plan.weights,
+                "kv_cache_bytes_per_chip": plan.kv_cache,
+            }
+    return memory | {f"peak_{name}": value for name, value in peak_memory(session.settings.device).items()}
 
 
 def describe_settings(session: Session) -> Results:
+    """The flags that mattered on this device, as they took effect."""
     settings = session.settings
     values = dataclasses.asdict(settings)
-    del values["quiet"], values["no_color"], values["json"]
+    for name in ("quiet", "no_color", "json", *(TORCH_FLAGS if session.board else BOARD_FLAGS)):
+        del values[name]
     values["target"] = describe_source(settings.target)
     values["draft"] = session.draft and describe_source(session.draft.opened.source)
     values["max_seq_len"] = session.max_seq_len
-    values["fixed_rows"] = settings.fixed_rows
+    if session.board:
+        values["trace"], values["fused"] = session.board.trace, session.fused
+    else:
+        values["fixed_rows"] = settings.fixed_rows
     values["warm_up"] = "the first prompt, once on each path, not counted"
     return values

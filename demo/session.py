@@ -29,6 +29,7 @@ from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import Token, generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
+from models.ttnn_mock import cluster
 
 if TYPE_CHECKING:
     from models.llama.ttnn_llama.pair import BoardModels
@@ -99,11 +100,18 @@ class Session:
         target = open_model(settings.target)
         draft = self._open_draft(target) if "speculative" in settings.paths else None
         self.max_seq_len = settings.max_seq_len or default_context(*filter(None, (target, draft)))
+        for opened in filter(None, (target, draft)):
+            longest = opened.checkpoint.config.max_position_embeddings
+            if self.max_seq_len > longest:
+                raise UserError(
+                    f"--max-seq-len {self.max_seq_len} is longer than the context of {describe_source(opened.source)}, "
+                    f"{longest} tokens: lower it"
+                )
         self.tokenizer: LlamaTokenizer | None = target.tokenizer
         self.prompts = self._make_prompts(texts, target)
         self._check_lengths()
         self.board: BoardModels | None = None
-        self.warm_up_s = 0.0  # compiling and capturing on a board
+        self.warm_up_s: float | None = None  # compiling and capturing on a board
         if settings.device == "tt":
             self._load_on_board(target, draft)
         else:
@@ -150,19 +158,21 @@ class Session:
             greedy=self.sampling.greedy,
             batched=settings.verification == "batched",
         )
-        with loading_bar(settings.quiet) as progress:
+        with loading_bar(settings.quiet, timed=not cluster.is_mock()) as progress:
             self.board = BoardModels(target, draft, max_seq_len=self.max_seq_len, options=options, progress=progress)
         self.target, self.draft = self.board.target, self.board.draft
-        for role, plan in self.board.plans.items():
-            logger.info(
-                f"{role} on {self.board.describe()}: {plan.weights / 1e6:,.0f} MB of weights, "
-                f"{plan.kv_cache / 1e6:,.0f} MB of KV cache per chip ({plan.precision.name})"
-            )
-        try:
-            self.warm_up_s = self.board.warm_up(len(prompt.ids) for prompt in self.prompts)
-        except BaseException:
-            self.close()
-            raise
+        logger.info("compiling programs" + " and capturing traces" * self.board.trace)
+        self.warm_up_s = self.board.warm_up(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def mock(self) -> bool:
+        """Whether the board is a mock one, where no time says anything."""
+        return self.board is not None and self.board.mock
+
+    @property
+    def fused(self) -> bool:
+        """Whether draft and verification are one program on the board, so that they have no times of their own."""
+        return self.board is not None and self.board.fused is not None
 
     def close(self) -> None:
         """Give the board back, if there is one."""
@@ -200,8 +210,9 @@ class Session:
         self._run_paths(viewer, {path: Run(path, self.prompts[0], counted=False) for path in paths}, paths)
         warm_lengths = {len(self.prompts[0].ids)}
         for prompt in self.prompts:
-            if len(prompt.ids) not in warm_lengths:
-                # The first prefill of a new length prepares kernels for it; that belongs to neither path.
+            if not self.board and len(prompt.ids) not in warm_lengths:
+                # The first prefill of a new length prepares kernels for it; that belongs to neither path. A board has
+                # seen all lengths while it warmed up.
                 for loaded in filter(None, (self.target, self.draft)):
                     loaded.model.prefill(prompt.ids)
                 warm_lengths.add(len(prompt.ids))

@@ -31,7 +31,7 @@ from models.command_line import Parser, run_command
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES, LlamaConfig, named_config
 from models.llama.ttnn_llama import memory
-from models.llama.ttnn_llama.boards import BOARDS, Board, board_named
+from models.llama.ttnn_llama.boards import BOARDS, PLACEMENTS, Board, board_named
 from models.llama.ttnn_llama.mesh import first_line, open_mesh, target_chips
 from models.llama.ttnn_llama.precision import PRECISIONS, Precision, precision_named
 from models.llama.ttnn_llama.shapes import MAX_ROWS
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-seq-len", type=int, help=f"context in tokens (default: {DEFAULT_CONTEXT})")
     parser.add_argument("--precision", default=PRECISION, help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
     parser.add_argument("--draft-precision", help="the draft's (default: as --precision)")
-    parser.add_argument("--draft-placement", default="shared", choices=memory.PLACEMENTS, help="(default: %(default)s)")
+    parser.add_argument("--draft-placement", default="shared", choices=PLACEMENTS, help="(default: %(default)s)")
     parser.add_argument("--num-draft-tokens", type=int, default=4, help="K (default: %(default)s)")
     parser.add_argument(
         "--rows", type=int, nargs="+", help="positions in one forward (default: 1 2 5 8 32, as far as they fit)"

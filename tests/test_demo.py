@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import statistics
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import demo.display
 import demo.session
+from demo.arguments import BOARD_FLAGS
 from demo.harness import main
+from demo.wording import MOCK
 from models.llama.checkpoint import save_checkpoint
 from models.tests.llama_fixtures import random_tensors, tiny_config
 from tests.demo_fixtures import make_tokenizer, write_pair, write_tokenizer
@@ -29,12 +33,13 @@ SPECULATIVE_KEYS = PATH_KEYS | {
     "acceptance_by_position",
     "draft_ms",
     "verify_ms",
+    "fused_ms",
     "host_ms",
     "host_share",
 }
 TOP_KEYS = {
     *("baseline", "speculative", "speedup", "ttft_ratio", "outputs_identical"),
-    *("settings", "versions", "machine", "prompts", "total_s"),
+    *("settings", "versions", "machine", "prompts", "total_s", "warm_up_s"),
 }
 
 
@@ -183,6 +188,68 @@ def test_random_prompts_run_without_a_tokenizer(run, tmp_path):
     assert results["speculative"]["acceptance_rate"] == 1.0  # the draft is the target
 
 
+# ------------------------------------------------------------------------------------------------- a mock board
+@pytest.fixture
+def as_on_a_mock(monkeypatch):
+    """Runs on the CPU that are told as if they had been on a mock board."""
+    monkeypatch.setattr(demo.session.Session, "mock", True)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("mode", ["compare", "speculative", "baseline"])
+def test_on_a_mock_board_nothing_that_is_told_depends_on_time(mode, terminal, run, as_on_a_mock, capsys, monkeypatch):
+    if terminal:
+        for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "50"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(demo.display, "REDRAW_S", 0)
+    told = []
+    for _ in range(2):
+        code, results = run("--mode", mode, "--prompt", "def", "--prompt", "self", max_new_tokens=6)
+        assert code == 0
+        del results["memory"]["peak_process_bytes"]
+        out, err = capsys.readouterr()
+        told.append((results, re.sub("peak memory: .*", "", out), err))
+    assert told[0] == told[1]
+    results, out, err = told[0]
+    assert results["machine"]["mock"] is True
+    assert out.count(MOCK) == 1
+    assert not re.search(r"tok/s|tokens/s|\d m?s\b|\d\.\d+x| time", re.sub("times would say", "", out))
+    if mode != "baseline":
+        assert results["speculative"]["acceptance_rate"] is not None
+        assert "accepted" in out and "mean acceptance length" in out
+
+
+def test_an_interrupted_run_on_a_mock_board_has_no_times_either(run, as_on_a_mock, capsys, monkeypatch):
+    generate = demo.session.generate
+
+    def interrupted(target, drafter, prompt, **options):
+        for number, token in enumerate(generate(target, drafter, prompt, **options), 1):
+            yield token
+            if drafter and number == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.session, "generate", interrupted)
+    code, results = run("--prompt", "def")
+    assert code == 130
+    assert [run["tokens"] for run in results["partial"]] == [8, 3]
+    assert {run["decode_s"] for run in results["partial"]} == {None}
+    out = capsys.readouterr().out
+    assert "after 3 tokens" in out and "tok/s" not in out
+
+
+def test_each_device_reports_the_flags_that_mean_something_on_it(run):
+    code, results = run("--prompt", "def")
+    assert code == 0
+    assert set(results["settings"]) >= {"dtype", "draft_dtype", "fixed_rows", "threads"}
+    assert not set(results["settings"]) & {*BOARD_FLAGS, "fused"}
+    machine = results["machine"]
+    assert (machine["mock"], machine["board"], machine["chips"], machine["arch"], machine["ttnn"]) == (
+        False,
+        *[None] * 4,
+    )
+    assert results["warm_up_s"] is None
+
+
 # ------------------------------------------------------------------------------------------- on a real terminal
 def test_a_terminal_gets_colours_and_the_table(pair, tmp_path):
     keyboard, screen = pty.openpty()
@@ -222,7 +289,7 @@ def test_interruption_keeps_the_partial_text_and_statistics(pair, tmp_path):
     out, err = (stream.decode(errors="replace") for stream in process.communicate())
     assert process.returncode == 130, err
     assert "interrupted in prompt 1, speculative, after" in out
-    assert "tokens/s per user" in out
+    assert "tokens written" in out
     assert "Traceback" not in err
     results = json.loads(path.read_text(encoding="utf-8"))
     assert results["interrupted"] is True and results["prompts"] == []

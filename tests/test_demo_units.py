@@ -3,13 +3,15 @@
 import io
 import json
 import os
+import re
 import sys
 
 import pytest
 
-from demo.arguments import EMBEDDED_DRAFT, EMBEDDED_TARGET, parse_settings, read_prompts
+from demo.arguments import EMBEDDED_DRAFT, EMBEDDED_TARGET, build_parser, parse_settings, read_prompts
 from demo.environment import check_writable, write_json
-from demo.wording import closing_lines, explain_slowdown, summary_sections
+from demo.report import _without_times
+from demo.wording import MOCK, closing_lines, explain_slowdown, summary_sections
 from models.errors import UserError
 
 
@@ -69,6 +71,9 @@ def test_the_baseline_demo_has_one_mode():
         (["--num-draft-tokens", "four"], ["four", "whole number"]),
         (["--dtype", "int4"], ["--dtype", "int4", "bf16"]),
         (["--draft-dtype", "int2"], ["int2", "int8"]),
+        (["--device", "tt", "--precision", "fp8"], ["--precision", "fp8", "performance"]),
+        (["--device", "tt", "--draft-precision", "int8"], ["--draft-precision", "int8", "bfp4"]),
+        (["--device", "tt", "--draft-placement", "host"], ["--draft-placement", "host", "own-chip"]),
         (["--device", "npu"], ["npu", "cuda"]),
         (["--max-new-tokens", "0"], ["0", "at least 1"]),
         (["--verification", "tree"], ["tree", "sequential"]),
@@ -86,6 +91,68 @@ def test_a_wrong_flag_is_one_line_that_names_it(argv, words):
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_a_board_runs_in_the_precision_of_tt_transformers_with_traces_and_a_weight_cache():
+    board = settings("--device", "tt")
+    assert (board.precision, board.draft_precision, board.draft_placement) == ("performance", "performance", "shared")
+    assert board.trace and board.weight_cache
+    assert board.fixed_rows is None  # a tile has 32 rows anyway
+
+
+def test_board_flags_are_taken_and_the_draft_follows_the_target_unless_named():
+    board = settings("--device", "tt", "--precision", "bf16", "--no-trace", "--no-weight-cache")
+    assert (board.precision, board.draft_precision, board.trace, board.weight_cache) == ("bf16", "bf16", False, False)
+    board = settings("--device", "tt", "--precision", "accuracy", "--draft-precision", "bfp4")
+    assert (board.precision, board.draft_precision) == ("accuracy", "bfp4")
+    assert settings("--device", "tt", "--draft-placement", "own-chip").draft_placement == "own-chip"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--precision bf16",
+        "--draft-precision bfp4",
+        "--draft-placement own-chip",
+        *("--trace", "--no-trace", "--weight-cache", "--no-weight-cache"),
+    ],
+)
+def test_a_board_flag_is_refused_elsewhere_with_the_remedy(flag, device):
+    with pytest.raises(UserError) as caught:
+        settings("--device", device, *flag.split())
+    name = flag.split()[0]
+    assert str(caught.value) == f"{name} has no meaning with --device {device}: add --device tt or leave it out"
+
+
+@pytest.mark.parametrize(
+    ("flag", "remedy"),
+    [
+        ("--dtype fp32", "use --precision or"),
+        ("--draft-dtype int8", "use --draft-precision or"),
+        ("--row-invariant", "leave it out"),
+        ("--no-row-invariant", "leave it out"),
+    ],
+)
+def test_a_flag_of_torch_models_is_refused_on_a_board_with_the_remedy(flag, remedy):
+    with pytest.raises(UserError) as caught:
+        settings("--device", "tt", *flag.split())
+    assert str(caught.value).startswith(f"{flag.split()[0]} has no meaning with --device tt: {remedy}")
+
+
+def test_threads_of_torch_mean_something_everywhere():
+    """On a board they convert weights and draw samples."""
+    for device in ("cpu", "cuda", "tt"):
+        assert settings("--device", device, "--threads", "3").threads == 3
+
+
+@pytest.mark.parametrize("mode", [None, "baseline"])
+def test_help_says_something_about_every_flag(mode):
+    parser = build_parser(mode, {})
+    assert all(action.help and action.help.strip() for action in parser._actions)
+    text = parser.format_help()
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert all(name in text for name in ("HF_MODEL", "DRAFT_MODEL", "MESH_DEVICE", "TT_CACHE_PATH"))
 
 
 # ------------------------------------------------------------------------------------------------ prompt files
@@ -173,6 +240,7 @@ def example(speedup=0.8, verification="batched", draft_ms=4.0):
             "acceptance_by_position": [0.55, 0.05],
             "draft_ms": draft_ms,
             "verify_ms": 12.0,
+            "fused_ms": None,
             "host_ms": 0.1,
             "host_share": 0.006,
             "draft_prefill_ms": 16.0,
@@ -190,6 +258,8 @@ def example(speedup=0.8, verification="batched", draft_ms=4.0):
             "peak_cuda_bytes": None,
         },
         "total_s": 12.3,
+        "warm_up_s": None,
+        "machine": {"mock": False},
         "settings": {"num_draft_tokens": 2, "verification": verification, "max_new_tokens": 30},
         "prompts": [{}, {}],
     }
@@ -213,6 +283,62 @@ def test_advice_fits_the_reason():
     assert "--max-new-tokens" in explain_slowdown(short)[-1]
 
 
+def fused_example(**options):
+    """The same run with draft and verification in one program of 16 ms."""
+    results = example(**options)
+    results["speculative"] |= {"draft_ms": None, "verify_ms": None, "fused_ms": 16.0}
+    return results
+
+
+def test_a_fused_round_is_explained_as_a_whole():
+    lines = explain_slowdown(fused_example())
+    assert "16.50 ms (draft and verify 16.00 in one program, host 0.10" in lines[0]
+    assert "1.65 times a plain step of 10.00 ms" in lines[0]
+    assert "acceptance rate of 32%" in lines[1]
+    assert "would give" not in lines[2]  # what one draft token costs in it is not known, so nothing is predicted
+    assert "--num-draft-tokens" in lines[2]
+
+
+def test_a_fused_round_has_one_time():
+    cells = {label: speculative for rows in summary_sections(fused_example()) for label, _, speculative, _ in rows}
+    assert cells["draft + verify per round"] == "16.00 ms (one program)"
+    assert not {"draft per round", "verify per round"} & set(cells)
+    cells = {label: speculative for rows in summary_sections(example()) for label, _, speculative, _ in rows}
+    assert (cells["draft per round"], cells["verify per round"]) == ("4.00 ms", "12.00 ms")
+    assert "draft + verify per round" not in cells
+
+
+def test_without_times_a_table_has_no_rows_for_them():
+    results = _without_times(example()) | {"machine": {"mock": True}}
+    text = " ".join(cell for rows in summary_sections(results) for row in rows for cell in row)
+    assert not re.search(r"\bm?s\b|tokens/s|time|\dx", text), text
+    assert "1.60 tokens" in text and "2.00 GB" in text
+    lines = [line for line, _ in closing_lines(results)]
+    assert lines[-1] == MOCK
+    assert not any("time:" in line or "speed-up" in line for line in lines)
+    assert explain_slowdown(results) == []
+    assert MOCK not in [line for line, _ in closing_lines(example())]
+
+
+def test_models_on_several_chips_say_what_each_chip_holds():
+    results = example()
+    for role, chips in (("target", 4), ("draft", 1)):
+        model = results["memory"][role]
+        model["chips"] = chips
+        model |= {f"{name}_per_chip": model[name] // chips for name in ("weight_bytes", "kv_cache_bytes")}
+    rows = [row for rows in summary_sections(results) for row in rows]
+    where = [label for label, *_ in rows].index("weights")
+    assert rows[where][1:3] == ("2.00 GB", "2.00 GB + 1.0 MB")
+    assert rows[where + 1] == ("  per chip", "500.0 MB", "500.0 MB + 1.0 MB", "")
+    results["memory"]["target"]["chips"] = 1
+    assert "  per chip" not in [label for rows in summary_sections(results) for label, *_ in rows]
+
+
+def test_compiling_is_told_apart_from_loading():
+    assert "loading, compiling (4.5 s) and warm-up" in closing_lines(example() | {"warm_up_s": 4.5})[-1][0]
+    assert "loading and warm-up" in closing_lines(example())[-1][0]
+
+
 def test_a_faster_run_needs_no_explanation():
     assert explain_slowdown(example(speedup=1.2)) == []
 
@@ -234,11 +360,9 @@ def test_many_positions_take_several_table_rows():
 def test_help_and_early_errors_need_no_torch():
     import subprocess
 
-    code = "import sys; from demo.harness import main; main(['--dtype', 'int4']); sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=EMBEDDED_TARGET.parents[2], capture_output=True).returncode
-        == 0
-    )
+    code = "import sys; from demo.harness import main; main(['--dtype', 'int4']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=EMBEDDED_TARGET.parents[2], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------- display
@@ -247,8 +371,9 @@ def test_a_table_fits_80_columns_and_is_not_cut():
 
     from demo.display import QuietView
 
-    out = io.StringIO()
-    QuietView(Console(file=out, force_terminal=True, no_color=True, width=80), None).summary(example())
-    text = out.getvalue()
-    assert "…" not in text
-    assert "2.00 GB + 1.0 MB" in text and "1.60 tokens" in text and "0.100 ms (0.6%)" in text
+    for results in (example(), fused_example()):
+        out = io.StringIO()
+        QuietView(Console(file=out, force_terminal=True, no_color=True, width=80), None).summary(results)
+        text = out.getvalue()
+        assert "…" not in text
+        assert "2.00 GB + 1.0 MB" in text and "1.60 tokens" in text and "0.100 ms (0.6%)" in text

@@ -69,6 +69,7 @@ def test_forward_cost_times_all_ways_at_all_rows(forward_cost, tmp_path, capsys)
     [
         ("compare_hf", "--repeats 0", "--repeats 0: must be at least 1"),
         ("compare_hf", "--temperature 0.7", "compares greedy text in one dtype"),
+        ("compare_hf", "--device tt", "transformers does not run on a Tenstorrent board"),
         ("compare_hf", "--num-draft-tokens 32", "32 is out of range"),
         ("compare_hf", "--json /nowhere/at/all.json", "cannot write --json /nowhere/at/all.json"),
         ("forward_cost", "somewhere --rows 1,x", "--rows 1,x: give whole numbers"),

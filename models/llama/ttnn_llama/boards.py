@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from models.errors import UserError
 
+# Where the draft runs: on all chips beside the target, or on a chip of its own.
+PLACEMENTS = ("shared", "own-chip")
+
 
 @dataclass(frozen=True)
 class Board:

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping
 
 from models.errors import UserError
 from models.llama.config import LlamaConfig
-from models.llama.ttnn_llama.boards import BOARDS, Board
+from models.llama.ttnn_llama.boards import BOARDS, PLACEMENTS, Board
 from models.llama.ttnn_llama.precision import PRECISIONS, Precision, tile_bytes
 from models.llama.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, TILE, cache_length
 from models.llama.ttnn_llama.weights import MESH_SIZES, WeightSpec, weight_specs
 
 SMALLEST_CONTEXT = 128  # a shorter one is no advice
-PLACEMENTS = ("shared", "own-chip")
 COLUMNS = ("model", "precision", "weights", "KV cache", "activations", "traces", "total")
 _BF16 = 2
 

@@ -6,7 +6,7 @@ is, since a tile has 32 rows anyway and attention handles each row by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -153,11 +153,6 @@ class TtnnLlama:
         for layer in self.layers:
             x = layer.prefill_forward(x, tables, self.rope.rotation, start)
         return x
-
-    def compile_prefill(self, lengths: Iterable[int]) -> None:
-        """Run prefills once for every kernel that prompts of these lengths need. Leaves nonsense in the cache."""
-        for padded in sorted({padded_prompt(length) for length in lengths}):
-            self.prefill([0] * min(padded, self.max_seq_len))
 
     # ------------------------------------------------------------------------------------------ decode, verify
     def forward(self, tokens: Sequence[int], position: int) -> torch.Tensor:

@@ -1,15 +1,18 @@
 """Target and draft on one board: opened, loaded, their programs prepared, and closed again."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from loguru import logger
 
 from models.llama.loading import LoadedModel, OpenedModel
 from models.llama.ttnn_llama.boards import Board
 from models.llama.ttnn_llama.fused import FusedRound
 from models.llama.ttnn_llama.memory import MemoryPlan, check_fit, plan
-from models.llama.ttnn_llama.mesh import Meshes, detect_board, errors_passed_on, open_mesh, target_chips
+from models.llama.ttnn_llama.mesh import detect_board, errors_passed_on, open_mesh, target_chips
 from models.llama.ttnn_llama.model import TtnnLlama
 from models.llama.ttnn_llama.precision import precision_named
 from models.llama.ttnn_llama.runner import Runner
@@ -27,10 +30,12 @@ Progress = Callable[[str, int, int, str], None]  # role, tensors done, tensors i
 class BoardOptions:
     """How models run on a board.
 
-    precision, draft_precision: names in `precision.PRECISIONS`. placement: "shared", or "own-chip" for a draft on a
-    chip of its own. trace: replay captured programs; never on mock boards, which cannot. weight_cache: keep
-    converted weights on disk. draft_length: tokens drafted in a round. greedy, batched: how the engine will decode
-    and verify, which decides the programs that are prepared.
+    precision, draft_precision: names in `precision.PRECISIONS`.
+    placement: "shared", or "own-chip" for a draft on a chip of its own.
+    trace: replay captured programs; never on mock boards, which cannot.
+    weight_cache: keep converted weights on disk.
+    draft_length: tokens drafted in a round; 0 for none.
+    greedy, batched: how the engine will decode and verify, which decides the programs that are prepared.
     """
 
     precision: str = "performance"
@@ -46,16 +51,17 @@ class BoardOptions:
 def memory_plans(
     board: Board, target: OpenedModel, draft: OpenedModel | None, max_seq_len: int, options: BoardOptions
 ) -> dict[str, MemoryPlan]:
-    """Bytes per chip of "target" and "draft". Raises UserError if the chips cannot share a model."""
-    own_chip = draft is not None and options.placement == "own-chip"
-    traced = _traced_layers(target, draft, options) if options.trace else 0
+    """What "target" and "draft" take of each chip. Traces count with the target, and on a chip of its own with the
+    draft too: every chip reserves the same for them. Raises UserError if the chips cannot share a model."""
+    own_chip = _on_own_chip(draft, options)
+    trace_bytes = _traced_layers(target, draft, options) * TRACE_BYTES_PER_LAYER if options.trace else 0
     plans = {
         "target": plan(
             target.checkpoint.config,
             precision_named(options.precision),
             target_chips(board, own_chip_for_draft=own_chip),
             max_seq_len,
-            traced * TRACE_BYTES_PER_LAYER,
+            trace_bytes,
             dram_banks=board.dram_banks,
         )
     }
@@ -65,10 +71,14 @@ def memory_plans(
             precision_named(options.draft_precision),
             1 if own_chip else board.chips,
             max_seq_len,
-            0,
+            trace_bytes if own_chip else 0,
             dram_banks=board.dram_banks,
         )
     return plans
+
+
+def _on_own_chip(draft: OpenedModel | None, options: BoardOptions) -> bool:
+    return draft is not None and options.placement == "own-chip"
 
 
 def _traced_layers(target: OpenedModel, draft: OpenedModel | None, options: BoardOptions) -> int:
@@ -82,8 +92,15 @@ def _traced_layers(target: OpenedModel, draft: OpenedModel | None, options: Boar
 class BoardModels:
     """A target and, if there is one, its draft on the board of this machine (or on the active mock).
 
-    ``target`` and ``draft`` are `LoadedModel`s, ``fused`` the fused round or None where there is none (sampling,
-    sequential verification, a draft on its own chip). Close it when done; an error while loading closes it too.
+    Nothing is opened before the memory is known to suffice. Close it when done; an error or Ctrl-C while loading or
+    warming up closes the board too.
+
+    Attributes:
+        target, draft: `LoadedModel`s; ``draft`` is None if there is none.
+        fused: greedy rounds as one program, or None: sampling, sequential verification, a draft on its own chip.
+        board, mock: which board it is, and whether it is a mock of one.
+        plans: memory per chip of "target" and "draft".
+        trace: whether programs are replayed as traces.
 
     Raises:
         UserError: what `mesh.open_mesh`, `memory.check_fit` and the weights raise.
@@ -104,40 +121,40 @@ class BoardModels:
         self.board = detect_board()
         self.plans = memory_plans(self.board, target, draft, max_seq_len, options)
         check_fit(self.board, self.plans, options.placement if draft else "shared")
-        trace = options.trace and not self.mock
+        for role, needed in self.plans.items():
+            logger.info(
+                f"loading {role} onto {self.describe()}: {needed.weights / 1e6:,.0f} MB of weights, "
+                f"{needed.kv_cache / 1e6:,.0f} MB of KV cache per chip ({needed.precision.name})"
+            )
+        self.trace = options.trace and not self.mock
         self._paths: dict[str, tuple] = {}
         with contextlib.ExitStack() as stack:
             meshes = stack.enter_context(
                 open_mesh(
                     self.board,
-                    trace_region_bytes=self.plans["target"].traces if trace else 0,
-                    own_chip_for_draft=draft is not None and options.placement == "own-chip",
+                    trace_region_bytes=self.plans["target"].traces if self.trace else 0,
+                    own_chip_for_draft=_on_own_chip(draft, options),
                 )
             )
-            runners = self._make_runners(meshes, trace)
-            for runner in runners.values():
-                stack.callback(runner.release)
-            self.runners = list(runners.values())
-            self.target = self._load("target", target, meshes.target, runners[meshes.target.id()], progress)
-            self.draft = (
-                self._load("draft", draft, meshes.draft, runners[meshes.draft.id()], progress) if draft else None
-            )
-            self.fused = self._prepare(shared=meshes.target is meshes.draft)
+            shared = meshes.target is meshes.draft
+            runner = Runner(meshes.target, trace=self.trace)
+            draft_runner = runner if shared else Runner(meshes.draft, trace=self.trace)
+            self._runners = [runner] if shared else [runner, draft_runner]
+            for each in self._runners:
+                stack.callback(each.release)
+            self.target = self._load("target", target, options.precision, runner, progress)
+            self.draft = self._load("draft", draft, options.draft_precision, draft_runner, progress) if draft else None
+            self.fused = self._prepare(shared)
             self._stack = stack.pop_all()
 
-    @staticmethod
-    def _make_runners(meshes: Meshes, trace: bool) -> dict[int, Runner]:
-        return {mesh.id(): Runner(mesh, trace=trace) for mesh in (meshes.target, meshes.draft)}
-
     def _load(
-        self, role: str, opened: OpenedModel, mesh_device, runner: Runner, progress: Progress | None
+        self, role: str, opened: OpenedModel, precision_name: str, runner: Runner, progress: Progress | None
     ) -> LoadedModel:
         start = time.perf_counter()
-        name = self.options.precision if role == "target" else self.options.draft_precision
-        precision = precision_named(name)
+        precision = precision_named(precision_name)
         source = CheckpointSource(
             opened.checkpoint,
-            mesh_device,
+            runner.mesh_device,
             precision,
             default_cache_dir() if self.options.weight_cache else None,
             (lambda done, total, tensor: progress(role, done, total, tensor)) if progress else None,
@@ -145,16 +162,17 @@ class BoardModels:
         with errors_passed_on(f"{opened.source} could not be loaded"):
             model = TtnnLlama(
                 opened.checkpoint.config,
-                mesh_device,
+                runner.mesh_device,
                 source,
                 precision=precision,
                 max_seq_len=self.max_seq_len,
                 runner=runner,
             )
-        return LoadedModel(opened, model, name, opened.seconds + time.perf_counter() - start)
+        return LoadedModel(opened, model, precision_name, opened.seconds + time.perf_counter() - start)
 
-    def _prepare(self, *, shared: bool) -> FusedRound | None:
-        """Register every program that generation will run, so that all are compiled and captured before it."""
+    def _prepare(self, shared: bool) -> FusedRound | None:
+        """Register every program that generation will run, so that all are compiled and captured before it; note the
+        one that a path spends its time in."""
         options, target = self.options, self.target.model
         what = "ids" if options.greedy else "logits"
         self._paths["baseline"] = self._paths["speculative"] = target.prepare(what, 1)
@@ -175,15 +193,23 @@ class BoardModels:
         return None
 
     def warm_up(self, prompt_lengths: Iterable[int]) -> float:
-        """Compile what generation will run, for prompts of these lengths, and capture traces; returns seconds."""
+        """Compile what generation will run, for prompts of these lengths, and capture traces; returns seconds.
+
+        Every length is read once, not only every padded one: where the last row is cut out is a constant of a program,
+        and a kernel that came to the device after the capture could lie where a replay writes.
+        """
         start = time.perf_counter()
-        # the target reads all of a prompt, the draft all but the last token
-        lengths = sorted({max(length - less, 1) for length in prompt_lengths for less in (0, 1)})
-        with errors_passed_on("a program could not be compiled or captured (--no-trace runs without traces)"):
-            for loaded in filter(None, (self.target, self.draft)):
-                loaded.model.compile_prefill(lengths)
-            for runner in self.runners:
-                runner.capture()
+        what = "programs could not be compiled" + " or captured (--no-trace goes without)" * self.trace
+        try:
+            with errors_passed_on(what):
+                for length in sorted(set(prompt_lengths)):
+                    for loaded in filter(None, (self.target, self.draft)):
+                        loaded.model.prefill([0] * length)
+                for runner in self._runners:
+                    runner.capture()
+        except BaseException:
+            self._stack.__exit__(*sys.exc_info())  # closes, and only logs what goes wrong with that
+            raise
         return time.perf_counter() - start
 
     def select(self, path: str) -> None:
@@ -191,10 +217,10 @@ class BoardModels:
         self.target.model.runner.select(self._paths[path])
 
     def close(self) -> None:
-        """Release traces and close the board."""
+        """Release traces and close the board. A second call does nothing."""
         self._stack.close()
 
     def describe(self) -> str:
         """The board in words, for reports."""
-        kind = "mock board, numbers from golden functions" if self.mock else "board"
-        return f"{self.board.name} ({kind}, {self.board.chips} chip{'s' * (self.board.chips > 1)})"
+        chips = f"{self.board.chips} chip{'s' * (self.board.chips > 1)}"
+        return f"{'mock of an ' * self.mock}{self.board.name}, {chips} ({self.board.arch})"

@@ -22,8 +22,10 @@ class FusedDrafter:
     """Proposes drafts that come verified, for greedy decoding with batched verification.
 
     Every round feeds the last two tokens, whether the draft has seen the first of them or not, so that there is one
-    program for all rounds. What does not fit one (a longer draft, a draft model that is further behind) is drafted
-    by the model alone and verified by the loop.
+    program for all rounds. What does not fit one (a longer draft, a draft model that is further behind, a sequence
+    of one token) is drafted by the model alone and verified by the loop.
+
+    fused: of the target that verifies and of ``model``. model: the draft; owned for the time of a generation.
     """
 
     def __init__(self, fused: FusedGreedy, model: LanguageModel) -> None:
@@ -34,7 +36,8 @@ class FusedDrafter:
         """Draft k tokens, verified; fewer where the draft model's context ends."""
         alone = self._alone
         k = min(k, alone.model.max_seq_len - len(tokens) + 1)
-        if not 0 < k <= self._fused.max_draft or (alone.cached and len(tokens) - alone.cached > 2):
+        behind = len(tokens) - alone.cached if alone.cached else 1  # reading the prompt leaves one
+        if not 0 < k <= self._fused.max_draft or behind > 2 or len(tokens) < 2:
             return alone.propose(tokens, k)
         prefill_s = alone.read_prompt(tokens)
         drafted, verified, accepted = self._fused.run(tokens[-2:], len(tokens) - 2, k)
@@ -42,4 +45,5 @@ class FusedDrafter:
         return Draft(drafted, None, prefill_s, (accepted, verified[accepted]))
 
     def observe(self, accepted: int) -> None:
+        """Advance the draft over the kept tokens."""
         self._alone.observe(accepted)

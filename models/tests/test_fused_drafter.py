@@ -1,0 +1,249 @@
+"""Drafting and verification as one program: the rules, on real tiny models. The device program has tests of its own."""
+
+import pytest
+
+from models.speculative.controller import FixedDraftLength
+from models.speculative.drafters.fused import FusedDrafter
+from models.speculative.drafters.model import ModelDrafter
+from models.speculative.generate import generate
+from models.speculative.sampling import SamplingParams
+from models.speculative.stats import GenerationStats
+from models.tests.engine_fixtures import GREEDY, build_pair, plain, random_prompt, speculate
+
+NOISES = (0.0, 0.05, 0.1, None)
+
+
+class ComposedRound:
+    """A FusedGreedy made of the two models' own methods; notes (position, k) of each round."""
+
+    def __init__(self, target, draft, max_draft=31):
+        self.target, self.draft, self.max_draft = target, draft, max_draft
+        self.rounds = []
+
+    def run(self, tokens, position, k):
+        assert len(tokens) == 2 and position >= 0 and 1 <= k <= self.max_draft
+        self.rounds.append((position, k))
+        drafted = self.draft.draft_greedy(tokens, position, k)
+        verified = self.target.greedy([tokens[-1], *drafted], position + 1)
+        agree = [ours == theirs for ours, theirs in zip(drafted, verified, strict=False)]
+        return drafted, verified, [*agree, False].index(False)
+
+
+class Spied(FusedDrafter):
+    """Keeps every draft it has made."""
+
+    def __init__(self, fused, model):
+        super().__init__(fused, model)
+        self.drafts = []
+
+    def propose(self, tokens, k):
+        self.drafts.append(super().propose(tokens, k))
+        return self.drafts[-1]
+
+
+def fused_text(target, draft, prompt, k=4, max_draft=31, controller=None, **options):
+    """(ids, stats, drafter, fused) of a generation through a FusedDrafter."""
+    fused, stats = ComposedRound(target, draft, max_draft), GenerationStats()
+    drafter = Spied(fused, draft)
+    controller = controller or FixedDraftLength(k)
+    tokens = generate(target, drafter, prompt, controller=controller, stats=stats, **options)
+    return [token.id for token in tokens], stats, drafter, fused
+
+
+def outcomes(stats):
+    return [(r.drafted, r.accepted, r.emitted, r.cut) for r in stats.rounds]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A pair whose rounds end in every possible way."""
+    return build_pair(seed=0, noise=0.07)
+
+
+# -------------------------------------------------------------------------------------------------- lossless
+@pytest.mark.parametrize("noise", NOISES)
+def test_fused_greedy_text_equals_plain_text(noise):
+    """4 kinds of draft x 5 pairs x 10 prompts, each with its own K: 200 cases."""
+    rounds = []
+    for seed in range(5):
+        target, draft = build_pair(seed, noise)
+        for number in range(10):
+            prompt, k = random_prompt(1 + 4 * number, seed=10 * seed + number), 1 + (seed + number) % 8
+            ids, stats, _, fused = fused_text(target, draft, prompt, k, max_new_tokens=16)
+            assert ids == plain(target, prompt, max_new_tokens=16), (seed, number, k)
+            assert len(fused.rounds) == sum(r.drafted > 0 for r in stats.rounds) > 0
+            rounds += [r for r in stats.rounds if r.drafted and not r.cut]
+    whole = sum(r.accepted == r.drafted for r in rounds)
+    none = sum(r.accepted == 0 for r in rounds)
+    if noise == 0:
+        assert whole == len(rounds)
+    elif noise:
+        assert min(whole, none, len(rounds) - whole - none) > 10
+    else:
+        assert none > 0.9 * len(rounds)
+
+
+def test_rounds_end_as_they_do_with_two_models(pair):
+    for seed in range(10):
+        prompt = random_prompt(6, seed)
+        ids, _, apart = speculate(*pair, prompt, 4, max_new_tokens=40)
+        together = fused_text(*pair, prompt, 4, max_new_tokens=40)
+        assert together[0] == ids
+        assert outcomes(together[1]) == outcomes(apart)
+
+
+def test_a_verified_draft_costs_the_target_no_forward_of_the_loops(pair):
+    target, _ = pair
+    target.calls.clear()
+    _, stats, drafter, fused = fused_text(*pair, random_prompt(6, seed=3), 3, max_new_tokens=40)
+    assert all(draft.verified for draft in drafter.drafts)
+    # one by the fused round itself, and one for each token that is decoded plainly
+    assert len(target.calls) == 1 + len(stats.rounds)
+    assert [r.verify_s for r in stats.rounds if r.drafted] == [0.0] * len(fused.rounds)
+
+
+def test_every_round_feeds_the_last_two_tokens(pair):
+    _, draft = pair
+    draft.calls.clear()
+    prompt = random_prompt(6, seed=3)
+    _, stats, _, fused = fused_text(*pair, prompt, 3, max_new_tokens=40)
+    assert draft.calls[0] == ("prefill", 6, 0)
+    assert [(rows, position) for method, rows, position in draft.calls[1:]] == [(2, start) for start, _ in fused.rounds]
+    starts = [len(prompt) - 1]
+    for r in stats.rounds[:-1]:
+        starts.append(starts[-1] + r.emitted)
+    assert [start for start, _ in fused.rounds] == starts[: len(fused.rounds)]
+    assert {r.accepted for r in stats.rounds} >= {0, 3}
+
+
+# -------------------------------------------------------------------------------- where no fused round fits
+@pytest.mark.parametrize("max_draft", [0, 2, 4])
+def test_a_draft_longer_than_prepared_is_verified_by_the_loop(pair, max_draft):
+    prompt = random_prompt(6, seed=5)
+    ids, stats, drafter, fused = fused_text(*pair, prompt, k=5, max_draft=max_draft, max_new_tokens=30)
+    assert ids == plain(pair[0], prompt, max_new_tokens=30)
+    longer = [draft for draft in drafter.drafts if len(draft.tokens) > max_draft]
+    assert len(longer) > 3 and not any(draft.verified for draft in longer)
+    assert {k for _, k in fused.rounds} <= set(range(1, max_draft + 1))
+    assert outcomes(stats) == outcomes(speculate(*pair, prompt, 5, max_new_tokens=30)[2])
+
+
+@pytest.mark.parametrize("context", [20, 21, 22, 23])
+def test_the_end_of_the_drafts_context_shortens_then_ends_its_help(context):
+    target, _ = build_pair(seed=0, noise=0.05)
+    _, draft = build_pair(seed=0, noise=0.05, max_seq_len=context)
+    prompt = random_prompt(7, seed=6)
+    ids, stats, drafter, fused = fused_text(target, draft, prompt, max_new_tokens=40)
+    assert ids == plain(target, prompt, max_new_tokens=40)
+    assert max(position + 2 + k for position, k in fused.rounds) <= context + 1
+    assert drafter.drafts[-1].tokens == [] and not drafter.drafts[-1].verified
+    assert stats.rounds[-1].drafted == 0
+
+
+def test_the_text_fills_the_targets_context_and_no_more():
+    target, draft = build_pair(seed=1, noise=0.05, max_seq_len=40)
+    prompt = random_prompt(7, seed=6)
+    for k in (1, 4, 31):
+        ids, stats, _, _ = fused_text(target, draft, prompt, k, max_new_tokens=1000)
+        assert ids == plain(target, prompt, max_new_tokens=1000)
+        assert (len(prompt) + len(ids), stats.finish_reason) == (40, "context")
+
+
+class Pausing(FixedDraftLength):
+    """Drafts nothing for `gap` rounds in between, so that the draft falls behind."""
+
+    def __init__(self, k, gap):
+        super().__init__(k)
+        self.period, self.seen = gap + 1, 0
+
+    def draft_length(self):
+        return 0 if self.seen % self.period else self.k
+
+    def update(self, round):
+        self.seen += 1
+
+
+@pytest.mark.parametrize("gap", [1, 2, 9])
+@pytest.mark.parametrize("noise", [0.0, 0.07])
+def test_a_draft_that_is_further_behind_catches_up_alone(gap, noise):
+    target, draft = build_pair(seed=0, noise=noise, max_seq_len=256)
+    prompt = random_prompt(6, seed=4)
+    ids, stats, drafter, fused = fused_text(target, draft, prompt, controller=Pausing(3, gap), max_new_tokens=90)
+    assert ids == plain(target, prompt, max_new_tokens=90)
+    assert sum(draft.verified is None for draft in drafter.drafts) > 3
+    assert fused.rounds
+    if noise == 0:  # the same model: a hole in the draft's cache would make it propose something else
+        assert stats.acceptance_rate == 1
+
+
+def test_prompts_of_one_token(pair):
+    for token in range(0, 64, 7):
+        ids, _, _, fused = fused_text(*pair, [token], max_new_tokens=12)
+        assert ids == plain(pair[0], [token], max_new_tokens=12)
+        assert fused.rounds[0] == (0, 4)
+
+
+def test_a_sequence_of_one_token_is_drafted_by_the_model_alone(pair):
+    drafter, reader = FusedDrafter(ComposedRound(*pair), pair[1]), build_pair(seed=0, noise=0.07)[1]
+    draft = drafter.propose([5], 3)
+    assert draft.verified is None
+    assert draft.tokens == ModelDrafter(reader, GREEDY).propose([5], 3).tokens
+
+
+def test_reading_the_prompt_is_reported_apart_and_once(pair):
+    _, stats, drafter, _ = fused_text(*pair, random_prompt(6, seed=3), max_new_tokens=20)
+    first, *others = (draft.prefill_s for draft in drafter.drafts)
+    assert first > 0 and others == [0.0] * len(others)
+    assert stats.draft_prefill_s == first
+
+
+# ---------------------------------------------------------------------------------- stops, other ways to verify
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_nothing_follows_a_stop_token_in_a_block(pair, place):
+    tried = 0
+    for seed in range(30):
+        prompt = random_prompt(5, seed)
+        ids, stats, _, _ = fused_text(*pair, prompt, max_new_tokens=40)
+        start = 1
+        for r in stats.rounds:
+            index = start + (place if place >= 0 else r.emitted - 1)
+            if r.emitted >= 3 and not r.cut and ids.index(ids[index]) == index:
+                options = {"max_new_tokens": 40, "stop_ids": (ids[index],)}
+                stopped, stopped_stats, _, _ = fused_text(*pair, prompt, **options)
+                assert stopped == ids[: index + 1] == plain(pair[0], prompt, **options)
+                assert stopped_stats.finish_reason == "stop"
+                assert stopped_stats.rounds[-1].cut == (place >= 0)
+                tried += 1
+                break
+            start += r.emitted
+    assert tried >= 5
+
+
+class Lying(ComposedRound):
+    """A round whose verification is wrong: whoever believes it writes another text."""
+
+    def run(self, tokens, position, k):
+        drafted, verified, _ = super().run(tokens, position, k)
+        return drafted, [(id + 1) % 64 for id in verified], 0
+
+
+def text_of_a_lie(pair, prompt, **options):
+    drafter = FusedDrafter(Lying(*pair), pair[1])
+    return [token.id for token in generate(pair[0], drafter, prompt, max_new_tokens=30, **options)]
+
+
+def test_sequential_verification_asks_the_target_itself(pair):
+    prompt = random_prompt(6, seed=3)
+    expected = plain(pair[0], prompt, max_new_tokens=30)
+    assert text_of_a_lie(pair, prompt) != expected
+    assert text_of_a_lie(pair, prompt, verification="sequential") == expected
+
+
+@pytest.mark.parametrize("verification", ["batched", "sequential"])
+def test_sampling_asks_the_target_itself(pair, verification):
+    """Greedy drafts under sampling are lossless, and the text depends on the drafts alone, not on who made them."""
+    options = {"sampling": SamplingParams(temperature=0.9, top_k=20, seed=5), "verification": verification}
+    for seed in range(5):
+        prompt = random_prompt(6, seed)
+        greedy_drafts = generate(pair[0], ModelDrafter(pair[1], GREEDY), prompt, max_new_tokens=30, **options)
+        assert text_of_a_lie(pair, prompt, **options) == [token.id for token in greedy_drafts]

@@ -1,0 +1,324 @@
+"""Target and draft on a board: what is prepared, where they run, and that the board is closed whatever happens.
+
+`BoardModels` opens the board itself, so the mesh of the other tests is closed meanwhile.
+"""
+
+import contextlib
+
+import pytest
+import ttnn
+
+from models.errors import UserError
+from models.llama.loading import OpenedModel
+from models.llama.ttnn_llama.boards import BOARDS
+from models.llama.ttnn_llama.pair import BoardModels, BoardOptions, memory_plans
+from models.llama.ttnn_llama.runner import Runner
+from models.speculative.controller import FixedDraftLength
+from models.speculative.drafters.fused import FusedDrafter
+from models.speculative.drafters.model import ModelDrafter
+from models.speculative.generate import generate
+from models.speculative.sampling import SamplingParams
+from models.speculative.stats import GenerationStats
+from models.tests.engine_fixtures import perturbed
+from models.tests.ttnn.model_fixtures import Weights, random_ids, reduced
+from models.ttnn_mock import cluster
+
+K = 3
+CONTEXT = 96
+PROMPTS = [random_ids(length, seed=length) for length in (1, 5, 38)]
+SAMPLING = SamplingParams(temperature=0.8, top_k=20, seed=3)
+KINDS = {
+    "fused": BoardOptions(),
+    "sequential": BoardOptions(batched=False),
+    "sampling": BoardOptions(greedy=False),
+    "own chip": BoardOptions(placement="own-chip"),
+    "own chip, sampling": BoardOptions(placement="own-chip", greedy=False),
+}
+
+
+@pytest.fixture
+def board(pytestconfig):
+    return BOARDS[pytestconfig.getoption("--board")]
+
+
+def opened(weights, name="the-target"):
+    return OpenedModel(name, weights, None, 0.0)
+
+
+@pytest.fixture
+def pair(board):
+    """(target, draft): one layer each, the draft being the target with noise."""
+    config = reduced("1B", board.chips, layers=1)
+    target = Weights.random(config)
+    noisy = {name: tensor.bfloat16() for name, tensor in perturbed(target, 0.03, seed=5).items()}
+    return opened(target), opened(Weights(config, noisy), "the-draft")
+
+
+@pytest.fixture
+def calls(mesh_opener, monkeypatch):
+    """What opens and closes the board, in order; the calls are real."""
+    mesh_opener.close()
+    noted = []
+
+    def note(name):
+        real = getattr(ttnn, name)
+
+        def call(*args, **kwargs):
+            result = real(*args, **kwargs)
+            noted.append(name)
+            return result
+
+        monkeypatch.setattr(ttnn, name, call)
+
+    for name in ("set_fabric_config", "open_mesh_device", "close_mesh_device"):
+        note(name)
+    return noted
+
+
+@pytest.fixture
+def opened_and_closed(board):
+    """The calls of a board that was opened, with all chips for both models, and closed."""
+    fabric = ["set_fabric_config"] * (board.chips > 1)
+    return [*fabric, "open_mesh_device", "close_mesh_device", *fabric]
+
+
+@pytest.fixture
+def values():
+    """Numbers on a mock too."""
+    if cluster.is_mock():
+        from models.ttnn_mock import shadow
+
+        with shadow.shadowed():
+            yield
+    else:
+        yield
+
+
+def options_of(kind, board, **changes):
+    """A kind's options with K drafted tokens, exact and without files; skips what the board cannot do."""
+    if KINDS[kind].placement == "own-chip" and board.chips == 1:
+        pytest.skip(f"{board.name} has no chip for the draft alone")
+    exact = {"precision": "bf16", "draft_precision": "bf16", "weight_cache": False, "draft_length": K}
+    return BoardOptions(**{**vars(KINDS[kind]), **exact, **changes})
+
+
+def load(pair, options, **rest):
+    return BoardModels(*pair, **{"max_seq_len": CONTEXT, "options": options, **rest})
+
+
+def write(models, prompt, sampling=None, draft=True, max_new_tokens=10):
+    """(ids, stats) that these models write, as the demo makes them."""
+    stats, drafter = GenerationStats(), None
+    if draft:
+        drafter = (
+            FusedDrafter(models.fused, models.draft.model)
+            if models.fused
+            else ModelDrafter(models.draft.model, sampling or SamplingParams())
+        )
+    models.select("speculative" if draft else "baseline")
+    tokens = generate(
+        models.target.model,
+        drafter,
+        prompt,
+        sampling=sampling,
+        controller=FixedDraftLength(K),
+        max_new_tokens=max_new_tokens,
+        verification="batched" if models.options.batched else "sequential",
+        stats=stats,
+    )
+    return [token.id for token in tokens], stats
+
+
+# ------------------------------------------------------------------------------------------ memory, before all else
+def test_models_that_do_not_fit_are_refused_before_anything_is_opened(board, calls):
+    config = reduced("1B", board.chips, layers=1, max_position_embeddings=2**31)
+    weights = Weights(config, {})  # nothing is read either
+    with pytest.raises(UserError, match="GB too little: use --max-seq-len") as caught:
+        load((opened(weights), opened(weights)), options_of("fused", board), max_seq_len=2**30)
+    assert "\n" not in str(caught.value)
+    assert calls == []
+
+
+def test_a_placement_that_the_board_has_no_chip_for_is_refused_before_anything_is_opened(board, calls, pair):
+    if board.chips > 1:
+        pytest.skip(f"{board.name} has one")
+    with pytest.raises(UserError, match=f"needs 2 chips, {board.name} has 1"):
+        load(pair, BoardOptions(placement="own-chip", weight_cache=False))
+    assert calls == []
+
+
+def test_every_chip_reserves_the_trace_region(pair):
+    target, draft = (opened(Weights(reduced("1B", 2), {})) for _ in range(2))
+    n300 = BOARDS["N300"]
+
+    def traces(**changes):
+        options = BoardOptions(**changes)
+        return {role: plan.traces for role, plan in memory_plans(n300, target, draft, CONTEXT, options).items()}
+
+    shared, own_chip = traces(), traces(placement="own-chip")
+    assert shared["target"] > 0 and shared["draft"] == 0  # the same chips
+    assert own_chip["target"] == own_chip["draft"] == shared["target"]
+    assert traces(trace=False) == {"target": 0, "draft": 0}
+    assert traces(draft_length=8)["target"] > shared["target"]
+    assert memory_plans(n300, target, None, CONTEXT, BoardOptions(placement="own-chip"))["target"].chips == 2
+
+
+# ------------------------------------------------------------------------------------------------ errors on the way
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_an_error_while_loading_closes_the_board(role, board, pair, calls, opened_and_closed):
+    broken = dict(zip(("target", "draft"), pair, strict=True))[role].checkpoint
+    del broken["model.norm.weight"]
+    with pytest.raises(UserError, match=f"the-{role} could not be loaded: .*model.norm.weight") as caught:
+        load(pair, options_of("fused", board))
+    assert "\n" not in str(caught.value)
+    assert calls == opened_and_closed
+
+
+def test_ctrl_c_while_loading_closes_the_board(board, pair, calls, opened_and_closed):
+    def pressed(role, done, total, name):
+        if (role, done) == ("draft", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load(pair, options_of("fused", board), progress=pressed)
+    assert calls == opened_and_closed
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_warming_up_closes_the_board(error, board, pair, calls, opened_and_closed, monkeypatch):
+    models = load(pair, options_of("fused", board))
+
+    def fail(self):
+        raise error("TT_FATAL @ a.cpp:1: condition\ninfo:\nno room.\nbacktrace:\n")
+
+    monkeypatch.setattr(Runner, "capture", fail)
+    with pytest.raises(UserError if error is RuntimeError else error) as caught:
+        models.warm_up([5])
+    if error is RuntimeError:
+        assert str(caught.value).startswith("programs could not be compiled: no room: ")
+    assert calls == opened_and_closed
+    models.close()
+    assert calls == opened_and_closed
+
+
+def test_an_error_while_warming_up_is_not_hidden_by_one_while_closing(board, pair, calls, monkeypatch):
+    models = load(pair, options_of("fused", board))
+    close = ttnn.close_mesh_device
+
+    def close_and_fail(mesh):
+        close(mesh)
+        raise RuntimeError("closing went wrong")
+
+    def fail(self):
+        raise RuntimeError("compiling went wrong")
+
+    monkeypatch.setattr(ttnn, "close_mesh_device", close_and_fail)
+    monkeypatch.setattr(Runner, "capture", fail)
+    with pytest.raises(UserError, match="compiling went wrong"):
+        models.warm_up([5])
+    assert "close_mesh_device" in calls
+
+
+def test_closing_releases_traces_first_and_a_second_time_does_nothing(
+    board, pair, calls, opened_and_closed, monkeypatch
+):
+    monkeypatch.setattr(Runner, "release", lambda self: calls.append("release"))
+    models = load(pair, options_of("fused", board))
+    models.close()
+    models.close()
+    at = opened_and_closed.index("close_mesh_device")
+    assert calls == [*opened_and_closed[:at], "release", *opened_and_closed[at:]]
+
+
+def test_loading_is_told_tensor_by_tensor(board, pair, calls):
+    told = []
+    load(pair, options_of("fused", board), progress=lambda *event: told.append(event)).close()
+    for role in ("target", "draft"):
+        steps = [(done, total) for who, done, total, _ in told if who == role]
+        assert steps == [(i, len(steps)) for i in range(1, len(steps) + 1)]
+    assert [who for who, *_ in told] == sorted((who for who, *_ in told), reverse=True)  # the target first
+
+
+# ------------------------------------------------------------------------------------- what is prepared, and where
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_warming_up_nothing_is_compiled_and_both_paths_write_alike(kind, board, pair, calls, values):
+    """A kernel that came to the device after traces were captured could lie where their replay writes."""
+    options = options_of(kind, board)
+    sampling = None if options.greedy else SAMPLING
+    with contextlib.closing(load(pair, options)) as models:
+        models.warm_up(len(prompt) for prompt in PROMPTS)
+        meshes = {id(mesh): mesh for mesh in (models.target.model.mesh_device, models.draft.model.mesh_device)}.values()
+        runners = (models.target.model.runner, models.draft.model.runner)
+
+        def made():
+            programs = [len(runner._bodies) for runner in runners]
+            return programs + [mesh.num_program_cache_entries() for mesh in meshes]
+
+        before, rounds = made(), []
+        for prompt in PROMPTS:
+            plain, _ = write(models, prompt, sampling, draft=False)
+            speculative, stats = write(models, prompt, sampling)
+            assert len(speculative) == len(plain) == 10
+            if options.greedy:
+                assert speculative == plain
+            rounds += stats.rounds
+        assert made() == before
+    assert any(r.accepted for r in rounds) and any(r.accepted < r.drafted for r in rounds)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_path_selects_the_program_that_it_spends_its_time_in(kind, board, pair, calls, monkeypatch):
+    selected = []
+    monkeypatch.setattr(Runner, "select", lambda self, key: selected.append((self, key)))
+    with contextlib.closing(load(pair, options_of(kind, board))) as models:
+        target, runner = models.target.model, models.target.model.runner
+        what = "ids" if models.options.greedy else "logits"
+        alone = target.prepare(what, 1)
+        expected = {
+            "fused": lambda: models.fused.key(K),
+            "sequential": lambda: alone,
+        }.get(kind, lambda: target.prepare(what, K + 1))()
+        count = len(runner._bodies)
+        for path in ("baseline", "speculative"):
+            models.select(path)
+        assert selected == [(runner, alone), (runner, expected)]
+        assert len(runner._bodies) == count  # they were prepared already
+        assert (models.fused is not None) == (kind == "fused")
+
+
+@pytest.mark.parametrize("no_draft", ["no model", "no tokens"])
+def test_without_drafts_both_paths_are_plain_decoding(no_draft, board, pair, calls):
+    draft, length = (None, K) if no_draft == "no model" else (pair[1], 0)
+    with contextlib.closing(load((pair[0], draft), options_of("fused", board, draft_length=length))) as models:
+        assert models.fused is None
+        assert list(models.target.model.runner._bodies) == [models.target.model.prepare("ids", 1)]
+        models.select("speculative")
+        models.warm_up([4])
+
+
+def test_shared_models_have_one_mesh_and_one_runner(board, pair, calls):
+    with contextlib.closing(load(pair, options_of("fused", board))) as models:
+        target, draft = models.target.model, models.draft.model
+        assert target.mesh_device is draft.mesh_device and target.runner is draft.runner
+        assert target.mesh_device.get_num_devices() == board.chips
+
+
+def test_a_draft_on_its_own_chip_runs_there_and_nowhere_else(board, pair, calls):
+    with contextlib.closing(load(pair, options_of("own chip", board))) as models:
+        target, draft = models.target.model, models.draft.model
+        chips = [set(model.mesh_device.get_device_ids()) for model in (target, draft)]
+        assert not chips[0] & chips[1]
+        assert [len(of) for of in chips] == [models.plans["target"].chips, 1]
+        before = target.mesh_device.num_program_cache_entries()
+        draft.prefill([1, 2, 3])
+        draft.draft_greedy([4], 3, K)
+        assert target.mesh_device.num_program_cache_entries() == before
+        assert draft.mesh_device.num_program_cache_entries() > 0
+    assert calls == ["set_fabric_config", "open_mesh_device", *["close_mesh_device"] * 3, "set_fabric_config"]
+
+
+def test_a_mock_is_never_traced_and_says_what_it_is(board, pair, calls):
+    with contextlib.closing(load(pair, options_of("fused", board, trace=True))) as models:
+        assert (models.board, models.mock) == (board, cluster.is_mock())
+        assert models.trace is not cluster.is_mock()
+        assert models.describe().startswith("mock of an " * models.mock + board.name)
