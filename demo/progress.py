@@ -1,11 +1,32 @@
-"""A progress bar for loading weights onto a board."""
+"""What is shown while models go onto a board: the memory they need, and a progress bar; both on stderr."""
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from models.llama.ttnn_llama.boards import Board
+from models.llama.ttnn_llama.memory import COLUMNS, MemoryPlan, rows
+
+
+def memory_table(board: Board, plans: Mapping[str, MemoryPlan]) -> Table:
+    """What each model takes of a chip's DRAM."""
+    title = f"DRAM per chip, planned, of the {board.dram_bytes / 1e9:.2f} GB of {board.name}"
+    table = Table(*COLUMNS, title=title, title_justify="left")
+    for row in rows(plans):
+        table.add_row(*row)
+    return table
+
+
+def show_memory(board: Board, plans: Mapping[str, MemoryPlan]) -> None:
+    """The table on stderr, whole also where that is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=120)
+    console.print(memory_table(board, plans))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 
 from demo.arguments import EMBEDDED_DRAFT, Settings, describe_source
-from demo.progress import loading_bar
+from demo.progress import loading_bar, show_memory
 from models.errors import UserError
 from models.llama.loading import (
     LoadedModel,
@@ -159,7 +159,14 @@ class Session:
             batched=settings.verification == "batched",
         )
         with loading_bar(settings.quiet, timed=not cluster.is_mock()) as progress:
-            self.board = BoardModels(target, draft, max_seq_len=self.max_seq_len, options=options, progress=progress)
+            self.board = BoardModels(
+                target,
+                draft,
+                max_seq_len=self.max_seq_len,
+                options=options,
+                announce=None if settings.quiet else show_memory,
+                progress=progress,
+            )
         self.target, self.draft = self.board.target, self.board.draft
         logger.info("compiling programs" + " and capturing traces" * self.board.trace)
         self.warm_up_s = self.board.warm_up(len(prompt.ids) for prompt in self.prompts)

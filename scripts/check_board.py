@@ -27,6 +27,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo.arguments import PRECISION
+from demo.progress import memory_table
 from models.command_line import Parser, run_command
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES, LlamaConfig, named_config
@@ -375,12 +376,7 @@ def line(check: Check) -> str:
 
 
 def show_plans(console: Console, board: Board, plans: dict[str, memory.MemoryPlan]) -> None:
-    table = Table(
-        *memory.COLUMNS, title=f"DRAM per chip, planned, of {board.dram_bytes / 1e9:.2f} GB", title_justify="left"
-    )
-    for row in memory.rows(plans):
-        table.add_row(*row)
-    console.print(table)
+    console.print(memory_table(board, plans))
 
 
 def show_usage(console: Console, usages: dict[str, Usage], checks: list[Check]) -> None:

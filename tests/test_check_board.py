@@ -132,8 +132,8 @@ def test_a_draft_on_its_own_chip_is_checked_on_meshes_of_their_own(directory, tm
 @needs_ttnn
 def test_an_illegal_op_is_named_with_its_place_and_reason_and_the_rest_goes_on(directory, tmp_path):
     file = tmp_path / "check.json"
-    options = f"{SCRIPT} --model {directory} --mesh T3K --rows 5 --prompts 1 200 --json {file}"
-    done = run(*options.split(), before=("-c", ILLEGAL))
+    options = "--mesh T3K --rows 5 --prompts 1 200".split()
+    done = run(SCRIPT, *options, "--model", directory, "--json", file, before=("-c", ILLEGAL))
     assert done.returncode == 1
     results = results_of(done, file)
     legal = {check["what"]: check["legal"] for check in results["checks"]}

@@ -110,6 +110,14 @@ def test_no_number_looks_as_if_it_were_measured(typed):
     assert [results[name] for name in nothing] == [None] * len(nothing)
 
 
+def test_memory_is_shown_for_both_models_before_loading(typed):
+    lines = typed[0].stderr.splitlines()
+    title = next(i for i, line in enumerate(lines) if "DRAM per chip, planned, of the 12.87 GB of N150" in line)
+    rows = [line for line in lines[title:] if "GB" in line and ("target" in line or "draft" in line)]
+    assert [row.split()[1] for row in rows] == ["target", "draft"]
+    assert lines.index("compiling programs") > lines.index(rows[1])
+
+
 def test_results_name_the_mock_and_the_flags_that_took_effect(typed):
     machine, settings = typed[1]["machine"], typed[1]["settings"]
     assert (machine["mock"], machine["board"], machine["chips"], machine["arch"]) == (True, "N150", 1, "wormhole_b0")

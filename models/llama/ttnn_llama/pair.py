@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from loguru import logger
-
 from models.llama.loading import LoadedModel, OpenedModel
 from models.llama.ttnn_llama.boards import Board
 from models.llama.ttnn_llama.fused import FusedRound
@@ -92,8 +90,8 @@ def _traced_layers(target: OpenedModel, draft: OpenedModel | None, options: Boar
 class BoardModels:
     """A target and, if there is one, its draft on the board of this machine (or on the active mock).
 
-    Nothing is opened before the memory is known to suffice. Close it when done; an error or Ctrl-C while loading or
-    warming up closes the board too.
+    Nothing is opened before the memory is known to suffice; ``announce`` is told what is needed before that is
+    decided. Close it when done; an error or Ctrl-C while loading or warming up closes the board too.
 
     Attributes:
         target, draft: `LoadedModel`s; ``draft`` is None if there is none.
@@ -113,6 +111,7 @@ class BoardModels:
         *,
         max_seq_len: int,
         options: BoardOptions,
+        announce: Callable[[Board, dict[str, MemoryPlan]], None] | None = None,
         progress: Progress | None = None,
     ):
         self.options = options
@@ -120,12 +119,9 @@ class BoardModels:
         self.mock = cluster.is_mock()
         self.board = detect_board()
         self.plans = memory_plans(self.board, target, draft, max_seq_len, options)
+        if announce:
+            announce(self.board, self.plans)
         check_fit(self.board, self.plans, options.placement if draft else "shared")
-        for role, needed in self.plans.items():
-            logger.info(
-                f"loading {role} onto {self.describe()}: {needed.weights / 1e6:,.0f} MB of weights, "
-                f"{needed.kv_cache / 1e6:,.0f} MB of KV cache per chip ({needed.precision.name})"
-            )
         self.trace = options.trace and not self.mock
         self._paths: dict[str, tuple] = {}
         with contextlib.ExitStack() as stack:
