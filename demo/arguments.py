@@ -20,6 +20,7 @@ EMBEDDED_DRAFT = ROOT / "models" / "checkpoints" / "tiny-draft"
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 
 MODES = ("compare", "speculative", "baseline")
+DRAFTERS = ("model", "prompt-lookup", "combined", "none")
 DTYPES = ("bf16", "fp32", "fp16")
 PRECISION = "performance"  # as tt_transformers' demo
 # Flags that have a meaning on some devices only, and what to do about one of them on another device.
@@ -29,8 +30,12 @@ TORCH_FLAGS = {
     "row_invariant": "leave it out, on a board all rows are computed alike",
 }
 BOARD_FLAGS = ("precision", "draft_precision", "draft_placement", "trace", "weight_cache")
+DRAFT_FLAGS = ("draft", "draft_dtype", "draft_precision", "draft_placement")  # of a draft model
 # A padded decode of so many rows costs what one row does, within 5 % (bf16; scripts/forward_cost.py: 12 rows 1.12x).
 FREE_ROWS = 7
+AUTO = "auto"  # draft as many tokens as measured costs and acceptance say, from none to AUTO_LONGEST
+AUTO_LONGEST = FREE_ROWS - 1
+DRAFT_TOKENS = 4
 
 EPILOG = """\
 prompt files:
@@ -59,7 +64,8 @@ class Settings:
     device: str
     dtype: str
     draft_dtype: str
-    num_draft_tokens: int
+    drafter: str
+    num_draft_tokens: int | str  # or AUTO
     verification: str
     row_invariant: bool
     precision: str
@@ -84,12 +90,32 @@ class Settings:
     no_color: bool
 
     @property
+    def auto(self) -> bool:
+        """Whether the draft length is chosen while it runs."""
+        return self.num_draft_tokens == AUTO
+
+    @property
+    def longest_draft(self) -> int:
+        """Tokens that a round drafts at most."""
+        return AUTO_LONGEST if self.auto else self.num_draft_tokens
+
+    @property
+    def drafts(self) -> bool:
+        """Whether anything is to be drafted by anybody."""
+        return "speculative" in self.paths and self.drafter != "none"
+
+    @property
+    def uses_draft_model(self) -> bool:
+        """Whether a draft model is to be loaded."""
+        return self.drafts and self.drafter != "prompt-lookup"
+
+    @property
     def fixed_rows(self) -> int | None:
         """Rows every target forward is padded to, so that a row's bits do not depend on how many rows are computed.
 
         Just enough for a verification. On a board nothing has to be padded: a tile has 32 rows anyway.
         """
-        return self.num_draft_tokens + 1 if self.row_invariant and self.device != "tt" else None
+        return self.longest_draft + 1 if self.row_invariant and self.device != "tt" else None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -111,6 +137,16 @@ def _integer(low: int, high: int | None = None):
         return value
 
     return parse
+
+
+def _draft_tokens(text: str) -> int | str:
+    """argparse type: a number of drafted tokens, or AUTO."""
+    if text == AUTO:
+        return AUTO
+    try:
+        return _integer(0, MAX_DRAFT_LENGTH)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or {AUTO}") from None
 
 
 def _count_by_length(text: str) -> tuple[int, int]:
@@ -145,7 +181,7 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     group.add_argument(
         "--draft",
         metavar="PATH|ID",
-        default=environ.get("DRAFT_MODEL") or None,
+        default=None,
         help="the same for the draft model (default: the embedded tiny-draft)",
     )
     group.add_argument(
@@ -234,11 +270,20 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=_integer(1), default=30, metavar="N", help="(default: %(default)s)")
     group.add_argument(
+        "--drafter",
+        choices=DRAFTERS,
+        default=DRAFTERS[0],
+        help="who guesses the next tokens. model: the draft model; prompt-lookup: no model, a copy of what followed "
+        "the same tokens earlier in the prompt or text; combined: prompt-lookup where it finds something, else the "
+        "draft model; none: nobody, plain decoding (default: %(default)s; a board has model and none for now)",
+    )
+    group.add_argument(
         "--num-draft-tokens",
-        type=_integer(0, MAX_DRAFT_LENGTH),
-        default=4,
-        metavar="K",
-        help=f"tokens drafted per round, 0 to {MAX_DRAFT_LENGTH} (default: %(default)s)",
+        type=_draft_tokens,
+        default=None,
+        metavar=f"{AUTO}|K",
+        help=f"tokens drafted per round, 0 to {MAX_DRAFT_LENGTH}; {AUTO}: before every round whatever pays best of 0 "
+        f"to {AUTO_LONGEST}, by the costs and the acceptance measured so far (default: {DRAFT_TOKENS})",
     )
     group.add_argument(
         "--verification",
@@ -250,7 +295,14 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
     group.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is off (default: %(default)s)")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and random prompts (default: 0)")
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of sampling and random prompts; a sampled speculative text repeats only where --num-draft-tokens is a "
+        f"number, as {AUTO} goes by times (default: 0)",
+    )
 
     group = parser.add_argument_group("output")
     group.add_argument("--json", metavar="FILE", help="write all results, per prompt and in total, to this file")
@@ -274,18 +326,23 @@ def parse_settings(
         raise UserError("--instruct has no meaning with --random-prompts: give one of them")
     values = vars(options)
     del values["version"]
+    _check_device_flags(options)
+    _check_drafter(options)
+    values["draft"] = options.draft or environ.get("DRAFT_MODEL") or None
     if options.target is None:
         values["target"] = str(EMBEDDED_TARGET)
         values["draft"] = options.draft or str(EMBEDDED_DRAFT)
-    _check_device_flags(options)
     for name, default in (("dtype", "bf16"), ("precision", PRECISION), ("draft_placement", PLACEMENTS[0])):
         values[name] = values[name] or default
     for name in ("dtype", "precision"):
         values[f"draft_{name}"] = values[f"draft_{name}"] or values[name]
     for name in ("trace", "weight_cache"):
         values[name] = values[name] is not False
+    if options.num_draft_tokens is None:
+        values["num_draft_tokens"] = 0 if options.drafter == "none" else DRAFT_TOKENS
     if options.row_invariant is None:
-        values["row_invariant"] = values["dtype"] != "fp32" and options.num_draft_tokens < FREE_ROWS
+        free = options.num_draft_tokens == AUTO or options.num_draft_tokens < FREE_ROWS
+        values["row_invariant"] = values["dtype"] != "fp32" and free
     return Settings(**values)
 
 
@@ -298,6 +355,31 @@ def _check_device_flags(options: argparse.Namespace) -> None:
         flag += given[0].replace("_", "-")
         remedy = TORCH_FLAGS[given[0]] if on_board else "add --device tt or leave it out"
         raise UserError(f"{flag} has no meaning with --device {options.device}: {remedy}")
+
+
+def _check_drafter(options: argparse.Namespace) -> None:
+    """UserError for a way of drafting that the device or another flag rules out."""
+    drafter, length = options.drafter, options.num_draft_tokens
+    if options.device == "tt":
+        captured = "does not work with --device tt yet, where programs are captured for"
+        if drafter in ("prompt-lookup", "combined"):
+            raise UserError(f"--drafter {drafter} {captured} the draft model: use --drafter model or none")
+        if length == AUTO:
+            raise UserError(
+                f"--num-draft-tokens {AUTO} {captured} one draft length: give a number, such as {DRAFT_TOKENS}"
+            )
+    if drafter == "none" and length:
+        raise UserError(f"--num-draft-tokens {length} has no meaning with --drafter none: leave one of them out")
+    if drafter in ("prompt-lookup", "none"):
+        given = [name for name in DRAFT_FLAGS if getattr(options, name) is not None]
+        if given:
+            flag = "--" + given[0].replace("_", "-")
+            raise UserError(f"{flag} has no meaning with --drafter {drafter}: leave it out or use --drafter model")
+    if length == AUTO and options.verification == "sequential":
+        raise UserError(
+            f"--num-draft-tokens {AUTO} chooses by what batched verification costs: with --verification sequential "
+            f"give a number, such as {DRAFT_TOKENS}"
+        )
 
 
 def read_prompts(settings: Settings) -> list[str]:

@@ -184,7 +184,7 @@ class TerminalView(QuietView):
         for name, line in about(self.session):
             grid.add_row(Text(name, style="bold"), Text(line))
         self.console.print(Panel(grid, border_style="dim", expand=False))
-        if self.session.draft:
+        if self.session.settings.drafts:
             legend = Text(" ")
             legend.append("prompt", style="dim")
             for style, name in ORIGINS.values():

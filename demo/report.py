@@ -10,7 +10,7 @@ import statistics
 import sys
 from typing import Any
 
-from demo.arguments import BOARD_FLAGS, TORCH_FLAGS, describe_source
+from demo.arguments import BOARD_FLAGS, DRAFT_FLAGS, TORCH_FLAGS, describe_source
 from demo.environment import machine, peak_memory, versions
 from demo.session import Row, Run, Session
 from models.speculative.stats import GenerationStats
@@ -18,7 +18,7 @@ from models.speculative.stats import GenerationStats
 Results = dict[str, Any]
 
 # Keys of times, and of what is computed from times.
-TIMES = re.compile(r".*_(s|ms)|tok_s_user|host_share|speedup(_median)?|ttft_ratio")
+TIMES = re.compile(r".*_(s|ms)|tok_s_user|host_share|speedup(_median)?|ttft_ratio|break_even")
 
 
 def build_results(session: Session, interrupted: bool, total_s: float) -> Results:
@@ -33,15 +33,17 @@ def _results(session: Session, interrupted: bool, total_s: float) -> Results:
     settings = session.settings
     rows = session.rows
     totals: dict[str, Results | None] = {"baseline": None, "speculative": None}
+    runs: dict[str, list[Run]] = {"baseline": [], "speculative": []}
     for path in settings.paths:
         # An interrupted run counts only where there is nothing complete to report.
-        runs = [row.runs[path] for row in rows] or [run for run in session.under_way if run.path == path]
-        totals[path] = _path_totals(session, path, runs) if runs else None
+        runs[path] = [row.runs[path] for row in rows] or [run for run in session.under_way if run.path == path]
+        totals[path] = _path_totals(session, path, runs[path]) if runs[path] else None
     baseline, speculative = totals["baseline"], totals["speculative"]
     compared = len(settings.paths) == 2 and bool(rows)
     greedy = session.sampling.greedy
     return {
         **totals,
+        "controller": _controller(session, runs["speculative"]) if settings.auto and speculative else None,
         "speedup": _ratio(speculative, baseline, "tok_s_user"),
         "speedup_median": _median([_row_speedup(row) for row in rows]) if compared else None,
         "ttft_ratio": _median([_row_ttft_ratio(row) for row in rows]) if compared else None,
@@ -72,7 +74,7 @@ def _without_times(value: Any) -> Any:
 
 def _path_totals(session: Session, path: str, runs: list[Run]) -> Results:
     stats = GenerationStats.merge([run.stats for run in runs])
-    load_s = session.target.load_s + (session.draft.load_s if path == "speculative" else 0)
+    load_s = session.target.load_s + (session.draft.load_s if session.draft and path == "speculative" else 0)
     totals = {
         "ttft_ms": _median([run.stats.ttft_s * 1000 for run in runs]),
         "tok_s_user": _rate(stats),
@@ -85,10 +87,16 @@ def _path_totals(session: Session, path: str, runs: list[Run]) -> Results:
 
 
 def _speculation(stats: GenerationStats, fused: bool) -> Results:
-    """Of the times of a round either draft_ms and verify_ms are known, or fused_ms: both in one device program."""
+    """Of the times of a round either draft_ms and verify_ms are known, or fused_ms: both in one device program. Rates
+    and means are over rounds that drafted and were not cut, counts over all; plain rounds drafted nothing."""
     rated = bool(stats.acceptance_by_position)  # False if every round was cut short or nothing was to be drafted
+    lengths = [round.drafted for round in stats.rounds if round.drafted and not round.cut]
     return {
         "rounds": len(stats.rounds),
+        "plain_rounds": sum(not round.drafted and not round.cut for round in stats.rounds),
+        "drafted": sum(round.drafted for round in stats.rounds),
+        "sources": _sources(stats),
+        "mean_draft_length": statistics.mean(lengths) if rated else None,
         "acceptance_rate": stats.acceptance_rate if rated else None,
         "mean_acceptance_length": stats.mean_acceptance_length if rated else None,
         "acceptance_by_position": stats.acceptance_by_position,
@@ -99,6 +107,23 @@ def _speculation(stats: GenerationStats, fused: bool) -> Results:
         "host_share": stats.host_share,
         "draft_prefill_ms": stats.draft_prefill_s * 1000,
     }
+
+
+def _sources(stats: GenerationStats) -> Results:
+    """What drafted ("model", "lookup"), in how many rounds, how many tokens, and how many of them were accepted."""
+    sources: Results = {}
+    for round in stats.rounds:
+        if round.drafted:
+            counts = sources.setdefault(round.source, {"rounds": 0, "drafted": 0, "accepted": 0})
+            counts["rounds"] += 1
+            counts["drafted"] += round.drafted
+            counts["accepted"] += round.accepted
+    return sources
+
+
+def _controller(session: Session, runs: list[Run]) -> Results:
+    """Of automatic draft lengths: how many tokens each round of each run drafted, and what that was decided with."""
+    return {"chosen": [[round.drafted for round in run.stats.rounds] for run in runs], **session.controller.report()}
 
 
 def _run_results(run: Run, fused: bool) -> Results:
@@ -202,6 +227,9 @@ def describe_settings(session: Session) -> Results:
         del values[name]
     values["target"] = describe_source(settings.target)
     values["draft"] = session.draft and describe_source(session.draft.opened.source)
+    for name in DRAFT_FLAGS[1:]:
+        if name in values and session.draft is None:
+            values[name] = None
     values["max_seq_len"] = session.max_seq_len
     if session.board:
         values["trace"], values["fused"] = session.board.trace, session.fused

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from loguru import logger
 
-from demo.arguments import EMBEDDED_DRAFT, Settings, describe_source
+from demo.arguments import AUTO_LONGEST, EMBEDDED_DRAFT, Settings, describe_source
 from demo.progress import loading_bar, show_memory
 from models.errors import UserError
 from models.llama.loading import (
@@ -22,10 +22,12 @@ from models.llama.loading import (
     open_model,
 )
 from models.llama.tokenizer import LlamaTokenizer
-from models.speculative.controller import FixedDraftLength
+from models.speculative.controller import AutoDraftLength, FixedDraftLength
 from models.speculative.drafters import Drafter
+from models.speculative.drafters.combined import Combined
 from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.drafters.model import ModelDrafter
+from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.generate import Token, generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
@@ -87,7 +89,8 @@ class Viewer(Protocol):
 class Session:
     """Loads what ``settings`` ask for; `run` then fills ``rows``.
 
-    ``under_way`` are the runs of a prompt that is not complete, so that an interruption can show them.
+    ``under_way`` are the runs of a prompt that is not complete, so that an interruption can show them. ``draft`` is
+    None where no draft model is used. ``controller`` is one for all runs, warm-up included: what it learns stays.
     """
 
     def __init__(self, settings: Settings, texts: list[str]):
@@ -95,10 +98,13 @@ class Session:
         self.sampling = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.seed)
         self.rows: list[Row] = []
         self.under_way: list[Run] = []
+        self.controller = (
+            AutoDraftLength(range(AUTO_LONGEST + 1)) if settings.auto else FixedDraftLength(settings.num_draft_tokens)
+        )
         if settings.threads:
             torch.set_num_threads(settings.threads)
         target = open_model(settings.target)
-        draft = self._open_draft(target) if "speculative" in settings.paths else None
+        draft = self._open_draft(target) if settings.uses_draft_model else None
         self.max_seq_len = settings.max_seq_len or default_context(*filter(None, (target, draft)))
         for opened in filter(None, (target, draft)):
             longest = opened.checkpoint.config.max_position_embeddings
@@ -115,7 +121,7 @@ class Session:
         if settings.device == "tt":
             self._load_on_board(target, draft)
         else:
-            verify_rows = settings.num_draft_tokens + 1
+            verify_rows = settings.longest_draft + 1
             self.target = self._load(
                 "target", target, settings.dtype, fixed_rows=settings.fixed_rows, typical_rows=verify_rows
             )
@@ -130,9 +136,12 @@ class Session:
         except UserError as error:
             if self.settings.draft:
                 raise
+            others = (
+                "--mode baseline" if self.settings.device == "tt" else "--drafter prompt-lookup, or --mode baseline"
+            )
             raise UserError(
                 f"the embedded draft does not fit target {self.settings.target} ({error}): give --draft with a small "
-                "checkpoint of the target's family, or --mode baseline"
+                f"checkpoint of the target's family, or {others}"
             ) from error
         return draft
 
@@ -154,7 +163,7 @@ class Session:
             placement=settings.draft_placement,
             trace=settings.trace,
             weight_cache=settings.weight_cache,
-            draft_length=settings.num_draft_tokens,
+            draft_length=settings.longest_draft,
             greedy=self.sampling.greedy,
             batched=settings.verification == "batched",
         )
@@ -214,6 +223,8 @@ class Session:
     def run(self, viewer: Viewer) -> None:
         """Warm up, then run every prompt on every path. What is complete is in ``rows``, also after an interruption."""
         paths = self.settings.paths
+        if self.settings.auto and self.settings.drafts:
+            self._measure_costs()
         self._run_paths(viewer, {path: Run(path, self.prompts[0], counted=False) for path in paths}, paths)
         warm_lengths = {len(self.prompts[0].ids)}
         for prompt in self.prompts:
@@ -228,6 +239,11 @@ class Session:
             self._run_paths(viewer, runs, paths if prompt.number % 2 else paths[::-1])
             self.rows.append(Row(prompt, runs))
             viewer.end_prompt(self.rows[-1])
+
+    def _measure_costs(self) -> None:
+        """What forwards of one, some and all rows cost, for the controller to begin with; it interpolates."""
+        rows = {min(n, self.max_seq_len) for n in (1, AUTO_LONGEST // 2 + 1, AUTO_LONGEST + 1)}
+        self.controller.costs.measure(self.target.model, rows, greedy=self.sampling.greedy)
 
     def _run_paths(self, viewer: Viewer, runs: dict[str, Run], order: Sequence[str]) -> None:
         for path in order:
@@ -247,7 +263,7 @@ class Session:
             self._drafter() if speculative else None,
             run.prompt.ids,
             sampling=self.sampling,
-            controller=FixedDraftLength(self.settings.num_draft_tokens) if speculative else None,
+            controller=self.controller if speculative else None,
             max_new_tokens=self.settings.max_new_tokens,
             stop_ids=self.stop_ids,
             verification=self.settings.verification,
@@ -264,10 +280,17 @@ class Session:
         if detokenizer and token and (rest := detokenizer.flush()):
             run.pieces.append((rest, token.origin))
 
-    def _drafter(self) -> Drafter:
-        if self.board and self.board.fused:
+    def _drafter(self) -> Drafter | None:
+        """What drafts in one generation; None if nothing is to."""
+        kind = self.settings.drafter
+        if kind == "none":
+            return None
+        if kind == "prompt-lookup":
+            return PromptLookup()
+        if self.fused:
             return FusedDrafter(self.board.fused, self.draft.model)
-        return ModelDrafter(self.draft.model, self.sampling)
+        model = ModelDrafter(self.draft.model, self.sampling)
+        return Combined(PromptLookup(), model) if kind == "combined" else model
 
     def top_two_margin(self, ids: list[int]) -> float:
         """How far the target's best next token is ahead of its second after ``ids``, in logits."""

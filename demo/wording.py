@@ -1,6 +1,6 @@
 """The numbers of a demo run in words: headings, figures, table cells, explanations. Plain strings, no layout."""
 
-from demo.arguments import describe_source
+from demo.arguments import AUTO_LONGEST, describe_source
 from demo.report import Results
 from demo.session import Row, Run, Session
 
@@ -44,20 +44,30 @@ def run_settings(session: Session) -> str:
     else:
         limits = f", top-k {sampling.top_k}" * bool(sampling.top_k) + f", top-p {sampling.top_p}" * (sampling.top_p < 1)
         parts.append(f"temperature {sampling.temperature}{limits}, seed {sampling.seed}")
-    if session.draft:
+    if settings.drafts:
+        length = f"auto, 0 to {AUTO_LONGEST}" if settings.auto else settings.num_draft_tokens
         verification = "verified in the same program" if session.fused else f"{settings.verification} verification"
-        parts.append(f"draft {settings.num_draft_tokens}, {verification}")
+        parts.append(f"drafter {settings.drafter}, draft {length}, {verification}")
+    elif "speculative" in settings.paths:
+        parts.append("drafter none: plain decoding")
     if settings.fixed_rows:
-        parts.append(f"{settings.fixed_rows} fixed rows")
+        parts.append(f"{settings.fixed_rows} fixed row" + "s" * (settings.fixed_rows > 1))
     parts.append(f"{len(session.prompts)} x {settings.max_new_tokens} tokens")
     return ", ".join(parts)
 
 
 def pace(run: Run, session: Session) -> str:
-    """How fast a run is or was, and how much of its drafts is accepted; "" where neither can be said."""
-    parts = [] if session.mock else [f"{run.stats.tok_s:.1f} tok/s"]
-    if run.stats.acceptance_by_position:
-        parts.append(f"{run.stats.acceptance_rate:.0%} accepted")
+    """How fast a run is or was, how much of its drafts is accepted and, where that varies, how much is drafted now or
+    was on average; "" where nothing of it can be said."""
+    stats = run.stats
+    parts = [] if session.mock else [f"{stats.tok_s:.1f} tok/s"]
+    if stats.acceptance_by_position:
+        parts.append(f"{stats.acceptance_rate:.0%} accepted")
+    if session.settings.auto and run.path == "speculative" and stats.rounds:
+        if stats.finish_reason:
+            parts.append(f"{sum(round.drafted for round in stats.rounds) / len(stats.rounds):.1f} drafted a round")
+        else:
+            parts.append(f"drafting {stats.rounds[-1].drafted}")
     return ", ".join(parts)
 
 
@@ -75,13 +85,18 @@ def figures(row: Row, session: Session) -> list[str]:
 def explain_slowdown(results: Results) -> list[str]:
     """Plain words, with the measured costs, on why speculation was slower here and what to change; [] if it was not."""
     speedup, speculative, baseline = results["speedup"], results["speculative"], results["baseline"]
-    drafted = results["settings"]["num_draft_tokens"]
-    if speedup is None or speedup >= 1 or not drafted:
+    settings = results["settings"]
+    if speedup is None or speedup >= 1 or settings["num_draft_tokens"] == 0:
         return []
+    if not speculative["drafted"] and speculative["plain_rounds"]:
+        return [_nothing_drafted(settings)]
     if speculative["acceptance_rate"] is None:
+        length, fewer = "draft tokens", ""
+        if not results["controller"]:
+            length, fewer = f"{settings['num_draft_tokens']} draft tokens", "draft fewer (--num-draft-tokens) or "
         return [
-            f"Speculation was slower here, and every text was too short for a whole round of {drafted} draft tokens: "
-            "draft fewer (--num-draft-tokens) or write more (--max-new-tokens)."
+            f"Speculation was slower here, and every text was too short for a whole round of {length}: "
+            f"{fewer}write more (--max-new-tokens)."
         ]
     plain_ms = 1000 / baseline["tok_s_user"]
     forwards_ms, rest_ms, prompt_ms = _costs(results)
@@ -89,28 +104,44 @@ def explain_slowdown(results: Results) -> list[str]:
     needed = round_ms / plain_ms
     emitted = speculative["mean_acceptance_length"]
     if speculative["fused_ms"] is None:
-        forwards = f"draft {speculative['draft_ms']:.2f}, verify {speculative['verify_ms']:.2f}"
+        parts = [f"draft {speculative['draft_ms']:.2f}, verify {speculative['verify_ms']:.2f}"]
     else:
-        forwards = f"draft and verify {forwards_ms:.2f} in one program"
+        parts = [f"draft and verify {forwards_ms:.2f} in one program"]
+    parts.append(f"host {speculative['host_ms']:.2f}")
+    if settings["draft"]:
+        parts.append(f"its share of the draft's prefill {prompt_ms:.2f}")
+    mixed = speculative["plain_rounds"] > 0
     lines = [
-        f"Speculation was slower here: a round takes {round_ms:.2f} ms ({forwards}, host "
-        f"{speculative['host_ms']:.2f}, its share of the draft's prefill {prompt_ms:.2f}), {needed:.2f} times a plain "
-        f"step of {plain_ms:.2f} ms, and emits {emitted:.2f} tokens.",
+        f"Speculation was slower here: a round {'that drafts ' * mixed}takes {round_ms:.2f} ms ({', '.join(parts)}), "
+        f"{needed:.2f} times a plain step of {plain_ms:.2f} ms, and emits {emitted:.2f} tokens.",
     ]
+    drafted = speculative["mean_draft_length"]
     rate = (needed - 1) / drafted
     if emitted >= needed:
-        return [
-            *lines,
-            "Whole rounds pay; it is the cut ones at the ends of the texts that do not: write longer texts.",
-        ]
+        pays = "Whole rounds pay; it is the cut ones at the ends of the texts that do not: write longer texts."
+        if mixed:
+            pays = (
+                "Rounds that draft pay; it is the rest that does not (cut rounds at the ends of the texts, plain ones "
+                "where nothing was drafted): write longer texts."
+            )
+        return [*lines, pays]
+    count = f"{drafted:.1f}".removesuffix(".0") + " draft tokens" + " on average" * bool(results["controller"])
     if rate > 1:
-        lines.append(f"With {drafted} draft tokens not even full acceptance would pay for that.")
+        lines.append(f"With {count} not even full acceptance would pay for that.")
     else:
         lines.append(
-            f"It breaks even at an acceptance rate of {rate:.0%} with {drafted} draft tokens; "
+            f"It breaks even at an acceptance rate of {rate:.0%} with {count}; "
             f"measured were {speculative['acceptance_rate']:.0%}."
         )
     return [*lines, _advice(results, plain_ms)]
+
+
+def _nothing_drafted(settings: Results) -> str:
+    """Why both paths decoded plainly."""
+    reason = "drafting would not have paid, by the costs measured"
+    if settings["drafter"] == "prompt-lookup":
+        reason = "no passage came again that was worth a copy (prompt-lookup; --drafter model drafts new text too)"
+    return f"Nothing was drafted: {reason}. Both paths decoded plainly, and their difference is chance."
 
 
 def _costs(results: Results) -> tuple[float, float, float]:
@@ -125,21 +156,25 @@ def _costs(results: Results) -> tuple[float, float, float]:
 
 def _advice(results: Results, plain_ms: float) -> str:
     """What to change, from the costs and the acceptance by position measured in this run."""
-    settings, accepted = results["settings"], results["speculative"]["acceptance_by_position"]
+    settings, speculative = results["settings"], results["speculative"]
     if settings["verification"] == "sequential":
         return "Sequential verification is the reason: every token costs a target forward. Leave --verification out."
-    if results["speculative"]["fused_ms"] is not None:  # what one draft step takes of it is not known
+    if speculative["fused_ms"] is not None:  # what one draft step takes of it is not known
         return "Try fewer draft tokens (--num-draft-tokens), or a draft that is cheaper or closer to the target."
+    better = "use a draft that is cheaper or closer to the target."
+    if not settings["draft"]:
+        better = "this text repeats itself too little for prompt-lookup, use --drafter model or combined."
+    if results["controller"]:
+        return f"Its length is already chosen by these costs: write longer texts, from which it learns; or {better}"
+    accepted, longest = speculative["acceptance_by_position"], settings["num_draft_tokens"]
     _, rest_ms, _ = _costs(results)
-    step_ms = results["speculative"]["draft_ms"] / settings["num_draft_tokens"]
-    fixed_ms = results["speculative"]["verify_ms"] + rest_ms
-    gains = {
-        k: (1 + sum(accepted[:k])) * plain_ms / (k * step_ms + fixed_ms) for k in range(1, settings["num_draft_tokens"])
-    }
+    step_ms = speculative["draft_ms"] / speculative["mean_draft_length"]
+    fixed_ms = speculative["verify_ms"] + rest_ms
+    gains = {k: (1 + sum(accepted[:k])) * plain_ms / (k * step_ms + fixed_ms) for k in range(1, longest)}
     best = max(gains, key=gains.get, default=None)
     if best and gains[best] > 1:
         return f"Draft fewer tokens: --num-draft-tokens {best} would give about {gains[best]:.2f}x (predicted)."
-    return "Fewer draft tokens would not pay either: use a draft that is cheaper or closer to the target."
+    return f"Fewer draft tokens would not pay either: {better}"
 
 
 def summary_sections(results: Results) -> list[list[Cells]]:
@@ -148,7 +183,7 @@ def summary_sections(results: Results) -> list[list[Cells]]:
     spec = results["speculative"]
     sections = [_speed_rows(results), _cost_rows(results)]
     if spec and spec["acceptance_by_position"]:
-        sections.insert(1, _speculation_rows(spec))
+        sections.insert(1, _speculation_rows(spec, results["controller"]))
     return [[cells for cells in section if any(cells[1:])] for section in sections]
 
 
@@ -167,7 +202,7 @@ def _speed_rows(results: Results) -> list[Cells]:
     ]
 
 
-def _speculation_rows(spec: Results) -> list[Cells]:
+def _speculation_rows(spec: Results, controller: Results | None) -> list[Cells]:
     def only(label: str, text: str) -> Cells:
         return label, "", text, ""
 
@@ -181,12 +216,29 @@ def _speculation_rows(spec: Results) -> list[Cells]:
             only(f"  at position {start + 1}-{min(start + 4, len(rates))}", " ".join(rates[start : start + 4]))
             for start in range(0, len(rates), 4)
         ),
+        *(only(f"  by {name}", _kept(counts)) for name, counts in spec["sources"].items() if len(spec["sources"]) > 1),
         only("mean acceptance length", f"{spec['mean_acceptance_length']:.2f} tokens"),
+        *(_controller_rows(spec, controller) if controller else ()),
         milliseconds("draft per round", "draft_ms"),
         milliseconds("verify per round", "verify_ms"),
         milliseconds("draft + verify per round", "fused_ms", "{:.2f} ms (one program)"),
         milliseconds("host per round", "host_ms", f"{{:.3f}} ms ({spec['host_share'] or 0:.1%})"),
     ]
+
+
+def _kept(counts: Results) -> str:
+    return f"{counts['accepted'] / counts['drafted']:.1%} in {counts['rounds']} rounds"
+
+
+def _controller_rows(spec: Results, controller: Results) -> list[Cells]:
+    """Of automatic draft lengths: how long they were, how often none was made, from where on they pay."""
+    rows = [
+        ("mean draft length", "", f"{spec['mean_draft_length']:.2f} tokens", ""),
+        ("plain rounds", "", f"{spec['plain_rounds']} of {spec['rounds']}", ""),
+    ]
+    if controller["break_even"] is not None:
+        rows.append(("break-even acceptance", "", f"{controller['break_even']:.1%}", ""))
+    return rows
 
 
 def _cost_rows(results: Results) -> list[Cells]:
@@ -195,7 +247,7 @@ def _cost_rows(results: Results) -> list[Cells]:
 
     def memory(label: str, key: str) -> Cells:
         alone = size(target[key])
-        both = f"{alone} + {size(draft[key])}" if results["speculative"] else ""
+        both = alone + (f" + {size(draft[key])}" if draft else "") if results["speculative"] else ""
         return label, alone if results["baseline"] else "", both, ""
 
     rows = [_both(results, "load time", "load_s", "{:.2f} s")]

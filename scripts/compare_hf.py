@@ -180,6 +180,11 @@ def command(argv: Sequence[str] | None) -> int:
         raise UserError(
             "compare_hf.py compares greedy text in one dtype: leave out --temperature, --mode, --draft-dtype"
         )
+    if settings.auto or settings.drafter != "model":
+        raise UserError(
+            "compare_hf.py compares drafts of one model and one length: leave out --drafter, and give "
+            "--num-draft-tokens a number"
+        )
     if settings.device == "tt":
         raise UserError("--device tt: transformers does not run on a Tenstorrent board, compare with --device cpu")
     from demo.environment import check_writable, write_json

@@ -28,6 +28,7 @@ DEMO = [sys.executable, str(ROOT / "demo" / "simple_text_demo.py")]
 BASELINE_DEMO = [sys.executable, str(ROOT / "demo" / "baseline_text_demo.py")]
 PATH_KEYS = {"ttft_ms", "tok_s_user", "tokens", "decode_s", "load_s"}
 SPECULATIVE_KEYS = PATH_KEYS | {
+    *("rounds", "plain_rounds", "drafted", "sources", "mean_draft_length"),
     "acceptance_rate",
     "mean_acceptance_length",
     "acceptance_by_position",
@@ -37,7 +38,13 @@ SPECULATIVE_KEYS = PATH_KEYS | {
     "host_ms",
     "host_share",
 }
+AUTO = ("--num-draft-tokens", "auto")
+FOUR = ("--num-draft-tokens", "4")  # what auto chooses depends on times
+CONTROLLER_KEYS = {
+    *("chosen", "lengths", "verify_ms", "draft_step_ms", "prefill_token_ms", "break_even", "acceptance"),
+}
 TOP_KEYS = {
+    "controller",
     *("baseline", "speculative", "speedup", "ttft_ratio", "outputs_identical"),
     *("settings", "versions", "machine", "prompts", "total_s", "warm_up_s"),
 }
@@ -64,6 +71,32 @@ def run(pair, tmp_path):
     return call
 
 
+@pytest.fixture
+def all_lengths(monkeypatch):
+    """Automatic draft lengths that are 0, 1, .. 6 in turn instead of going by times; the controllers that were made."""
+    made = []
+
+    class InTurn(demo.session.AutoDraftLength):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.generations = self.rounds = 0
+            made.append(self)
+
+        def begin(self, *args):
+            super().begin(*args)
+            self.generations += 1
+
+        def draft_length(self, source):
+            return self.lengths[self.rounds % len(self.lengths)]
+
+        def update(self, round):
+            super().update(round)
+            self.rounds += 1
+
+    monkeypatch.setattr(demo.session, "AutoDraftLength", InTurn)
+    return made
+
+
 def texts(results, path):
     return [row[path]["text"] for row in results["prompts"]]
 
@@ -82,19 +115,146 @@ def test_the_default_command_writes_the_text_of_its_baseline(tmp_path):
     for row in results["prompts"]:
         assert row["baseline"]["token_ids"] == row["speculative"]["token_ids"]
         assert row["baseline"]["text"] in done.stdout
-    assert results["speculative"]["acceptance_rate"] > 0.2  # a pair that was trained for each other
+    assert (results["settings"]["drafter"], results["settings"]["num_draft_tokens"]) == ("model", 4)
 
 
 def test_the_embedded_pair_writes_its_baseline_text_in_fp32(run):
-    code, results = run("--dtype", "fp32", "--max-prompts", "3", models=False, max_new_tokens=30)
+    code, results = run("--dtype", "fp32", *FOUR, "--max-prompts", "3", models=False, max_new_tokens=30)
     assert code == 0
     assert results["outputs_identical"] is True
+    assert results["speculative"]["acceptance_rate"] > 0.2  # a pair that was trained for each other
+    assert results["controller"] is None
 
 
 def test_embedded_pair_verified_token_by_token_writes_the_same_text(run):
     code, results = run("--verification", "sequential", "--max-prompts", "2", models=False, max_new_tokens=30)
     assert code == 0
     assert results["outputs_identical"] is True
+
+
+# ------------------------------------------------------------------------------------------------- ways to draft
+SOURCES = {"model": {"model"}, "prompt-lookup": {"lookup"}, "combined": {"lookup", "model"}}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("drafter", SOURCES)
+def test_every_drafter_writes_the_baselines_text_with_any_draft_lengths(drafter, dtype, run, all_lengths):
+    argv = ("--drafter", drafter, *AUTO, "--dtype", dtype, "--max-prompts", "2")
+    code, results = run(*argv, models=False, max_new_tokens=30)
+    assert code == 0
+    assert results["outputs_identical"] is True
+    chosen = results["controller"]["chosen"]
+    assert len(chosen) == 2 and set(sum(chosen, [])) > {0, 1, 2}
+    assert results["speculative"]["drafted"] == sum(map(sum, chosen))
+    assert set(results["speculative"]["sources"]) <= SOURCES[drafter]
+
+
+@pytest.mark.parametrize("drafter", SOURCES)
+def test_drafters_with_a_fixed_length_write_the_baselines_text(drafter, run, capsys):
+    code, results = run("--drafter", drafter, *FOUR, "--max-prompts", "3", models=False, max_new_tokens=30)
+    assert code == 0
+    assert results["outputs_identical"] is True
+    spec = results["speculative"]
+    assert set(spec["sources"]) == SOURCES[drafter]
+    assert sum(counts["drafted"] for counts in spec["sources"].values()) == spec["drafted"] > 0
+    assert sum(counts["rounds"] for counts in spec["sources"].values()) <= spec["rounds"]
+    assert spec["mean_draft_length"] == 4
+    assert results["controller"] is None
+    assert ("by lookup" in capsys.readouterr().out) == (drafter == "combined")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_without_a_drafter_both_paths_decode_plainly(dtype, run, capsys):
+    code, results = run("--drafter", "none", "--dtype", dtype, "--max-prompts", "2", models=False)
+    assert code == 0
+    assert results["outputs_identical"] is True
+    spec = results["speculative"]
+    assert (spec["drafted"], spec["sources"], spec["rounds"]) == (0, {}, spec["plain_rounds"])
+    assert (results["settings"]["drafter"], results["settings"]["num_draft_tokens"]) == ("none", 0)
+    assert results["controller"] is None
+    out = capsys.readouterr().out
+    assert "drafter none: plain decoding" in out and "slower" not in out
+
+
+@pytest.mark.parametrize("drafter", ["prompt-lookup", "none"])
+def test_where_no_draft_model_is_used_none_is_opened_or_reported(drafter, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DRAFT_MODEL", str(tmp_path / "missing"))
+    code, results = run("--drafter", drafter, "--max-prompts", "1", "--target", str(demo.session.EMBEDDED_DRAFT))
+    assert code == 2 and "missing" not in capsys.readouterr().err  # the pair's --draft is refused here
+    code, results = run("--drafter", drafter, "--max-prompts", "1", models=False)
+    assert code == 0
+    assert results["memory"]["draft"] is None
+    assert (results["settings"]["draft"], results["settings"]["draft_dtype"]) == (None, None)
+    assert results["speculative"]["load_s"] == results["baseline"]["load_s"]
+    out, err = capsys.readouterr()
+    assert "loading draft" not in err
+    assert not [line for line in out.splitlines() if line.startswith(("draft ", "weights ")) and "+" in line]
+
+
+def test_prompt_lookup_needs_no_draft_that_fits_the_target(pair, run):
+    code, results = run("--drafter", "prompt-lookup", *FOUR, "--target", str(pair[0]), "--prompt", "def", models=False)
+    assert code == 0
+    assert results["outputs_identical"] is True
+
+
+def test_a_context_shorter_than_the_longest_draft_will_do(run):
+    code, results = run("--prompt", "def", "--max-seq-len", "5")
+    assert code == 0
+    assert results["outputs_identical"] is True
+
+
+def test_one_controller_learns_from_all_runs_the_warm_up_included(run, all_lengths):
+    code, results = run(*AUTO, "--prompt", "def", "--prompt", "self")
+    assert code == 0
+    (controller,) = all_lengths
+    assert controller.generations == 3
+    assert controller.lengths == [0, 1, 2, 3, 4, 5, 6]
+    assert controller.rounds > sum(len(lengths) for lengths in results["controller"]["chosen"])
+
+
+@pytest.mark.parametrize("drafter", ["model", "prompt-lookup", "combined"])
+def test_automatic_lengths_are_reported_with_what_they_were_chosen_by(drafter, run):
+    models = () if drafter == "prompt-lookup" else ("--draft", str(demo.session.EMBEDDED_DRAFT))
+    code, results = run(*AUTO, "--drafter", drafter, *models, "--max-prompts", "2", models=False, max_new_tokens=20)
+    assert code == 0
+    assert (results["settings"]["num_draft_tokens"], results["settings"]["fixed_rows"]) == ("auto", 7)
+    controller = results["controller"]
+    assert set(controller) >= CONTROLLER_KEYS
+    assert controller["lengths"] == [0, 1, 2, 3, 4, 5, 6]
+    assert set(controller["verify_ms"]) >= {"1", "4", "7"}  # measured before anything is drafted
+    assert all(milliseconds > 0 for milliseconds in controller["verify_ms"].values())
+    rows = [row["speculative"] for row in results["prompts"]]
+    assert [len(lengths) for lengths in controller["chosen"]] == [row["rounds"] for row in rows]
+    assert [sum(lengths) for lengths in controller["chosen"]] == [row["drafted"] for row in rows]
+
+
+def test_automatic_lengths_are_shown_while_they_run_and_in_the_end(run, all_lengths, capsys, monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "50"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(demo.display, "REDRAW_S", 0)
+    code, results = run(*AUTO, "--prompt", "def", "--no-color", max_new_tokens=30)
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "draft auto, 0 to 6" in out
+    shown = {int(k) for k in re.findall(r"drafting (\d)", out)}
+    assert shown == set(sum(results["controller"]["chosen"], []))
+    assert re.search(r"\d\.\d drafted a round", out)
+    assert all(row in out for row in ("mean draft length", "plain rounds", "break-even acceptance"))
+
+
+def test_an_interrupted_run_reports_the_lengths_so_far(run, all_lengths, monkeypatch):
+    generate = demo.session.generate
+
+    def interrupted(target, drafter, prompt, **options):
+        for number, token in enumerate(generate(target, drafter, prompt, **options), 1):
+            yield token
+            if drafter and number == 5:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.session, "generate", interrupted)
+    code, results = run(*AUTO, "--prompt", "def")
+    assert code == 130
+    assert [len(lengths) for lengths in results["controller"]["chosen"]] == [results["partial"][-1]["rounds"]]
 
 
 # ----------------------------------------------------------------------------------------- how runs are counted
@@ -167,7 +327,7 @@ def test_each_single_mode_leaves_the_other_path_out(run):
 
 
 def test_sampling_repeats_with_its_seed(run, capsys):
-    sampling = ["--temperature", "1", "--top-k", "50", "--top-p", "0.95", "--max-prompts", "2"]
+    sampling = [*FOUR, "--temperature", "1", "--top-k", "50", "--top-p", "0.95", "--max-prompts", "2"]
     first, again, other = (run(*sampling, "--seed", seed, max_new_tokens=16)[1] for seed in ("1", "1", "2"))
     for path in ("baseline", "speculative"):
         assert texts(first, path) == texts(again, path) != texts(other, path)
@@ -175,12 +335,19 @@ def test_sampling_repeats_with_its_seed(run, capsys):
     assert "n/a (sampling)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("drafter", SOURCES)
+def test_every_drafter_can_be_sampled_with(drafter, run, all_lengths):
+    code, results = run(*AUTO, "--drafter", drafter, "--temperature", "0.7", "--max-prompts", "1", models=False)
+    assert code == 0
+    assert results["speculative"]["tokens"] == 8 and results["outputs_identical"] is None
+
+
 def test_random_prompts_run_without_a_tokenizer(run, tmp_path):
     config = tiny_config(max_position_embeddings=64)
     for name in ("target", "draft"):
         save_checkpoint(tmp_path / name, config, random_tensors(config, seed=3))
     models = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft")]
-    code, results = run(*models, "--random-prompts", "2x5", "--dtype", "fp32", models=False)
+    code, results = run(*models, *FOUR, "--random-prompts", "2x5", "--dtype", "fp32", models=False)
     assert code == 0
     assert [row["prompt_tokens"] for row in results["prompts"]] == [5, 5]
     row = results["prompts"][0]["baseline"]
@@ -204,7 +371,7 @@ def test_on_a_mock_board_nothing_that_is_told_depends_on_time(mode, terminal, ru
         monkeypatch.setattr(demo.display, "REDRAW_S", 0)
     told = []
     for _ in range(2):
-        code, results = run("--mode", mode, "--prompt", "def", "--prompt", "self", max_new_tokens=6)
+        code, results = run("--mode", mode, *FOUR, "--prompt", "def", "--prompt", "self", max_new_tokens=6)
         assert code == 0
         del results["memory"]["peak_process_bytes"]
         out, err = capsys.readouterr()
@@ -217,6 +384,16 @@ def test_on_a_mock_board_nothing_that_is_told_depends_on_time(mode, terminal, ru
     if mode != "baseline":
         assert results["speculative"]["acceptance_rate"] is not None
         assert "accepted" in out and "mean acceptance length" in out
+
+
+def test_automatic_lengths_on_a_mock_board_have_no_times(run, as_on_a_mock, all_lengths, capsys):
+    code, results = run(*AUTO, "--prompt", "def", max_new_tokens=30)
+    assert code == 0
+    controller = results["controller"]
+    timed = {"verify_ms", "draft_step_ms", "prefill_token_ms", "break_even"}
+    assert {name for name, value in controller.items() if value is None} == timed
+    assert sum(controller["chosen"][0]) == results["speculative"]["drafted"] > 0
+    assert "break-even" not in capsys.readouterr().out
 
 
 def test_an_interrupted_run_on_a_mock_board_has_no_times_either(run, as_on_a_mock, capsys, monkeypatch):
@@ -254,7 +431,7 @@ def test_each_device_reports_the_flags_that_mean_something_on_it(run):
 def test_a_terminal_gets_colours_and_the_table(pair, tmp_path):
     keyboard, screen = pty.openpty()
     models = ["--target", str(pair[0]), "--draft", str(pair[1])]
-    command = [*DEMO, *models, "--prompt", "def", "--prompt", "self", "--dtype", "fp32"]
+    command = [*DEMO, *models, *FOUR, "--prompt", "def", "--prompt", "self", "--dtype", "fp32"]
     environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
     environ.pop("NO_COLOR", None)
     process = subprocess.Popen(command, stdout=screen, stderr=subprocess.PIPE, env=environ)
@@ -374,7 +551,7 @@ def test_a_pair_with_different_vocabularies_is_refused_with_both(pair, tmp_path,
 
 
 def test_a_target_that_the_embedded_draft_does_not_fit_asks_for_a_draft(pair, capsys):
-    refused(capsys, ["--target", str(pair[0])], str(pair[0]), "--draft", "--mode baseline")
+    refused(capsys, ["--target", str(pair[0])], str(pair[0]), "--draft", "--drafter prompt-lookup", "--mode baseline")
 
 
 def test_other_mistakes_name_the_value_and_the_remedy(pair, tmp_path, capsys):

@@ -104,6 +104,7 @@ def test_no_number_looks_as_if_it_were_measured(typed):
     assert not re.search(r"tok/s|tokens/s|\d m?s\b|\d\.\d+x|\btimes?\b", said), said
     assert done.stdout.count(MOCK) == 1
     known = {"tokens", "decode_tokens", "rounds", "acceptance_rate", "mean_acceptance_length", "acceptance_by_position"}
+    known |= {"plain_rounds", "drafted", "sources", "mean_draft_length"}
     for path in ("baseline", "speculative"):
         assert {name for name, value in results[path].items() if value is not None} <= known
     nothing = ("speedup", "speedup_median", "ttft_ratio", "total_s", "warm_up_s")
@@ -127,6 +128,7 @@ def test_results_name_the_mock_and_the_flags_that_took_effect(typed):
         "bf16",
         "shared",
     )
+    assert (settings["drafter"], settings["num_draft_tokens"]) == ("model", 4)
     assert settings["fused"] is True
     assert settings["trace"] is False  # asked for, but no mock can capture one
     assert not {"dtype", "draft_dtype", "fixed_rows", "row_invariant"} & set(settings)
@@ -153,6 +155,7 @@ def n150(corrupt):
             "sequential": case(*BF16, *speculative, "--verification", "sequential"),
             "sampling": case(*BF16, "--max-prompts", 1, "--temperature", 0.8, "--top-p", 0.95, "--max-new-tokens", 6),
             "baseline demo": case(*BF16, "--max-prompts", 1, mode="baseline"),
+            "no drafter": case(*BF16, "--max-prompts", 1, "--drafter", "none"),
             "ctrl-c": case(*BF16, *speculative, interrupt=5),
             "after ctrl-c": case(*BF16, *speculative, "--max-prompts", 1, "--max-new-tokens", 2, "--quiet"),
             "other board": case(*BF16, environ={"MESH_DEVICE": "N300"}),
@@ -161,6 +164,9 @@ def n150(corrupt):
             "long prompt": case(*BF16, "--prompt", "def f(x): return x\n" * 40),
             "own chip": case(*BF16, "--draft-placement", "own-chip"),
             "corrupt": case(*BF16, "--target", corrupt),
+            "auto": case(*BF16, "--num-draft-tokens", "auto"),
+            "prompt-lookup": case(*BF16, "--drafter", "prompt-lookup"),
+            "combined": case(*BF16, "--drafter", "combined"),
         },
     )
 
@@ -187,6 +193,15 @@ def test_the_baseline_demo_writes_the_same_text_without_a_draft(n150, typed):
     assert results["speculative"] is None and results["memory"]["draft"] is None
 
 
+def test_without_a_drafter_no_draft_goes_onto_the_board(n150, typed):
+    results = results_of(n150["no drafter"])
+    assert results["outputs_identical"] is True
+    assert texts(results, "speculative") == texts(typed[1], "baseline")[:1]
+    assert results["memory"]["draft"] is None and results["speculative"]["drafted"] == 0
+    settings = results["settings"]
+    assert (settings["drafter"], settings["draft"], settings["draft_precision"]) == ("none", None, None)
+
+
 def test_ctrl_c_closes_the_board_and_shows_what_there_is(n150, typed):
     outcome = n150["ctrl-c"]
     assert outcome["code"] == 130
@@ -202,7 +217,7 @@ def test_ctrl_c_closes_the_board_and_shows_what_there_is(n150, typed):
 
 def test_every_run_that_opens_the_board_closes_it(n150):
     opened = {name for name, outcome in n150.items() if outcome["calls"]}
-    assert opened == {"sequential", "sampling", "baseline demo", "ctrl-c", "after ctrl-c"}
+    assert opened == {"sequential", "sampling", "baseline demo", "no drafter", "ctrl-c", "after ctrl-c"}
     assert all(n150[name]["calls"] == ONE_CHIP for name in opened)
 
 
@@ -215,6 +230,9 @@ def test_every_run_that_opens_the_board_closes_it(n150):
         ("long prompt", ["128", "--max-seq-len"]),
         ("own chip", ["needs 2 chips", "N150 has 1", "N300"]),
         ("corrupt", ["model.safetensors"]),
+        ("auto", ["--num-draft-tokens auto", "--device tt", "give a number"]),
+        ("prompt-lookup", ["--drafter prompt-lookup", "--device tt", "--drafter model or none"]),
+        ("combined", ["--drafter combined", "--device tt", "--drafter model or none"]),
     ],
 )
 def test_a_mistake_is_one_line_before_the_board_is_opened(n150, name, words):

@@ -29,6 +29,7 @@ def test_defaults_are_the_embedded_pair_greedy_in_bf16():
     defaults = settings()
     assert (defaults.target, defaults.draft) == (str(EMBEDDED_TARGET), str(EMBEDDED_DRAFT))
     assert (defaults.mode, defaults.device, defaults.dtype, defaults.draft_dtype) == ("compare", "cpu", "bf16", "bf16")
+    assert (defaults.drafter, defaults.num_draft_tokens) == ("model", 4)
     assert (defaults.temperature, defaults.max_new_tokens, len(read_prompts(defaults))) == (0.0, 30, 10)
 
 
@@ -45,7 +46,7 @@ def test_another_target_has_no_draft_unless_one_is_named():
     assert settings(environ={"HF_MODEL": "somewhere"}).draft is None
 
 
-@pytest.mark.parametrize(("k", "rows"), [(0, 1), (4, 5), (6, 7), (7, None), (31, None)])
+@pytest.mark.parametrize(("k", "rows"), [(0, 1), (4, 5), (6, 7), (7, None), (31, None), ("auto", 7)])
 def test_fixed_rows_are_the_drafted_tokens_and_one_more(k, rows):
     assert settings("--num-draft-tokens", str(k)).fixed_rows == rows
 
@@ -53,8 +54,48 @@ def test_fixed_rows_are_the_drafted_tokens_and_one_more(k, rows):
 def test_rows_are_fixed_where_that_is_free_or_asked_for():
     assert settings("--dtype", "fp32").fixed_rows is None
     assert settings("--dtype", "fp32", "--row-invariant").fixed_rows == 5
+    assert settings("--num-draft-tokens", "auto").fixed_rows == 7
     assert settings("--num-draft-tokens", "31", "--row-invariant").fixed_rows == 32
     assert settings("--no-row-invariant").fixed_rows is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "length"),
+    [
+        ("", 4),
+        ("--device cuda --num-draft-tokens auto", "auto"),
+        ("--drafter prompt-lookup --num-draft-tokens auto", "auto"),
+        ("--num-draft-tokens 3", 3),
+        ("--num-draft-tokens auto --dtype fp32", "auto"),
+        ("--drafter none", 0),
+        ("--drafter none --num-draft-tokens 0", 0),
+        ("--verification sequential", 4),
+        ("--verification sequential --num-draft-tokens 6", 6),
+        ("--device tt", 4),
+        ("--device tt --drafter none", 0),
+        ("--device tt --num-draft-tokens 3", 3),
+    ],
+)
+def test_draft_lengths_are_what_was_asked_for_and_else_four(argv, length):
+    assert settings(*argv.split()).num_draft_tokens == length
+
+
+def test_automatic_lengths_keep_within_the_rows_that_are_free():
+    auto = settings("--num-draft-tokens", "auto")
+    assert (auto.auto, auto.longest_draft) == (True, 6)
+    fixed = settings("--num-draft-tokens", "9")
+    assert (fixed.auto, fixed.longest_draft) == (False, 9)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "drafts", "model"),
+    [("model", True, True), ("combined", True, True), ("prompt-lookup", True, False), ("none", False, False)],
+)
+def test_a_draft_model_is_used_by_the_drafters_that_have_one(drafter, drafts, model):
+    chosen = settings("--drafter", drafter)
+    assert (chosen.drafts, chosen.uses_draft_model) == (drafts, model)
+    chosen = settings("--drafter", drafter, mode="baseline")
+    assert (chosen.drafts, chosen.uses_draft_model) == (False, False)
 
 
 def test_the_baseline_demo_has_one_mode():
@@ -68,7 +109,16 @@ def test_the_baseline_demo_has_one_mode():
     [
         (["--num-draft-tokens", "-1"], ["--num-draft-tokens", "-1", "0 to 31"]),
         (["--num-draft-tokens", "32"], ["32", "0 to 31"]),
-        (["--num-draft-tokens", "four"], ["four", "whole number"]),
+        (["--num-draft-tokens", "four"], ["four", "whole number", "auto"]),
+        (["--drafter", "oracle"], ["--drafter", "oracle", "prompt-lookup", "combined"]),
+        (["--drafter", "none", "--num-draft-tokens", "4"], ["--num-draft-tokens 4", "--drafter none", "leave"]),
+        (["--drafter", "none", "--num-draft-tokens", "auto"], ["--num-draft-tokens auto", "--drafter none"]),
+        (["--drafter", "prompt-lookup", "--draft", "x"], ["--draft has", "prompt-lookup", "--drafter model"]),
+        (["--drafter", "none", "--draft-dtype", "int8"], ["--draft-dtype", "--drafter none"]),
+        (["--verification", "sequential", "--num-draft-tokens", "auto"], ["auto", "sequential", "number, such as 4"]),
+        (["--device", "tt", "--num-draft-tokens", "auto"], ["auto", "--device tt", "number, such as 4"]),
+        (["--device", "tt", "--drafter", "prompt-lookup"], ["prompt-lookup", "--device tt", "--drafter model"]),
+        (["--device", "tt", "--drafter", "combined"], ["combined", "--device tt", "--drafter model"]),
         (["--dtype", "int4"], ["--dtype", "int4", "bf16"]),
         (["--draft-dtype", "int2"], ["int2", "int8"]),
         (["--device", "tt", "--precision", "fp8"], ["--precision", "fp8", "performance"]),
@@ -235,6 +285,10 @@ def example(speedup=0.8, verification="batched", draft_ms=4.0):
             "decode_s": 0.7,
             "load_s": 1.5,
             "rounds": 40,
+            "plain_rounds": 0,
+            "drafted": 80,
+            "sources": {"model": {"rounds": 40, "drafted": 80, "accepted": 24}},
+            "mean_draft_length": 2,
             "acceptance_rate": 0.3,
             "mean_acceptance_length": 1.6,
             "acceptance_by_position": [0.55, 0.05],
@@ -260,7 +314,14 @@ def example(speedup=0.8, verification="batched", draft_ms=4.0):
         "total_s": 12.3,
         "warm_up_s": None,
         "machine": {"mock": False},
-        "settings": {"num_draft_tokens": 2, "verification": verification, "max_new_tokens": 30},
+        "settings": {
+            "drafter": "model",
+            "draft": "models/checkpoints/tiny-draft",
+            "num_draft_tokens": 2,
+            "verification": verification,
+            "max_new_tokens": 30,
+        },
+        "controller": None,
         "prompts": [{}, {}],
     }
 
@@ -281,6 +342,88 @@ def test_advice_fits_the_reason():
     short = example()
     short["speculative"]["acceptance_rate"] = None
     assert "--max-new-tokens" in explain_slowdown(short)[-1]
+
+
+def auto_example(**options):
+    """The same run with automatic draft lengths, of which 2.5 were drafted on average."""
+    results = example(**options)
+    results["settings"]["num_draft_tokens"] = "auto"
+    results["speculative"] |= {"mean_draft_length": 2.5, "plain_rounds": 10}
+    results["controller"] = {"break_even": 0.25}
+    return results
+
+
+def lookup_example(**options):
+    """The same run with prompt lookup instead of a draft model."""
+    results = example(**options)
+    results["settings"] |= {"drafter": "prompt-lookup", "draft": None}
+    results["speculative"] |= {"draft_prefill_ms": 0.0, "draft_ms": 0.01}
+    results["memory"]["draft"] = None
+    return results
+
+
+def test_automatic_lengths_are_explained_by_their_mean():
+    lines = explain_slowdown(auto_example())
+    assert "a round that drafts takes 16.50 ms" in lines[0]
+    # (1.65 - 1) / 2.5
+    assert "acceptance rate of 26% with 2.5 draft tokens on average; measured were 30%" in lines[1]
+    assert "--num-draft-tokens" not in lines[2] and "already chosen" in lines[2]
+    assert "not even full acceptance" in explain_slowdown(auto_example(draft_ms=40.0))[1]
+
+
+def test_rounds_that_pay_are_told_from_the_rest():
+    results = auto_example()
+    results["speculative"]["mean_acceptance_length"] = 1.8
+    assert explain_slowdown(results)[-1].startswith("Rounds that draft pay; ")
+    results = example()
+    results["speculative"]["mean_acceptance_length"] = 1.8
+    assert explain_slowdown(results)[-1].startswith("Whole rounds pay; ")
+
+
+def test_a_short_text_is_no_fault_of_automatic_lengths():
+    results = auto_example()
+    results["speculative"] |= {"acceptance_rate": None, "mean_draft_length": None, "plain_rounds": 0}
+    (line,) = explain_slowdown(results)
+    assert "--max-new-tokens" in line and "--num-draft-tokens" not in line and "auto" not in line
+
+
+@pytest.mark.parametrize(
+    ("results", "words"), [(auto_example(), "by the costs measured"), (lookup_example(), "no passage came again")]
+)
+def test_where_nothing_was_drafted_the_reason_is_told(results, words):
+    results["speculative"] |= {"drafted": 0, "plain_rounds": 40, "acceptance_rate": None, "mean_draft_length": None}
+    (line,) = explain_slowdown(results)
+    assert line.startswith("Nothing was drafted: ") and words in line
+
+
+def test_a_drafter_without_a_model_is_explained_without_one():
+    lines = explain_slowdown(lookup_example())
+    assert "draft 0.01, verify 12.00, host 0.10)" in lines[0] and "prefill" not in lines[0]
+    results = lookup_example()
+    results["speculative"] |= {"mean_acceptance_length": 1.15, "acceptance_by_position": [0.1, 0.05]}
+    assert "--drafter model" in explain_slowdown(results)[-1]
+
+
+def test_without_a_drafter_nothing_is_explained():
+    results = lookup_example()
+    results["settings"] |= {"drafter": "none", "num_draft_tokens": 0}
+    assert explain_slowdown(results) == []
+
+
+def test_memory_without_a_draft_model_is_the_targets():
+    rows = {label: cells for rows in summary_sections(lookup_example()) for label, *cells in rows}
+    assert rows["weights"] == ["2.00 GB", "2.00 GB", ""]
+
+
+def test_automatic_lengths_and_several_sources_have_rows_of_their_own():
+    results = auto_example()
+    results["speculative"]["sources"]["lookup"] = {"rounds": 8, "drafted": 20, "accepted": 15}
+    cells = {label.strip(): speculative for rows in summary_sections(results) for label, _, speculative, _ in rows}
+    assert (cells["mean draft length"], cells["plain rounds"]) == ("2.50 tokens", "10 of 40")
+    assert cells["break-even acceptance"] == "25.0%"
+    assert (cells["by model"], cells["by lookup"]) == ("30.0% in 40 rounds", "75.0% in 8 rounds")
+    cells = {label.strip() for rows in summary_sections(example()) for label, *_ in rows}
+    assert not cells & {"mean draft length", "plain rounds", "break-even acceptance", "by model"}
 
 
 def fused_example(**options):
@@ -371,7 +514,9 @@ def test_a_table_fits_80_columns_and_is_not_cut():
 
     from demo.display import QuietView
 
-    for results in (example(), fused_example()):
+    combined = auto_example()
+    combined["speculative"]["sources"]["lookup"] = {"rounds": 8888, "drafted": 20, "accepted": 15}
+    for results in (example(), fused_example(), combined):
         out = io.StringIO()
         QuietView(Console(file=out, force_terminal=True, no_color=True, width=80), None).summary(results)
         text = out.getvalue()

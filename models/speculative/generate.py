@@ -42,8 +42,8 @@ def generate(
 
     1. Prefill: the target reads the prompt and gives the first token. The drafter is not called before that
        token has been handed out, so the time to first token is plain decoding's.
-    2. Draft: the controller says how many tokens, at most max_rows - 1 and at most one less than may still be
-       emitted; the drafter proposes them.
+    2. Draft: the drafter proposes tokens, as many as the controller allows its source of drafts, at most
+       max_rows - 1 and at most one less than may still be emitted.
     3. Verify: one target forward over the last token and the drafted ones, K+1 rows. It overwrites whatever an
        earlier rejection left in the cache, so nothing has to be rolled back.
     4. Accept: a prefix of the draft, and one token of the target's own after it.
@@ -97,6 +97,13 @@ def _decode(
     stats: GenerationStats,
 ) -> Iterator[Token]:
     clock = time.perf_counter
+    remaining = wanted = 0
+
+    def allowed(source: str) -> int:
+        nonlocal wanted
+        wanted = controller.draft_length(source)
+        return min(wanted, remaining - 1, verifier.max_draft)
+
     try:
         mark = clock()
         first = verifier.first(tokens)
@@ -106,14 +113,14 @@ def _decode(
         stats.ttft_s = clock() - mark
         yield Token(first, "prefill")
         mark = clock()
+        controller.begin(len(tokens) - 1, limit)
 
         while not stats.finish_reason:
-            wanted, remaining = controller.draft_length(), limit - stats.tokens
-            k = min(wanted, remaining - 1, verifier.max_draft)
+            remaining, wanted = limit - stats.tokens, 0
             draft, draft_s = _NO_DRAFT, 0.0
-            if k:
+            if drafter is not None:
                 began = clock()
-                draft = drafter.propose(tokens, k)
+                draft = drafter.propose(tokens, allowed)
                 draft_s = clock() - began
             drafted = len(draft.tokens)
             accepted, next_id, verify_s = verifier(tokens, draft)
@@ -125,9 +132,13 @@ def _decode(
             reason = "stop" if block[-1] in stop_ids else limit_reason if len(block) == remaining else ""
 
             cut = len(block) <= accepted or wanted > remaining - 1
-            round = Round(drafted, accepted, len(block), draft_s - draft.prefill_s, verify_s, cut=cut)
+            round = Round(
+                drafted, accepted, len(block), draft_s - draft.prefill_s, verify_s, cut=cut, source=draft.source
+            )
             stats.rounds.append(round)
-            stats.draft_prefill_s += draft.prefill_s
+            if draft.prefill_s:
+                stats.draft_prefill_s += draft.prefill_s
+                controller.read_prompt(draft.prefill_s)
             if drafted:
                 drafter.observe(accepted)
             controller.update(round)

@@ -17,6 +17,7 @@ class Round:
     verify_s: float = 0.0  # inside the target
     host_s: float = 0.0  # the rest: accepting, bookkeeping, handing tokens out
     cut: bool = False  # a stop token or interruption ended inside it, or a limit shortened its draft
+    source: str = "model"  # what drafted, if anything was
 
 
 @dataclass

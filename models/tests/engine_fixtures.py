@@ -86,6 +86,11 @@ def random_prompt(length: int, seed: int, vocab_size: int = 64) -> list[int]:
     return torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def upto(k: int):
+    """What a drafter is given by a controller that allows k tokens."""
+    return lambda source: k
+
+
 def plain(target, prompt, **options) -> list[int]:
     return [token.id for token in generate(target, None, prompt, **options)]
 

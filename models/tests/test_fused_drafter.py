@@ -8,7 +8,7 @@ from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
-from models.tests.engine_fixtures import GREEDY, build_pair, plain, random_prompt, speculate
+from models.tests.engine_fixtures import GREEDY, build_pair, plain, random_prompt, speculate, upto
 
 NOISES = (0.0, 0.05, 0.1, None)
 
@@ -36,8 +36,8 @@ class Spied(FusedDrafter):
         super().__init__(fused, model)
         self.drafts = []
 
-    def propose(self, tokens, k):
-        self.drafts.append(super().propose(tokens, k))
+    def propose(self, tokens, limit):
+        self.drafts.append(super().propose(tokens, limit))
         return self.drafts[-1]
 
 
@@ -96,7 +96,7 @@ def test_a_verified_draft_costs_the_target_no_forward_of_the_loops(pair):
     target, _ = pair
     target.calls.clear()
     _, stats, drafter, fused = fused_text(*pair, random_prompt(6, seed=3), 3, max_new_tokens=40)
-    assert all(draft.verified for draft in drafter.drafts)
+    assert all(draft.verified for draft in drafter.drafts if draft.tokens)
     # one by the fused round itself, and one for each token that is decoded plainly
     assert len(target.calls) == 1 + len(stats.rounds)
     assert [r.verify_s for r in stats.rounds if r.drafted] == [0.0] * len(fused.rounds)
@@ -156,7 +156,7 @@ class Pausing(FixedDraftLength):
         super().__init__(k)
         self.period, self.seen = gap + 1, 0
 
-    def draft_length(self):
+    def draft_length(self, source):
         return 0 if self.seen % self.period else self.k
 
     def update(self, round):
@@ -185,9 +185,9 @@ def test_prompts_of_one_token(pair):
 
 def test_a_sequence_of_one_token_is_drafted_by_the_model_alone(pair):
     drafter, reader = FusedDrafter(ComposedRound(*pair), pair[1]), build_pair(seed=0, noise=0.07)[1]
-    draft = drafter.propose([5], 3)
+    draft = drafter.propose([5], upto(3))
     assert draft.verified is None
-    assert draft.tokens == ModelDrafter(reader, GREEDY).propose([5], 3).tokens
+    assert draft.tokens == ModelDrafter(reader, GREEDY).propose([5], upto(3)).tokens
 
 
 def test_reading_the_prompt_is_reported_apart_and_once(pair):

@@ -83,7 +83,7 @@ class Alternating(FixedDraftLength):
         super().__init__(k)
         self.period, self.seen = gap + 1, []
 
-    def draft_length(self) -> int:
+    def draft_length(self, source: str) -> int:
         return 0 if len(self.seen) % self.period else self.k
 
     def update(self, round) -> None:

@@ -9,7 +9,7 @@ from models.llama.torch_llama import TorchLlama
 from models.speculative.acceptance import distribution
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.sampling import SamplingParams
-from models.tests.engine_fixtures import build, engine_config, random_prompt
+from models.tests.engine_fixtures import build, engine_config, random_prompt, upto
 from models.tests.llama_fixtures import random_tensors
 
 CONFIG = engine_config(layers=2)
@@ -37,9 +37,9 @@ def test_greedy_proposals_equal_those_of_a_fresh_drafter(seed):
     tokens = random_prompt(rng.randint(1, 20), seed)
     for k, accepted, plain in histories(seed):
         tokens.append(rng.randrange(CONFIG.vocab_size))
-        draft = used.propose(tokens, k)
+        draft = used.propose(tokens, upto(k))
         assert draft.probs is None
-        assert draft.tokens == ModelDrafter(fresh_model, GREEDY).propose(tokens, k).tokens
+        assert draft.tokens == ModelDrafter(fresh_model, GREEDY).propose(tokens, upto(k)).tokens
         assert len(draft.tokens) == k
         used.observe(accepted)
         tokens += draft.tokens[:accepted] + [rng.randrange(CONFIG.vocab_size) for _ in range(plain - 1)]
@@ -54,7 +54,7 @@ def test_sampled_proposals_come_with_the_law_they_were_drawn_from(seed):
     tokens = random_prompt(rng.randint(1, 20), seed)
     for k, accepted, plain in histories(seed, rounds=6):
         tokens.append(rng.randrange(CONFIG.vocab_size))
-        draft = used.propose(tokens, k)
+        draft = used.propose(tokens, upto(k))
         assert draft.probs.shape == (k, CONFIG.vocab_size)
         for i, token in enumerate(draft.tokens):
             logits = reader.prefill(tokens + draft.tokens[:i])
@@ -74,10 +74,10 @@ def test_full_acceptance_leaves_two_tokens_to_feed_else_one():
     drafter = ModelDrafter(model, GREEDY)
     tokens = [1, 2, 3]
     for accepted in (4, 4, 3, 0, 4):
-        draft = drafter.propose(tokens, 4)
+        draft = drafter.propose(tokens, upto(4))
         drafter.observe(accepted)
         tokens += [*draft.tokens[:accepted], 9]
-    drafter.propose(tokens, 4)
+    drafter.propose(tokens, upto(4))
     # The sequence has 3, 8, 13, 17, 18, 23 tokens; after full acceptance the cache lacks the last two of them.
     assert feeds(model) == [(1, 2), (2, 6), (2, 11), (1, 16), (1, 17), (2, 21)]
     assert [call for call in model.calls if call[0] == "prefill"] == [("prefill", 2, 0)]
@@ -86,19 +86,19 @@ def test_full_acceptance_leaves_two_tokens_to_feed_else_one():
 def test_sampling_feeds_the_same_way():
     model = draft_model()
     drafter = ModelDrafter(model, SamplingParams(temperature=1.0))
-    drafter.propose([1, 2, 3], 2)
+    drafter.propose([1, 2, 3], upto(2))
     drafter.observe(2)
-    drafter.propose([1, 2, 3, 4, 5, 6], 2)
+    drafter.propose([1, 2, 3, 4, 5, 6], upto(2))
     assert feeds(model, "forward") == [(1, 2), (1, 3), (2, 4), (1, 6)]
 
 
 def test_long_plain_stretches_are_caught_up_in_chunks():
     model = draft_model()
     drafter = ModelDrafter(model, GREEDY)
-    drafter.propose([1, 2], 1)
+    drafter.propose([1, 2], upto(1))
     drafter.observe(1)
     model.calls.clear()
-    drafter.propose([1, 2, *range(3, 3 + 2 * ROWS + 3)], 2)
+    drafter.propose([1, 2, *range(3, 3 + 2 * ROWS + 3)], upto(2))
     assert model.calls == [("greedy", ROWS, 2), ("greedy", ROWS, 2 + ROWS), ("draft_greedy", 3, 2 + 2 * ROWS)]
 
 
@@ -108,18 +108,18 @@ def test_a_full_draft_context_shortens_the_draft_then_ends_it():
     reader = draft_model()
     for length, expected in ((9, 4), (11, 2), (12, 1), (13, 0), (40, 0)):
         tokens = tokens[:length] + random_prompt(length - len(tokens), seed=length)
-        draft = drafter.propose(tokens, 5)
+        draft = drafter.propose(tokens, upto(5))
         assert len(draft.tokens) == expected
         if expected:
-            assert draft.tokens == ModelDrafter(reader, GREEDY).propose(tokens, expected).tokens
+            assert draft.tokens == ModelDrafter(reader, GREEDY).propose(tokens, upto(expected)).tokens
             drafter.observe(0)
 
 
 def test_reading_the_prompt_is_reported_apart_and_once():
     drafter = ModelDrafter(draft_model(), GREEDY)
-    assert drafter.propose([1, 2, 3], 2).prefill_s > 0
+    assert drafter.propose([1, 2, 3], upto(2)).prefill_s > 0
     drafter.observe(1)
-    assert drafter.propose([1, 2, 3, 4, 5], 2).prefill_s == 0
+    assert drafter.propose([1, 2, 3, 4, 5], upto(2)).prefill_s == 0
 
 
 def test_draft_and_target_draw_from_different_streams():

@@ -48,4 +48,4 @@ def test_draft_lengths_outside_a_tile_are_refused(k):
 def test_fixed_draft_length_never_changes(k):
     controller = FixedDraftLength(k)
     controller.update(Round(drafted=k, accepted=0, emitted=1))
-    assert controller.draft_length() == k
+    assert controller.draft_length("model") == k

@@ -1,8 +1,12 @@
 """Ways to guess the next tokens, one file each. A drafter can make text faster, never different."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+# How many tokens a source of drafts ("model", "lookup", ..) may propose now; 0: none.
+Limit = Callable[[str], int]
 
 
 class Draft(NamedTuple):
@@ -10,6 +14,7 @@ class Draft(NamedTuple):
 
     probs[k, V]: the law each token was drawn from (temperature, top-k and top-p applied); None when tokens were
     chosen deterministically. Seconds spent on reading the prompt, once per generation, go into prefill_s.
+    source: what drafted, for costs and acceptance of their own.
     verified: where the target has already checked a greedy draft in the same device program, how many tokens it
     accepted and its own id after them.
     """
@@ -18,6 +23,7 @@ class Draft(NamedTuple):
     probs: Tensor | None = None
     prefill_s: float = 0.0
     verified: tuple[int, int] | None = None
+    source: str = "model"
 
 
 class Drafter(Protocol):
@@ -27,8 +33,8 @@ class Drafter(Protocol):
     drafter that stops early may look at the law of i or at earlier tokens, and keeps what it has drawn.
     """
 
-    def propose(self, tokens: list[int], k: int) -> Draft:
-        """Up to k >= 1 tokens to follow `tokens`: the prompt and everything emitted. Not to be changed or kept.
+    def propose(self, tokens: list[int], limit: Limit) -> Draft:
+        """Up to limit(source) tokens to follow `tokens`: the prompt and everything emitted. Not to be changed or kept.
 
         Between two calls the sequence may have grown by any number of tokens, also by ones never proposed.
         """

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from models.speculative.drafters import Draft
+from models.speculative.drafters import Draft, Limit
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.language_model import LanguageModel
 from models.speculative.sampling import SamplingParams
@@ -32,13 +32,14 @@ class FusedDrafter:
         self._fused = fused
         self._alone = ModelDrafter(model, SamplingParams())
 
-    def propose(self, tokens: list[int], k: int) -> Draft:
-        """Draft k tokens, verified; fewer where the draft model's context ends."""
+    def propose(self, tokens: list[int], limit: Limit) -> Draft:
+        """Draft as many tokens as allowed, verified; fewer where the draft model's context ends."""
         alone = self._alone
-        k = min(k, alone.model.max_seq_len - len(tokens) + 1)
+        allowed = limit(alone.source)
+        k = min(allowed, alone.model.max_seq_len - len(tokens) + 1)
         behind = len(tokens) - alone.cached if alone.cached else 1  # reading the prompt leaves one
         if not 0 < k <= self._fused.max_draft or behind > 2 or len(tokens) < 2:
-            return alone.propose(tokens, k)
+            return alone.propose(tokens, lambda source: allowed)
         prefill_s = alone.read_prompt(tokens)
         drafted, verified, accepted = self._fused.run(tokens[-2:], len(tokens) - 2, k)
         alone.fed(tokens, k)

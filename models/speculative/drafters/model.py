@@ -5,7 +5,7 @@ import time
 import torch
 
 from models.speculative.acceptance import distribution, sample
-from models.speculative.drafters import Draft
+from models.speculative.drafters import Draft, Limit
 from models.speculative.language_model import LanguageModel
 from models.speculative.sampling import SamplingParams
 
@@ -17,6 +17,8 @@ class ModelDrafter:
     top-k and top-p, from a stream of random numbers of their own.
     """
 
+    source = "model"
+
     def __init__(self, model: LanguageModel, sampling: SamplingParams) -> None:
         self.model = model
         self.sampling = sampling
@@ -24,9 +26,9 @@ class ModelDrafter:
         self._ahead = 0  # drafted tokens that it holds beyond those
         self._generator = sampling.generator("draft")
 
-    def propose(self, tokens: list[int], k: int) -> Draft:
-        """Draft k tokens, or what the model's own context still has room for, after catching up with `tokens`."""
-        k = min(k, self.model.max_seq_len - len(tokens) + 1)  # the last one drafted is not written
+    def propose(self, tokens: list[int], limit: Limit) -> Draft:
+        """Draft as many tokens as allowed and as the model's own context has room for, after catching up."""
+        k = min(limit(self.source), self.model.max_seq_len - len(tokens) + 1)  # the last one drafted is not written
         if k < 1:
             return Draft([])
         prefill_s = self.read_prompt(tokens)

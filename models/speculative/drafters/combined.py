@@ -1,0 +1,27 @@
+"""Several drafters as one: the cheap one where it has something to say, the other elsewhere."""
+
+from models.speculative.drafters import Draft, Drafter, Limit
+
+
+class Combined:
+    """Asks the drafters in turn, such as prompt lookup and then a model; the first non-empty draft is taken.
+
+    A drafter hears only about its own drafts; it has to catch up with what the others' have added to the text.
+    """
+
+    def __init__(self, *drafters: Drafter) -> None:
+        self._drafters = drafters
+        self._proposer: Drafter | None = None  # of the latest draft
+
+    def propose(self, tokens: list[int], limit: Limit) -> Draft:
+        """The first draft that has tokens, if any."""
+        for drafter in self._drafters:
+            draft = drafter.propose(tokens, limit)
+            if draft.tokens:
+                self._proposer = drafter
+                return draft
+        return Draft([])
+
+    def observe(self, accepted: int) -> None:
+        """Tell the drafter whose tokens they were."""
+        self._proposer.observe(accepted)

@@ -1,0 +1,302 @@
+"""The controller's rules, on rounds and times made up here; how it does on real models is scripts/benchmark.py's."""
+
+import random
+
+import pytest
+
+from models.errors import UserError
+from models.speculative.controller import Acceptance, AutoDraftLength, Costs, expected_tokens
+from models.speculative.stats import Round
+from models.tests.engine_fixtures import build_pair
+
+PLAIN_S = 0.010
+
+
+class World:
+    """Generations with known costs and chances of acceptance, by the seconds they would take."""
+
+    def __init__(self, controller, chance, draft_s=0.001, extra_row_s=0.0, prefill_s=0.0, seed=0):
+        self.controller, self.chance, self.draft_s = controller, chance, draft_s
+        self.extra_row_s, self.prefill_s = extra_row_s, prefill_s
+        self.random = random.Random(seed)
+
+    def generate(self, tokens, prompt_tokens=10):
+        """Seconds for so many tokens."""
+        controller, seconds, emitted, read = self.controller, 0.0, 1, False
+        controller.begin(prompt_tokens, tokens)
+        while emitted < tokens:
+            k = controller.draft_length("model")
+            if k and not read:
+                read = True
+                seconds += self.prefill_s
+                controller.read_prompt(self.prefill_s)
+            accepted = 0
+            while accepted < k and self.random.random() < self.chance:
+                accepted += 1
+            done = Round(k, accepted, accepted + 1, k * self.draft_s, PLAIN_S + k * self.extra_row_s)
+            controller.update(done)
+            seconds += done.draft_s + done.verify_s
+            emitted += done.emitted
+        return seconds
+
+
+def plain_seconds(tokens):
+    return (tokens - 1) * PLAIN_S
+
+
+def fixed_seconds(k, chance, tokens, draft_s=0.001, extra_row_s=0.0):
+    """On average."""
+    rounds = (tokens - 1) / expected_tokens([chance] * k)
+    return rounds * (PLAIN_S + k * (draft_s + extra_row_s))
+
+
+# ---- costs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cost_is_a_median_that_outliers_do_not_move():
+    costs = Costs()
+    for seconds in (1.0, 1.1, 50.0, 0.9, 1.0):
+        costs.add("verify", 1, seconds)
+    assert costs.verify_s(1) == 1.0
+
+
+def test_a_cost_follows_a_machine_that_has_become_slower():
+    costs = Costs()
+    for _ in range(100):
+        costs.add("verify", 1, 1.0)
+    for _ in range(Costs.KEPT):
+        costs.add("verify", 1, 2.0)
+    assert costs.verify_s(1) == 2.0
+
+
+def test_rows_between_measured_ones_lie_between_them():
+    costs = Costs()
+    costs.add("verify", 1, 1.0)
+    costs.add("verify", 5, 3.0)
+    assert [costs.verify_s(rows) for rows in (1, 2, 3, 5, 9)] == [1.0, 1.5, 2.0, 3.0, 3.0]
+
+
+def test_fewer_rows_are_never_assumed_to_take_longer_than_more():
+    costs = Costs()
+    for rows, seconds in ((1, 1.0), (2, 9.0), (4, 2.0)):
+        costs.add("verify", rows, seconds)
+    assert costs.verify_s(2) == 2.0
+
+
+def test_nothing_known_costs_nothing():
+    assert Costs().round_s("model", 3) == 0.0
+    assert Costs().prefill_s("model") is None
+
+
+def test_a_round_is_its_drafted_tokens_and_its_verification():
+    costs = Costs()
+    costs.add_round(Round(4, 2, 3, draft_s=0.8, verify_s=1.0, source="lookup"))
+    assert costs.round_s("lookup", 4) == pytest.approx(1.8)
+    assert costs.round_s("lookup", 2) == pytest.approx(1.4)
+    assert costs.round_s("model", 4) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_measuring_times_every_row_count_with_real_forwards(greedy):
+    target, _ = build_pair(seed=0, noise=None)
+    costs = Costs()
+    costs.measure(target, [1, 3, 3, 5], greedy=greedy, repeats=2)
+    assert list(costs.known("verify")) == [1, 3, 5]
+    assert all(seconds > 0 for seconds in costs.known("verify").values())
+    method = "greedy" if greedy else "forward"
+    assert target.calls == [(method, rows, 0) for rows in (1, 3, 5) for _ in range(3)]
+
+
+# ---- acceptance -----------------------------------------------------------------------------------------------------
+
+
+def test_acceptance_begins_with_the_prior_at_every_position():
+    assert Acceptance(0.6).chances(3) == [0.6, 0.6, 0.6]
+
+
+def test_acceptance_by_position_is_learnt():
+    acceptance, draw = Acceptance(0.6), random.Random(1)
+    means = [0.0, 0.0, 0.0]
+    for _ in range(3000):
+        accepted = 0
+        while accepted < 3 and draw.random() < (0.9, 0.5, 0.1)[accepted]:
+            accepted += 1
+        acceptance.add(3, accepted)
+        means = [mean + chance / 3000 for mean, chance in zip(means, acceptance.chances(3), strict=True)]
+    assert means == pytest.approx([0.9, 0.5, 0.1], abs=0.12)
+
+
+def test_positions_never_tried_are_as_likely_as_the_last_one_tried():
+    acceptance = Acceptance(0.6)
+    for _ in range(50):
+        acceptance.add(1, 1)
+    first, *others = acceptance.chances(4)
+    assert first > 0.9
+    assert others == [first] * 3
+
+
+def test_a_refused_token_says_nothing_about_those_after_it():
+    one, two = Acceptance(0.6), Acceptance(0.6)
+    one.add(1, 0)
+    two.add(4, 0)
+    assert one.chance(0) == two.chance(0) < 0.6
+
+
+def test_old_rounds_fade():
+    acceptance = Acceptance(0.6)
+    for _ in range(100):
+        acceptance.add(1, 1)
+    for _ in range(40):
+        acceptance.add(1, 0)
+    assert acceptance.chance(0) < 0.2
+
+
+def test_expected_tokens_against_simulation():
+    chances, draw = [0.8, 0.6, 0.3], random.Random(0)
+    total = 0
+    for _ in range(20000):
+        total += 1
+        for chance in chances:
+            if draw.random() >= chance:
+                break
+            total += 1
+    assert expected_tokens(chances) == pytest.approx(total / 20000, rel=0.02)
+    assert expected_tokens([]) == 1
+
+
+# ---- decisions ------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_rounds_draft_before_anything_is_known():
+    controller = AutoDraftLength()
+    controller.begin(10, 50)
+    assert controller.draft_length("model") == 0  # nothing has been timed
+    controller.update(Round(0, 0, 1, verify_s=PLAIN_S))
+    assert controller.draft_length("model") > 0
+
+
+@pytest.mark.parametrize("chance", [0.3, 0.6, 0.85, 0.95])
+@pytest.mark.parametrize("draft_s", [0.0005, 0.002, 0.005])
+def test_nearly_as_fast_as_the_best_fixed_length(chance, draft_s):
+    """Worst where drafting gains less than a tenth: there chance decides how long it stays with plain decoding."""
+    tokens, seeds = 1000, range(8)
+    best = min(fixed_seconds(k, chance, tokens, draft_s) for k in range(7))
+    mean = sum(World(AutoDraftLength(), chance, draft_s, seed=seed).generate(tokens) for seed in seeds) / len(seeds)
+    assert mean < 1.08 * best
+
+
+def test_rows_that_cost_time_make_drafts_shorter():
+    def drafted(extra_row_s):
+        controller = AutoDraftLength()
+        World(controller, 0.7, extra_row_s=extra_row_s).generate(1000)
+        return sum(controller.chosen) / len(controller.chosen)
+
+    assert drafted(0.003) < drafted(0.0) - 1
+
+
+def test_where_nothing_is_accepted_it_decodes_plainly_within_20_rounds_and_loses_little():
+    controller = AutoDraftLength()
+    seconds = World(controller, 0.0).generate(500)
+    assert 0 in controller.chosen[1:20]
+    assert sum(k > 0 for k in controller.chosen[:20]) <= 15
+    assert sum(k > 0 for k in controller.chosen[20:]) <= len(controller.chosen) // 20
+    assert seconds < 1.02 * plain_seconds(500)
+
+
+def test_a_draft_that_could_never_pay_is_left_alone():
+    world = World(AutoDraftLength(), 1.0, draft_s=0.02)
+    world.generate(50)
+    assert world.generate(300) < 1.02 * plain_seconds(300)
+
+
+def test_probes_find_out_that_drafting_pays_again():
+    controller = AutoDraftLength()
+    world = World(controller, 0.0)
+    world.generate(100)
+    assert controller.chosen[-1] == 0
+    controller.begin(10, 10_000)
+    for _ in range(300):
+        k = controller.draft_length("model")
+        controller.read_prompt(0.0)
+        controller.update(Round(k, 0, 1, k * 0.001, PLAIN_S))
+    probes = sum(k > 0 for k in controller.chosen[50:])
+    world.chance = 1.0
+    for _ in range(400):
+        k = controller.draft_length("model")
+        controller.update(Round(k, k, k + 1, k * 0.001, PLAIN_S))
+    assert probes >= 1
+    assert controller.chosen[-1] == 6
+
+
+def test_probes_cost_at_most_one_percent():
+    controller = AutoDraftLength()
+    world = World(controller, 0.0, draft_s=0.004)
+    world.generate(60)
+    controller.begin(10, 100_000)
+    for _ in range(30):
+        k = controller.draft_length("model")
+        controller.update(Round(k, 0, 1, k * 0.004, PLAIN_S))
+    controller.read_prompt(0.0)
+    spent = total = 0.0
+    for _ in range(3000):
+        k = controller.draft_length("model")
+        done = Round(k, 0, 1, k * 0.004, PLAIN_S)
+        controller.update(done)
+        spent, total = spent + done.draft_s, total + done.draft_s + done.verify_s
+    assert 0 < spent <= 0.01 * total
+
+
+def test_a_long_prompt_is_not_read_for_a_few_tokens():
+    controller = AutoDraftLength()
+    World(controller, 0.7, prefill_s=0.05).generate(50, prompt_tokens=100)
+    assert controller.costs.prefill_s("model") == pytest.approx(0.0005)
+    seconds = World(controller, 0.7, prefill_s=0.5).generate(8, prompt_tokens=1000)
+    assert set(controller.chosen) == {0}
+    assert seconds == pytest.approx(plain_seconds(8))
+    World(controller, 0.7, prefill_s=0.005).generate(8, prompt_tokens=10)
+    assert max(controller.chosen) > 0
+
+
+def test_sources_are_learnt_apart():
+    controller = AutoDraftLength()
+    controller.begin(10, 1000)
+    for _ in range(30):
+        for source, accepts in (("lookup", True), ("model", False)):
+            k = controller.draft_length(source) or 1
+            controller.update(Round(k, k * accepts, 1 + k * accepts, 0.001 * k, PLAIN_S, source=source))
+    assert controller.draft_length("lookup") == 6
+    assert controller.draft_length("model") == 0
+
+
+def test_a_generation_begins_with_what_those_before_it_had():
+    good, bad = AutoDraftLength(), AutoDraftLength()
+    for controller, chance in ((good, 0.95), (bad, 0.05)):
+        for seed in range(6):
+            World(controller, chance, draft_s=0.003, seed=seed).generate(100)
+        controller.begin(10, 100)
+    assert good.draft_length("model") > bad.draft_length("model")
+
+
+@pytest.mark.parametrize(("lengths", "wrong"), [([-1, 2], -1), ([4, 32], 32)])
+def test_lengths_outside_a_tile_are_refused(lengths, wrong):
+    with pytest.raises(UserError, match=f"draft length {wrong}: must be between 0 and 31"):
+        AutoDraftLength(lengths)
+
+
+def test_only_the_offered_lengths_are_chosen():
+    controller = AutoDraftLength([1, 3, 7])
+    World(controller, 0.8).generate(500)
+    assert set(controller.chosen) <= {0, 1, 2, 3, 7}
+    assert 7 in controller.chosen or 3 in controller.chosen
+
+
+def test_break_even_is_the_price_of_a_token_over_that_of_a_step():
+    controller = AutoDraftLength()
+    assert controller.break_even() is None
+    World(controller, 0.5, draft_s=0.002).generate(300)
+    assert controller.break_even() == pytest.approx(0.2, rel=0.01)
+    report = controller.report()
+    assert report["lengths"] == list(range(7))
+    assert report["verify_ms"]["1" if 0 in controller.chosen else "2"] == pytest.approx(10.0)
+    assert report["draft_step_ms"] == {"model": pytest.approx(2.0)}
+    assert len(report["acceptance"]["model"]) == 6
