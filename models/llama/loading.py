@@ -1,4 +1,4 @@
-"""Opening and loading a model for a device: the one place that knows which class runs where.
+"""Opening a model, and loading it for CPU or CUDA (a board takes both models at once: `ttnn_llama.pair`).
 
 Two steps, so that everything cheap is checked before anything slow begins: `open_model` reads configuration and
 tokenizer and checks the files, `load_model` puts the weights on the device.
@@ -58,13 +58,15 @@ def load_model(
     fixed_rows: int | None = None,
     typical_rows: int | None = None,
 ) -> LoadedModel:
-    """Put a model's weights on ``device`` ("cpu", "cuda" or "tt").
+    """Put a model's weights on ``device`` ("cpu" or "cuda"; boards are opened by `ttnn_llama.pair.BoardModels`).
 
     ``dtype`` is "bf16", "fp32", "fp16", or "int8" (8-bit matrices, the rest in fp32). ``max_seq_len`` is the context
     to reserve in tokens (default: `default_context`); ``fixed_rows`` pads every forward to that many rows,
     ``typical_rows`` says how many most forwards have (see `TorchLlama`). Raises UserError if the device is not there,
     or cannot hold the model.
     """
+    if device == "tt":
+        raise UserError("--device tt: only the demos run on a board, use --device cpu here")
     check_device(device)
     start = time.perf_counter()
     max_seq_len = max_seq_len or default_context(opened)

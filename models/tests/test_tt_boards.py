@@ -200,3 +200,10 @@ def test_a_ttnn_without_a_version_is_warned_about(machine, warnings, monkeypatch
 def test_the_ttnn_that_is_expected_is_the_one_that_is_pinned():
     pinned = re.search(r'"ttnn==([^;"]+)', (ROOT / "pyproject.toml").read_text())
     assert pinned.group(1) == device.TTNN_VERSION
+
+
+def test_a_single_model_is_not_loaded_onto_a_board():
+    from models.llama.loading import OpenedModel, load_model
+
+    with pytest.raises(UserError, match="--device tt: only the demos run on a board"):
+        load_model(OpenedModel("somewhere", None, None, 0.0), device="tt")

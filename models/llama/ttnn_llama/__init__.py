@@ -24,6 +24,7 @@ linear        a matmul whose weight is read from DRAM once
 lm_head       final norm, logits in pieces, argmax on the device
 collectives   sums and joins over the chips; nothing on one chip
 runner        programs run eagerly, or as traces that are captured once and replayed
+pair          target and draft on one board: opened, loaded, prepared, closed
 fused         a greedy round as one program: K drafted tokens, their verification, the accepted count
 
 Shapes, in names and comments: R rows (positions computed in one forward), S positions in the KV cache, H hidden,
