@@ -271,12 +271,14 @@ class AutoDraftLength:
         def milliseconds(what: str) -> dict[str, float]:
             return {str(which): 1000 * seconds for which, seconds in self.costs.known(what).items()}
 
+        drafted = self.costs.known("draft")
+        source = "model" if "model" in drafted else next(iter(drafted), None)  # the dearest there is
         return {
             "lengths": self.lengths,
             "verify_ms": milliseconds("verify"),
             "draft_step_ms": milliseconds("draft"),
             "prefill_token_ms": milliseconds("prefill"),
-            "break_even": self.break_even(),
+            "break_even": self.break_even(source) if source else None,
             "acceptance": {name: each.chances(self.lengths[-1]) for name, each in self._acceptance.items()},
         }
 

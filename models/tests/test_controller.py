@@ -277,6 +277,16 @@ def test_a_generation_begins_with_what_those_before_it_had():
     assert good.draft_length("model") > bad.draft_length("model")
 
 
+def test_break_even_is_that_of_what_drafted():
+    controller = AutoDraftLength()
+    assert controller.report()["break_even"] is None
+    controller.begin(10, 100)
+    controller.update(Round(0, 0, 1, verify_s=PLAIN_S))
+    assert controller.report()["break_even"] is None
+    controller.update(Round(2, 1, 2, draft_s=0.002, verify_s=PLAIN_S, source="lookup"))
+    assert controller.report()["break_even"] == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(("lengths", "wrong"), [([-1, 2], -1), ([4, 32], 32)])
 def test_lengths_outside_a_tile_are_refused(lengths, wrong):
     with pytest.raises(UserError, match=f"draft length {wrong}: must be between 0 and 31"):
