@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from models.errors import UserError
 from models.llama.config import LlamaConfig
+from models.llama.first_layers import FirstLayers, chained_greedy
 from models.llama.linear import Int8Linear, PackedLinear, PlainLinear, packing_works
 from models.llama.rope import rope_tables
 
@@ -106,6 +107,7 @@ class TorchLlama:
         self.max_rows = fixed_rows or MAX_ROWS
         self.typical_rows = typical_rows or fixed_rows or 1
         self.dtype = torch.float32 if quantize else DTYPES[dtype]
+        self._early: FirstLayers | None = None  # what it has computed belongs to the tokens that come next
         self._load(tensors, quantize)
 
     @classmethod
@@ -183,6 +185,7 @@ class TorchLlama:
         """
         ids = self._ids(tokens)
         n = ids.shape[1]
+        self._early = None
         self._check(n, [0] * len(ids))
         for start in range(0, n, PREFILL_CHUNK):
             chunk = ids[:, start : start + PREFILL_CHUNK]
@@ -192,23 +195,33 @@ class TorchLlama:
         return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
 
     @torch.inference_mode()
-    def forward(self, tokens: Tokens, position: int | Sequence[int]) -> torch.Tensor:
+    def forward(
+        self, tokens: Tokens, position: int | Sequence[int], parents: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Logits [n, V] of `tokens` [n] standing at position..position+n-1; their KV is written there.
 
         n = 1 is decoding, n = K + 1 is verification. With a batch, tokens [B, n] and position [B] give [B, n, V].
         Rows of the cache beyond are stale, masked, and overwritten later: going back costs nothing.
+
+        parents [m >= n]: the tree of which tokens are the last n rows; row i is written at position+i, stands as many
+        positions after row 0 as it has ancestors, and sees them and what lies before `position`. No batch.
         """
         ids = self._ids(tokens)
         batch, n = ids.shape
-        positions = [position] if isinstance(position, int) else [int(p) for p in position]
-        self._check(n, positions)
-        logits = self._head(self._layers(self._pad_ids(ids), positions)).view(batch, -1, self.vocab_size)[:, :n]
+        if parents is None:
+            positions = [position] if isinstance(position, int) else [int(p) for p in position]
+            self._check(n, positions)
+            hidden = self._decode(self._pad_ids(ids), positions, n)
+        else:
+            self._check_tree(position, parents)
+            hidden = self._layers(self._pad_ids(ids), [position + len(parents) - n], tree=(position, parents))
+        logits = self._head(hidden).view(batch, -1, self.vocab_size)[:, :n]
         return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
 
     @torch.inference_mode()
-    def greedy(self, tokens: Tokens, position: int) -> list[int]:
+    def greedy(self, tokens: Tokens, position: int, parents: Sequence[int] | None = None) -> list[int]:
         """The argmax ids [n] after each of `tokens` [n] at `position`; only ids cross to the host."""
-        return self.forward(tokens, position).argmax(dim=-1).tolist()
+        return self.forward(tokens, position, parents).argmax(dim=-1).tolist()
 
     @torch.inference_mode()
     def draft_greedy(self, tokens: Tokens, position: int, k: int) -> list[int]:
@@ -216,13 +229,20 @@ class TorchLlama:
 
         The ids stay on the device until all are there. The cache then holds position..position+m+k-2.
         """
-        last = self.forward(tokens, position)[-1:].argmax(dim=-1)
-        ids = [last]
-        position += len(tokens)
-        for step in range(k - 1):
-            last = self.forward(last, position + step)[-1:].argmax(dim=-1)
-            ids.append(last)
-        return torch.cat(ids).tolist()
+        return chained_greedy(self.forward, tokens, position, k)
+
+    @torch.inference_mode()
+    def keep(self, position: int, rows: Sequence[int]) -> int:
+        """Move the keys and values of a tree's rows to position..: all of them are then there. No batch."""
+        moved = next((i for i, row in enumerate(rows) if row != i), len(rows))  # those before are in their places
+        if moved < len(rows):
+            kv = self.kv[:, 0]
+            kv[:, position + moved : position + len(rows)] = kv[:, [position + row for row in rows[moved:]]]
+        return len(rows)
+
+    def first_layers(self, count: int) -> FirstLayers:
+        """The first `count` layers with the norm and the head, as a model that drafts in this one's cache."""
+        return FirstLayers(self, count)
 
     # ----------------------------------------------------------------------------------------------- internals
     def _ids(self, tokens: Tokens) -> torch.Tensor:
@@ -235,6 +255,12 @@ class TorchLlama:
                 f"{n} tokens at position {max(positions)} do not fit the context of {self.max_seq_len}: "
                 "shorten the prompt or raise --max-seq-len"
             )
+
+    def _check_tree(self, position: int, parents: Sequence[int]) -> None:
+        if len(parents) > self.max_rows:
+            raise UserError(f"a tree of {len(parents)} rows exceeds {self.max_rows}: draft fewer tokens")
+        depths = tree_depths(parents)
+        self._check(1 + max(depths), [position])  # its rows may lie beyond the context, there is room for them
 
     def _pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
         n = ids.shape[1]
@@ -267,8 +293,47 @@ class TorchLlama:
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
         return mask.masked_fill_(hidden, float("-inf"))[:, None]
 
-    def _layers(self, ids: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        """Hidden states [B R, H] before the final norm; writes the KV of all R rows."""
+    def _tree(self, root: int, parents: Sequence[int], start: int, n: int, length: int):
+        """Mask [1, 1, n fold, length] and positions [n] of a tree's rows that are written at start.. .
+
+        Rows beyond the tree are padding: they see what the root sees, and nobody sees them.
+        """
+        seen = torch.eye(len(parents) + n, dtype=torch.bool)
+        for row, parent in enumerate(parents[1:], 1):
+            seen[row] |= seen[parent]
+        new = slice(start - root, start - root + n)
+        seen = seen[new, : length - root]
+        mask = torch.zeros(n, length, dtype=self.dtype)
+        mask[:, root:] = float("-inf")
+        mask[:, root : root + seen.shape[1]].masked_fill_(seen, 0.0)
+        stands = torch.tensor([root + depth for depth in (tree_depths(parents) + [0] * n)[new]])
+        return mask.repeat_interleave(self.fold, dim=0).to(self.device)[None, None], stands.to(self.device)
+
+    def _decode(self, ids: torch.Tensor, positions: list[int], n: int) -> torch.Tensor:
+        """Hidden states [B R, H] of R rows, n of them tokens; goes on from what `FirstLayers` has computed of them."""
+        early, self._early = self._early, None
+        if early is None or not len(x := early.computed(ids[:, :n], positions)):
+            return self._layers(ids, positions)
+        done = len(x)
+        if done < n:
+            rest = self._layers(self._pad_ids(ids[:, done:n]), [positions[0] + done], stop=early.layers)
+            x = torch.cat((x, rest[: n - done]))
+        return self._layers(ids, positions, first=early.layers, x=self._padded(x, ids.shape[1]))
+
+    def _layers(
+        self,
+        ids: torch.Tensor,
+        positions: list[int],
+        *,
+        tree: tuple[int, Sequence[int]] | None = None,
+        first: int = 0,
+        stop: int | None = None,
+        x: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B R, H] before the final norm; writes the KV of all R rows at each position.
+
+        tree: where its row 0 stands, and the parents of all its rows. first, stop: layers to run, from x [R, H].
+        """
         config = self.config
         batch, n = ids.shape
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -279,12 +344,17 @@ class TorchLlama:
             spans, positions = [(slice(batch), positions[0])], positions[:1]
         else:
             spans = [(slice(index, index + 1), position) for index, position in enumerate(positions)]
-        mask = self._mask(positions, n, length)
-        cos, sin = (self._rows(table, positions, n) for table in (self.cos, self.sin))  # [1 or B, n, 1, D]
+        if tree is None:
+            mask = self._mask(positions, n, length)
+            cos, sin = (self._rows(table, positions, n) for table in (self.cos, self.sin))  # [1 or B, n, 1, D]
+        else:
+            mask, stands = self._tree(*tree, positions[0], n, length)
+            cos, sin = (table[None, stands] for table in (self.cos, self.sin))
         eps, shape, half = config.rms_norm_eps, (config.hidden_size,), dim // 2
 
-        x = self.embedding[ids.flatten()].to(self.dtype)  # [B R, H]
-        for layer in self.layers:
+        if x is None:
+            x = self.embedding[ids.flatten()].to(self.dtype)  # [B R, H]
+        for layer in self.layers[first:stop]:
             qkv = layer.qkv(F.rms_norm(x, shape, layer.attention_norm, eps))
             qk = qkv[:, : rotated * dim].view(batch, n, rotated, dim)
             swapped = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
@@ -309,3 +379,11 @@ class TorchLlama:
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps))
+
+
+def tree_depths(parents: Sequence[int]) -> list[int]:
+    """How many ancestors each row of a tree has."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return depths

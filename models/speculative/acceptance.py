@@ -86,6 +86,51 @@ def accept_sampled(
     return len(drafted), sample(p[len(drafted)], generator)
 
 
+def accept_tree_greedy(drafted: Sequence[int], parents: Sequence[int], target_ids: Sequence[int]) -> tuple[list, int]:
+    """Walk down a tree while a child is the target's own choice: (indices of the kept tokens, the target's id after).
+
+    parents: see `drafters.Draft`. target_ids: the target's choice after the text and after each drafted token.
+    """
+    path: list[int] = []
+    node, choice = -1, target_ids[0]
+    while True:
+        node = next((i for i, up in enumerate(parents) if up == node and drafted[i] == choice), None)
+        if node is None:
+            return path, choice
+        path.append(node)
+        choice = target_ids[node + 1]
+
+
+def accept_tree_sampled(
+    drafted: Sequence[int],
+    parents: Sequence[int],
+    p: Tensor | Sequence[Tensor],
+    q: Tensor | None,
+    generator: torch.Generator,
+) -> tuple[list[int], int]:
+    """Walk down a tree by rejection sampling: (indices of the kept tokens, the id after them).
+
+    At each token its children are tried in turn. One is kept with probability min(1, p/q); where it is not, p becomes
+    the residual for the next child, and after the last child the law the next id is drawn from. As every step keeps
+    the law of what leaves (see the module), so does any number of them. p[n+1, V]: after the text and each of the n
+    drafted tokens. q[n, V]: the law each token was drawn from once its earlier siblings were, which it excludes; None
+    if they were chosen deterministically.
+    """
+    path: list[int] = []
+    node, law = -1, p[0]
+    while True:
+        for child in (i for i, up in enumerate(parents) if up == node):
+            token = drafted[child]
+            draft_law = _one_hot(token, law) if q is None else q[child]
+            if _uniform(generator) * float(draft_law[token]) < float(law[token]):
+                break
+            law = residual(law, draft_law)
+        else:
+            return path, sample(law, generator)
+        path.append(child)
+        node, law = child, p[child + 1]
+
+
 def _one_hot(token: int, like: Tensor) -> Tensor:
     row = torch.zeros_like(like)
     row[token] = 1

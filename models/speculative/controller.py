@@ -34,6 +34,9 @@ class Controller(Protocol):
     def draft_length(self, source: str) -> int:
         """Tokens that this source of drafts may propose now; 0: none, decode one token plainly."""
 
+    def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
+        """Whether a further token of a draft is worth its time: see `drafters.Limit`."""
+
     def read_prompt(self, seconds: float) -> None:
         """The draft has read the prompt, in that time."""
 
@@ -54,6 +57,9 @@ class FixedDraftLength:
 
     def draft_length(self, source: str) -> int:
         return self.k
+
+    def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
+        return True
 
     def read_prompt(self, seconds: float) -> None:
         pass
@@ -238,6 +244,9 @@ class AutoDraftLength:
         if k == 0 and ready:
             k = self._probe(source)
         return k
+
+    def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
+        return True
 
     def read_prompt(self, seconds: float) -> None:
         self._read = True

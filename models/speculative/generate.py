@@ -5,9 +5,16 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from models.errors import UserError
-from models.speculative.acceptance import accept_greedy, accept_sampled, distribution, sample
+from models.speculative.acceptance import (
+    accept_greedy,
+    accept_sampled,
+    accept_tree_greedy,
+    accept_tree_sampled,
+    distribution,
+    sample,
+)
 from models.speculative.controller import Controller, FixedDraftLength
-from models.speculative.drafters import Draft, Drafter
+from models.speculative.drafters import Draft, Drafter, Limit
 from models.speculative.language_model import LanguageModel
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats, Round
@@ -45,8 +52,9 @@ def generate(
     2. Draft: the drafter proposes tokens, as many as the controller allows its source of drafts, at most
        max_rows - 1 and at most one less than may still be emitted.
     3. Verify: one target forward over the last token and the drafted ones, K+1 rows. It overwrites whatever an
-       earlier rejection left in the cache, so nothing has to be rolled back.
-    4. Accept: a prefix of the draft, and one token of the target's own after it.
+       earlier rejection left in the cache, so nothing has to be rolled back. Of a tree the cache keeps the accepted
+       rows; what it cannot keep is fed again with the next round.
+    4. Accept: a prefix of the draft, or a path down the tree, and one token of the target's own after it.
     5. Emit, and go on with 2. Nothing follows a stop token, which is itself emitted.
 
     sampling: default greedy, which moves only ids. drafter None: every token is plain. controller: default
@@ -102,8 +110,9 @@ def _decode(
     def allowed(source: str) -> int:
         nonlocal wanted
         wanted = controller.draft_length(source)
-        return min(wanted, remaining - 1, verifier.max_draft)
+        return min(wanted, remaining - 1, verifier.max_draft(tokens))
 
+    ask = Limit(allowed, controller.pays)
     try:
         mark = clock()
         first = verifier.first(tokens)
@@ -120,21 +129,32 @@ def _decode(
             draft, draft_s = _NO_DRAFT, 0.0
             if drafter is not None:
                 began = clock()
-                draft = drafter.propose(tokens, allowed)
+                draft = drafter.propose(tokens, ask)
                 draft_s = clock() - began
             drafted = len(draft.tokens)
-            accepted, next_id, verify_s = verifier(tokens, draft)
+            kept, next_id, verify_s = verifier(tokens, draft)
+            accepted = len(kept)
 
-            block = [*draft.tokens[:accepted], next_id]
+            block = [*(draft.tokens[i] for i in kept), next_id]
             if not stop_ids.isdisjoint(block):
                 block = block[: next(i for i, token in enumerate(block, 1) if token in stop_ids)]
-            last_origin = "plain" if not drafted else "bonus" if accepted == drafted else "corrected"
             reason = "stop" if block[-1] in stop_ids else limit_reason if len(block) == remaining else ""
 
             cut = len(block) <= accepted or wanted > remaining - 1
             round = Round(
-                drafted, accepted, len(block), draft_s - draft.prefill_s, verify_s, cut=cut, source=draft.source
+                drafted,
+                accepted,
+                len(block),
+                draft_s - draft.prefill_s,
+                verify_s,
+                cut=cut,
+                source=draft.source,
+                proposed=tuple(draft.tokens),
+                parents=draft.parents and tuple(draft.parents),
+                kept=tuple(kept),
+                reach=tuple(draft.reach),
             )
+            last_origin = "plain" if not drafted else "bonus" if accepted == round.depth else "corrected"
             stats.rounds.append(round)
             if draft.prefill_s:
                 stats.draft_prefill_s += draft.prefill_s
@@ -169,41 +189,71 @@ class _Verifier:
     """The target's side of a round: checks a draft against the target and times the forwards it takes."""
 
     def __init__(self, target: LanguageModel, sampling: SamplingParams, sequential: bool) -> None:
-        self.max_draft = target.max_rows - 1
         self._target = target
         self._sampling = sampling
         self._sequential = sequential
         self._generator = sampling.generator("target")
         self._seconds = 0.0
+        self._cached = 0  # leading tokens that the target's cache holds
+
+    def max_draft(self, tokens: list[int]) -> int:
+        """Rows that a verification has left for drafted tokens."""
+        return self._target.max_rows - (len(tokens) - self._cached)
 
     def first(self, prompt: list[int]) -> int:
         """Prefill and choose the first token."""
         logits = self._target.prefill(prompt)
+        self._cached = len(prompt)
         if self._sampling.greedy:
             return int(logits.argmax())
         return sample(self._distribution(logits[None])[0], self._generator)
 
-    def __call__(self, tokens: list[int], draft: Draft) -> tuple[int, int, float]:
-        """(accepted, the target's id after them, seconds inside the target; none if the draft came verified)."""
+    def __call__(self, tokens: list[int], draft: Draft) -> tuple[Sequence[int], int, float]:
+        """(indices of the accepted tokens, the target's id after them, seconds inside the target; none if the draft
+        came verified)."""
         if draft.verified and self._sampling.greedy and not self._sequential:
-            return *draft.verified, 0.0
-        block, position = [tokens[-1], *draft.tokens], len(tokens) - 1
+            accepted, next_id = draft.verified
+            self._cached = len(tokens) + accepted
+            return range(accepted), next_id, 0.0
         self._seconds = 0.0
+        kept, next_id = (self._chain if draft.parents is None else self._tree)(tokens, draft)
+        return kept, next_id, self._seconds
+
+    def _chain(self, tokens: list[int], draft: Draft) -> tuple[Sequence[int], int]:
+        again, position = tokens[self._cached :], self._cached  # the last token, and what the cache could not keep
+        block, last = again + draft.tokens, len(again) - 1
         if self._sequential:
             rows = _OnDemand(lambda i: self._rows(block[i : i + 1], position + i)[0])
         else:
-            rows = self._rows(block, position)
+            rows = self._rows(block, position)[last:]
         if self._sampling.greedy:
             accepted, next_id = accept_greedy(draft.tokens, rows)
         else:
             accepted, next_id = accept_sampled(draft.tokens, rows, draft.probs, self._generator)
-        return accepted, next_id, self._seconds
+        self._cached = len(tokens) + accepted
+        return range(accepted), next_id
 
-    def _rows(self, block: list[int], position: int):
+    def _tree(self, tokens: list[int], draft: Draft) -> tuple[Sequence[int], int]:
+        again, position = tokens[self._cached :], self._cached
+        last = len(again) - 1
+        parents = [*range(-1, last), *(last + 1 + up for up in draft.parents)]
+        rows = self._rows(again + draft.tokens, position, parents)[last:]
+        if self._sampling.greedy:
+            kept, next_id = accept_tree_greedy(draft.tokens, draft.parents, rows)
+        else:
+            kept, next_id = accept_tree_sampled(draft.tokens, draft.parents, rows, draft.probs, self._generator)
+        began = time.perf_counter()
+        held = self._target.keep(position, [*range(last + 1), *(last + 1 + i for i in kept)])
+        self._seconds += time.perf_counter() - began
+        self._cached = position + held
+        return kept, next_id
+
+    def _rows(self, block: list[int], position: int, parents: list[int] | None = None):
         """What the target says after each token of the block: ids[n] when greedy, else probabilities[n, V]."""
         greedy = self._sampling.greedy
         began = time.perf_counter()
-        rows = (self._target.greedy if greedy else self._target.forward)(block, position)
+        forward = self._target.greedy if greedy else self._target.forward
+        rows = forward(block, position) if parents is None else forward(block, position, parents)
         if not greedy:
             rows[-1, -1].item()  # waits for the device, whose time this is
         self._seconds += time.perf_counter() - began

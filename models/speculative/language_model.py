@@ -22,11 +22,29 @@ class LanguageModel(Protocol):
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Fill the cache from position 0 with at least one token, any number that fits: logits[V] of the last."""
 
-    def forward(self, tokens: Sequence[int], position: int) -> Tensor:
-        """Logits[n, V]: row i follows tokens[i]. n = 1 is decoding, n = K+1 is verification, in one pass."""
+    def forward(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> Tensor:
+        """Logits[n, V]: row i follows tokens[i]. n = 1 is decoding, n = K+1 is verification, in one pass.
 
-    def greedy(self, tokens: Sequence[int], position: int) -> list[int]:
+        parents makes it a tree, whose rows lie in the cache at position, position+1, .. while each stands one behind
+        its parent: the row of every token's parent, -1 for row 0. Tokens are the last n rows; those before them are
+        in the cache from earlier calls.
+        """
+
+    def greedy(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> list[int]:
         """The n ids of greatest logit, one for each row of `forward`; only ids leave the device."""
 
     def draft_greedy(self, tokens: Sequence[int], position: int, k: int) -> list[int]:
         """Feed m >= 1 tokens, then each id found in turn: the k >= 1 greedy ids that follow, by m + k-1 positions."""
+
+    def keep(self, position: int, rows: Sequence[int]) -> int:
+        """Of a tree at position, make these rows (one below the other, row 0 first) the sequence itself.
+
+        Returns how many of them the cache now holds as such; the others have to be fed again.
+        """
+
+    def first_layers(self, count: int) -> "LanguageModel":
+        """The model's first layers with its norm and head, as a model that drafts in this one's cache.
+
+        What it writes there are this model's own keys and values. What it computed for tokens is not computed again
+        when `forward` or `greedy` get them next. It has nothing to read at the start and no trees.
+        """

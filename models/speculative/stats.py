@@ -18,6 +18,20 @@ class Round:
     host_s: float = 0.0  # the rest: accepting, bookkeeping, handing tokens out
     cut: bool = False  # a stop token or interruption ended inside it, or a limit shortened its draft
     source: str = "model"  # what drafted, if anything was
+    proposed: tuple[int, ...] = ()  # the drafted tokens
+    parents: tuple[int, ...] | None = None  # of a tree: index of each token's parent among them, -1 for the text
+    kept: tuple[int, ...] = ()  # indices of the accepted ones
+    reach: tuple[float, ...] = ()  # the draft's probability of each and those before it, where it told
+
+    @property
+    def depth(self) -> int:
+        """Tokens that could have been accepted: all of a chain, the longest chain of a tree."""
+        if self.parents is None:
+            return self.drafted
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 + (depths[parent] if parent >= 0 else 0))
+        return max(depths, default=0)
 
 
 @dataclass
@@ -60,10 +74,11 @@ class GenerationStats:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Entry i: rounds that accepted more than i tokens / rounds that drafted more than i."""
-        longest = max((r.drafted for r in self._rated), default=0)
+        """Entry i: rounds that accepted more than i tokens / rounds whose draft was longer than i."""
+        rounds = [(r.accepted, r.depth) for r in self._rated]
+        longest = max((depth for _, depth in rounds), default=0)
         return [
-            sum(r.accepted > i for r in self._rated) / sum(r.drafted > i for r in self._rated) for i in range(longest)
+            sum(accepted > i for accepted, _ in rounds) / sum(depth > i for _, depth in rounds) for i in range(longest)
         ]
 
     @property

@@ -7,6 +7,7 @@ import torch
 from models.llama.config import LlamaConfig
 from models.llama.torch_llama import TorchLlama
 from models.speculative.controller import FixedDraftLength
+from models.speculative.drafters import Limit
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
@@ -57,11 +58,11 @@ class SpyLlama(TorchLlama):
     def prefill(self, tokens):
         return self._noted("prefill", tokens, 0)
 
-    def forward(self, tokens, position):
-        return self._noted("forward", tokens, position)
+    def forward(self, tokens, position, *parents):
+        return self._noted("forward", tokens, position, *parents)
 
-    def greedy(self, tokens, position):
-        return self._noted("greedy", tokens, position)
+    def greedy(self, tokens, position, *parents):
+        return self._noted("greedy", tokens, position, *parents)
 
     def draft_greedy(self, tokens, position, k):
         return self._noted("draft_greedy", tokens, position, k)
@@ -88,7 +89,7 @@ def random_prompt(length: int, seed: int, vocab_size: int = 64) -> list[int]:
 
 def upto(k: int):
     """What a drafter is given by a controller that allows k tokens."""
-    return lambda source: k
+    return Limit(lambda source: k)
 
 
 def plain(target, prompt, **options) -> list[int]:

@@ -1,12 +1,31 @@
 """Ways to guess the next tokens, one file each. A drafter can make text faster, never different."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-# How many tokens a source of drafts ("model", "lookup", ..) may propose now; 0: none.
-Limit = Callable[[str], int]
+
+def _always(source: str, reach: float, steps: int, rows: int) -> bool:
+    return True
+
+
+class Limit:
+    """What the loop allows in this round. limit(source) is asked once per round by the source that drafts.
+
+    Calling it gives the longest chain of tokens that a source ("model", "lookup", ..) may propose now; 0: none.
+    `pays(source, reach, steps, rows)` is for a drafter that knows its own probabilities: whether it is worth while to
+    verify a token as row `rows` (counted from 1, the text's last token being row 1), where `reach` is the draft's
+    probability of the token and all before it; with steps = 1 the token is still to be drafted, by one more step, and
+    reach is that of those before it.
+    """
+
+    def __init__(self, length: Callable[[str], int], pays: Callable[[str, float, int, int], bool] = _always) -> None:
+        self._length = length
+        self.pays = pays
+
+    def __call__(self, source: str) -> int:
+        return self._length(source)
 
 
 class Draft(NamedTuple):
@@ -17,6 +36,11 @@ class Draft(NamedTuple):
     source: what drafted, for costs and acceptance of their own.
     verified: where the target has already checked a greedy draft in the same device program, how many tokens it
     accepted and its own id after them.
+    parents: of a tree, the index of each token's parent among the tokens, -1 for those that follow the text; parents
+    come first. A token's law is then without its earlier siblings: they are drawn without replacement.
+    None: a chain.
+    reach: the draft's own probability of each token and all before it, where it is known; one number more than tokens
+    if one was looked at and not proposed.
     """
 
     tokens: list[int]
@@ -24,13 +48,16 @@ class Draft(NamedTuple):
     prefill_s: float = 0.0
     verified: tuple[int, int] | None = None
     source: str = "model"
+    parents: list[int] | None = None
+    reach: Sequence[float] = ()
 
 
 class Drafter(Protocol):
     """What the loop asks of a drafter: one object per generation, `propose` and `observe` in turn.
 
     Sampling stays lossless only if whether position i is proposed does not depend on the token drawn for i: a
-    drafter that stops early may look at the law of i or at earlier tokens, and keeps what it has drawn.
+    drafter that stops early may look at the law of i or at earlier tokens, and keeps what it has drawn. In a tree the
+    same holds for the number of children of a token, which are tried in their order.
     """
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:

@@ -39,7 +39,7 @@ class FusedDrafter:
         k = min(allowed, alone.model.max_seq_len - len(tokens) + 1)
         behind = len(tokens) - alone.cached if alone.cached else 1  # reading the prompt leaves one
         if not 0 < k <= self._fused.max_draft or behind > 2 or len(tokens) < 2:
-            return alone.propose(tokens, lambda source: allowed)
+            return alone.propose(tokens, Limit(lambda source: allowed))
         prefill_s = alone.read_prompt(tokens)
         drafted, verified, accepted = self._fused.run(tokens[-2:], len(tokens) - 2, k)
         alone.fed(tokens, k)
