@@ -9,18 +9,14 @@ a_i is the chance that token i is accepted once those before it are. K = 0 is pl
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from models.errors import UserError
+from models.speculative.chances import Acceptance, Trust, expected_tokens
+from models.speculative.costs import Costs
+from models.speculative.drafters import READS_PROMPT, always
 from models.speculative.stats import Round
-
-if TYPE_CHECKING:
-    from models.speculative.language_model import LanguageModel
 
 MAX_DRAFT_LENGTH = 31  # with the token before them, drafted tokens fill one tile of 32 rows
 
@@ -37,8 +33,8 @@ class Controller(Protocol):
     def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
         """Whether a further token of a draft is worth its time: see `drafters.Limit`."""
 
-    def read_prompt(self, seconds: float) -> None:
-        """The draft has read the prompt, in that time."""
+    def read_prompt(self, source: str, seconds: float) -> None:
+        """What drafts has read the prompt, and what was emitted since, in that time."""
 
     def update(self, round: Round) -> None:
         """A round has been decided; its tokens are about to be emitted, so that host_s is not known yet."""
@@ -46,6 +42,8 @@ class Controller(Protocol):
 
 class FixedDraftLength:
     """The same number in every round, 0 (never draft) to 31."""
+
+    pays = staticmethod(always)
 
     def __init__(self, k: int = 4) -> None:
         if not 0 <= k <= MAX_DRAFT_LENGTH:
@@ -58,145 +56,27 @@ class FixedDraftLength:
     def draft_length(self, source: str) -> int:
         return self.k
 
-    def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
-        return True
-
-    def read_prompt(self, seconds: float) -> None:
+    def read_prompt(self, source: str, seconds: float) -> None:
         pass
 
     def update(self, round: Round) -> None:
         pass
 
 
-class Costs:
-    """Seconds that parts of a round take on this machine, shared by the generations of a run.
-
-    Each is the median of its last measurements, so that one moment in which the machine did something else does not
-    count. A forward of more rows never takes less: what is known of more rows bounds what is assumed of fewer.
-    """
-
-    KEPT = 15  # measurements
-
-    def __init__(self) -> None:
-        self._times: dict[tuple[str, object], deque[float]] = {}
-        self._medians: dict[tuple[str, object], float] = {}
-        self._verify: list[tuple[int, float]] = []  # rows, seconds; made anew after a measurement
-
-    def add(self, what: str, which: object, seconds: float) -> None:
-        """One measurement: ("verify", rows), ("draft", source) for one token, or ("prefill", source) for one token."""
-        times = self._times.setdefault((what, which), deque(maxlen=self.KEPT))
-        times.append(seconds)
-        self._medians[what, which] = statistics.median(times)
-        if what == "verify":
-            self._verify = []
-
-    def add_round(self, round: Round) -> None:
-        """Learn from the times of a round."""
-        self.add("verify", round.drafted + 1, round.verify_s)
-        if round.drafted:
-            self.add("draft", round.source, round.draft_s / round.drafted)
-
-    def measure(self, target: LanguageModel, rows: Iterable[int], *, greedy: bool = True, repeats: int = 5) -> None:
-        """Time forwards of the target by number of rows. Leaves nonsense in its cache: to be called between texts."""
-        for n in sorted(set(rows)):
-            for repeat in range(repeats + 1):  # the first one may prepare kernels
-                began = time.perf_counter()
-                result = (target.greedy if greedy else target.forward)([0] * n, 0)
-                if not greedy:
-                    result[-1, -1].item()  # waits for the device
-                if repeat:
-                    self.add("verify", n, time.perf_counter() - began)
-
-    def known(self, what: str) -> dict:
-        """Median seconds by rows or source."""
-        return {which: seconds for (kind, which), seconds in sorted(self._medians.items()) if kind == what}
-
-    def draft_s(self, source: str) -> float:
-        """Drafting one token; 0 if nothing is known."""
-        return self._medians.get(("draft", source), 0.0)
-
-    def prefill_s(self, source: str) -> float | None:
-        """Reading one token of a prompt into the draft."""
-        return self._medians.get(("prefill", source))
-
-    def verify_s(self, rows: int) -> float:
-        """A target forward of so many rows: measured, or between the nearest measured; 0 if nothing is known."""
-        if not self._verify:
-            bound = math.inf  # by forwards of more rows
-            for known in sorted((which for what, which in self._medians if what == "verify"), reverse=True):
-                bound = min(bound, self._medians["verify", known])
-                self._verify.append((known, bound))
-        above = None
-        for known, seconds in self._verify:  # from many rows to few
-            if known <= rows:
-                if known == rows or above is None:
-                    return seconds
-                return seconds + (above[1] - seconds) * (rows - known) / (above[0] - known)
-            above = known, seconds
-        return above[1] if above else 0.0
-
-    def round_s(self, source: str, k: int) -> float:
-        """A round that drafts k tokens from this source."""
-        return k * self.draft_s(source) + self.verify_s(k + 1)
-
-
-class Acceptance:
-    """How likely token i of a draft is accepted once those before it are, for one source in one generation.
-
-    Counts fade by DECAY with every round that drafted. Before there are any, and for tokens beyond those tried, the
-    chance of the token before is taken, for the first one `prior`.
-    """
-
-    DECAY = 0.95
-    PRIOR_WEIGHT = 2.0  # the prior counts as much as so many rounds
-
-    def __init__(self, prior: float) -> None:
-        self.prior = prior
-        self._tried: list[float] = []
-        self._kept: list[float] = []
-
-    def add(self, drafted: int, accepted: int) -> None:
-        """A round kept `accepted` of `drafted` tokens: that many held, and one more was tried if one was refused."""
-        self._tried = [count * self.DECAY for count in self._tried]
-        self._kept = [count * self.DECAY for count in self._kept]
-        while len(self._tried) < drafted:
-            self._tried.append(0.0)
-            self._kept.append(0.0)
-        for i in range(min(accepted + 1, drafted)):
-            self._tried[i] += 1
-            self._kept[i] += i < accepted
-
-    def chances(self, k: int) -> list[float]:
-        """Of the first k tokens."""
-        chances, chance, weight = [], self.prior, self.PRIOR_WEIGHT
-        for tried, kept in zip(self._tried[:k], self._kept, strict=False):
-            chance = (kept + weight * chance) / (tried + weight)
-            chances.append(chance)
-        return chances + [chance] * (k - len(chances))
-
-    def chance(self, i: int) -> float:
-        """Of token i, counted from 0."""
-        return self.chances(i + 1)[i]
-
-
-def expected_tokens(chances: Iterable[float]) -> float:
-    """Tokens that a round emits on average: accepted ones and the target's own."""
-    product = total = 1.0
-    for chance in chances:
-        product *= chance
-        total += product
-    return total
-
-
 class AutoDraftLength:
     """The draft length with the highest expected rate (see the module), learnt while it runs; one object for a run.
 
-    - Costs are those of the whole run. Acceptance is learnt anew in each generation, beginning from what the
-      generations before had on average.
+    - Costs are those of the whole run. Acceptance is learnt anew in each generation, beginning from what the run has
+      shown so far.
+    - A draft that knows its own probabilities stops, or grows as a tree, only as far as a further token pays (`pays`):
+      the tokens it is expected to add against those that its time would give otherwise. How far its probabilities can
+      be trusted is measured.
+    - Of several sources that could draft, one with a lower expected rate than another leaves the round to that one.
     - A draft model has to read the prompt before its first draft. If what is still to be emitted could not earn that
       back, none is made.
     - While plain decoding is best, a short draft is tried now and then: each plain round saves up PROBE_SHARE of its
-      time, and a probe waits until its own time is saved. One that fails makes the next wait twice as long.
+      time, and a probe waits until its own time is saved, the reading of the prompt included. One that fails makes the
+      next wait twice as long.
 
     Args:
         lengths: draft lengths to choose from; 0 is always among them.
@@ -206,7 +86,7 @@ class AutoDraftLength:
     PROBE_SHARE = 0.01
     PROBE_LENGTH = 1
     PRIOR = 0.6  # chance of acceptance before anything is known
-    PRIOR_RATE = 0.3  # how much of it each generation replaces with its own
+    RUN_DECAY = 0.99
     LONGEST_WAIT = 8
 
     def __init__(self, lengths: Iterable[int] = range(7), costs: Costs | None = None) -> None:
@@ -215,64 +95,84 @@ class AutoDraftLength:
             wrong = self.lengths[0] if self.lengths[0] < 0 else self.lengths[-1]
             raise UserError(f"draft length {wrong}: must be between 0 and {MAX_DRAFT_LENGTH}")
         self.costs = costs or Costs()
-        self.chosen: list[int] = []  # draft lengths of this generation's rounds
-        self._priors: dict[str, float] = {}
-        self._acceptance: dict[str, Acceptance] = {}
-        self._best: dict[str, int] = {}  # by source, until a round changes what is known
+        self.chosen: list[int] = []  # tokens drafted in this generation's rounds
+        self._run: dict[str, Acceptance] = {}  # by source, of all generations
+        self._nodes: dict[str, float] = {}  # by source of trees: tokens that one has, on average
+        self._trust: dict[str, Trust] = {}
+        self._saved = 0.0
         self._reset(0, 0)
 
     def begin(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        for source, acceptance in self._acceptance.items():
-            prior = self._prior(source)
-            self._priors[source] = prior + self.PRIOR_RATE * (min(max(acceptance.chance(0), 0.3), 0.9) - prior)
-        self._acceptance = {}
         self.chosen = []
         self._reset(prompt_tokens, max_new_tokens - 1)
 
     def _reset(self, prompt_tokens: int, remaining: int) -> None:
-        self._prompt_tokens, self._remaining = prompt_tokens, remaining
+        self._tokens, self._remaining = prompt_tokens, remaining  # of the text so far, still to be emitted
+        self._acceptance: dict[str, Acceptance] = {}
         self._read = False  # the draft has read the prompt
-        self._saved, self._wait, self._probing = 0.0, 1, False
-        self._best.clear()
+        self._wait, self._probing = 1, False
+        self._asked = 0
+        self._best: dict[str, tuple[float, int]] = {}  # by source: rate and length, until a round changes them
 
     def draft_length(self, source: str) -> int:
-        k = self._best_length(source)
-        ready = self._read or source != "model"  # only a model has to read the prompt first
-        if k and not ready and not self._earns_its_reading(source, k):
-            k = 0
+        _, k = self._best_length(source)
+        ready = self._read or source not in READS_PROMPT
         self._probing = False
-        if k == 0 and ready:
-            k = self._probe(source)
+        if k and self._better_elsewhere(source):
+            k = 0
+        elif not k or not (ready or self._earns_its_reading(source, k)):
+            k = self._probe(source, ready)
+        self._asked = k
         return k
 
     def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
-        return True
+        if self._probing:
+            return True
+        costs = self.costs
+        seconds = steps * costs.draft_s(source) + costs.verify_s(rows) - costs.verify_s(rows - 1)
+        gained = reach * self._trust_of(source)
+        if steps:
+            gained *= self._of(source).next_chance()
+        return gained >= seconds * max(self.rate(source, 0), self._best_length(source)[0])
 
-    def read_prompt(self, seconds: float) -> None:
-        self._read = True
-        self.costs.add("prefill", "model", seconds / max(self._prompt_tokens, 1))
+    def read_prompt(self, source: str, seconds: float) -> None:
+        if source in READS_PROMPT:
+            self._read = True
+            self.costs.add("prefill", source, seconds / max(self._tokens, 1))
 
     def update(self, round: Round) -> None:
-        self.costs.add_round(round)
+        self.costs.add("verify", round.drafted + 1, round.verify_s)
         self.chosen.append(round.drafted)
         self._remaining -= round.emitted
+        self._tokens += round.emitted
         self._best.clear()
         if not round.drafted:
             self._saved += self.PROBE_SHARE / self._wait * round.verify_s
             return
-        self._of(round.source).add(round.drafted, round.accepted)
+        source, depth = round.source, round.depth
+        # The first draft in a text prepares things that the others need not: it counts where there is nothing better.
+        if source in self._acceptance or (source in self._run and not self.costs.draft_s(source)):
+            self.costs.add("draft", source, round.draft_s / depth)
+        if round.parents is not None:
+            self._nodes[source] = 0.9 * self._nodes.get(source, round.drafted) + 0.1 * round.drafted
+        stopped = depth < self._asked and not round.cut
+        next_chance = self._chance_left_out(round) if stopped and round.reach else None
+        for acceptance in (self._of(source), self._run[source]):
+            acceptance.add(depth, round.accepted, next_chance)
+        if round.reach:
+            self._trust.setdefault(source, Trust()).add(round.reach[: round.drafted], round.accepted)
         if self._probing:
             self._wait = 1 if round.accepted else min(2 * self._wait, self.LONGEST_WAIT)
 
     def rate(self, source: str, k: int) -> float:
-        """Expected tokens per second with drafts of k tokens; 0 before any time was measured."""
-        seconds = self.costs.round_s(source, k)
+        """Expected tokens per second with drafts of k tokens, or k levels; 0 before any time was measured."""
+        seconds = self._round_s(source, k)
         return expected_tokens(self._of(source).chances(k)) / seconds if seconds else 0.0
 
     def break_even(self, source: str = "model") -> float | None:
         """The acceptance, equal at all positions, from which drafting one token pays; None before it is known."""
-        plain = self.costs.round_s(source, 0)
-        return self.costs.round_s(source, 1) / plain - 1 if plain else None
+        plain = self._round_s(source, 0)
+        return self._round_s(source, 1) / plain - 1 if plain and self.costs.draft_s(source) else None
 
     def report(self) -> dict:
         """What it decided with, for people: costs in ms, acceptance by position of the last generation."""
@@ -281,7 +181,7 @@ class AutoDraftLength:
             return {str(which): 1000 * seconds for which, seconds in self.costs.known(what).items()}
 
         drafted = self.costs.known("draft")
-        source = "model" if "model" in drafted else next(iter(drafted), None)  # the dearest there is
+        source = next((name for name in READS_PROMPT if name in drafted), next(iter(drafted), None))  # the dearest
         return {
             "lengths": self.lengths,
             "verify_ms": milliseconds("verify"),
@@ -289,34 +189,61 @@ class AutoDraftLength:
             "prefill_token_ms": milliseconds("prefill"),
             "break_even": self.break_even(source) if source else None,
             "acceptance": {name: each.chances(self.lengths[-1]) for name, each in self._acceptance.items()},
+            "trust": {name: trust.factor for name, trust in self._trust.items()},
         }
 
-    def _prior(self, source: str) -> float:
-        return self._priors.get(source, self.PRIOR)
-
     def _of(self, source: str) -> Acceptance:
+        if source not in self._run:
+            self._run[source] = Acceptance(self.PRIOR, decay=self.RUN_DECAY)
         if source not in self._acceptance:
-            self._acceptance[source] = Acceptance(self._prior(source))
+            return self._acceptance.setdefault(source, Acceptance(self.PRIOR, parent=self._run[source]))
         return self._acceptance[source]
 
-    def _best_length(self, source: str) -> int:
+    def _trust_of(self, source: str) -> float:
+        return self._trust[source].factor if source in self._trust else 1.0
+
+    def _round_s(self, source: str, k: int) -> float:
+        """A round that drafts k tokens, or k levels, from this source."""
+        nodes = max(k, self._nodes.get(source, 0)) if k else 0
+        return k * self.costs.draft_s(source) + self.costs.verify_s(1 + round(nodes))
+
+    def _best_length(self, source: str) -> tuple[float, int]:
         if source not in self._best:
-            self._best[source] = max(self.lengths, key=lambda k: self.rate(source, k))
-        return self._best[source]
+            self._best[source] = max((self.rate(source, k), -k) for k in self.lengths)
+        rate, k = self._best[source]
+        return rate, -k
+
+    def _better_elsewhere(self, source: str) -> bool:
+        """Whether another source that drafts in this text promises more."""
+        rate, _ = self._best_length(source)
+        return any(
+            self._best_length(other)[0] > rate
+            for other in self._acceptance
+            if other != source and (self._read or other not in READS_PROMPT)
+        )
+
+    def _chance_left_out(self, round: Round) -> float:
+        """Of the token that a draft looked at and left out, or stopped before."""
+        if len(round.reach) > round.drafted and round.reach[-1]:
+            before = round.reach[-2] if round.drafted else 1.0
+            return min(1.0, self._trust_of(round.source) * round.reach[-1] / before)
+        return self._of(round.source).next_chance()
 
     def _earns_its_reading(self, source: str, k: int) -> bool:
         """Whether what is still to be emitted saves more time than the draft takes to read the prompt."""
-        reading = self.costs.prefill_s(source)
         plain, drafted = self.rate(source, 0), self.rate(source, k)
-        if reading is None or not plain or not drafted:
+        if not plain or not drafted:
             return True
-        return self._remaining * (1 / plain - 1 / drafted) > self._prompt_tokens * reading
+        return self._remaining * (1 / plain - 1 / drafted) > self._reading_s(source)
 
-    def _probe(self, source: str) -> int:
+    def _reading_s(self, source: str) -> float:
+        return self._tokens * (self.costs.prefill_s(source) or 0.0)
+
+    def _probe(self, source: str, ready: bool) -> int:
         """PROBE_LENGTH if its time has been saved up, else 0."""
-        k = min(self.PROBE_LENGTH, self.lengths[-1])
-        price = self.costs.round_s(source, k) - self.costs.round_s(source, 0)
-        if not k or self._saved < price:
+        k = min((k for k in self.lengths if k >= self.PROBE_LENGTH), default=0)
+        price = self._round_s(source, k) - self._round_s(source, 0) + (0.0 if ready else self._reading_s(source))
+        if not k or self._saved < price or not self._round_s(source, 0):
             return 0
         self._saved -= price
         self._probing = True

@@ -5,7 +5,9 @@ import random
 import pytest
 
 from models.errors import UserError
-from models.speculative.controller import Acceptance, AutoDraftLength, Costs, expected_tokens
+from models.speculative.chances import Acceptance, Trust, expected_tokens
+from models.speculative.controller import AutoDraftLength
+from models.speculative.costs import Costs
 from models.speculative.stats import Round
 from models.tests.engine_fixtures import build_pair
 
@@ -29,7 +31,7 @@ class World:
             if k and not read:
                 read = True
                 seconds += self.prefill_s
-                controller.read_prompt(self.prefill_s)
+                controller.read_prompt("model", self.prefill_s)
             accepted = 0
             while accepted < k and self.random.random() < self.chance:
                 accepted += 1
@@ -84,16 +86,17 @@ def test_fewer_rows_are_never_assumed_to_take_longer_than_more():
 
 
 def test_nothing_known_costs_nothing():
-    assert Costs().round_s("model", 3) == 0.0
+    assert Costs().verify_s(3) == Costs().draft_s("model") == 0.0
     assert Costs().prefill_s("model") is None
 
 
-def test_a_round_is_its_drafted_tokens_and_its_verification():
-    costs = Costs()
-    costs.add_round(Round(4, 2, 3, draft_s=0.8, verify_s=1.0, source="lookup"))
-    assert costs.round_s("lookup", 4) == pytest.approx(1.8)
-    assert costs.round_s("lookup", 2) == pytest.approx(1.4)
-    assert costs.round_s("model", 4) == pytest.approx(1.0)
+def test_forwards_that_compute_the_same_rows_are_one_cost():
+    costs = Costs(lambda n: max(n, 5))
+    costs.add("verify", 1, 1.0)
+    costs.add("verify", 4, 3.0)
+    costs.add("verify", 8, 7.0)
+    assert costs.known("verify") == {5: 2.0, 8: 7.0}
+    assert costs.verify_s(1) == costs.verify_s(5) == 2.0
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -104,7 +107,7 @@ def test_measuring_times_every_row_count_with_real_forwards(greedy):
     assert list(costs.known("verify")) == [1, 3, 5]
     assert all(seconds > 0 for seconds in costs.known("verify").values())
     method = "greedy" if greedy else "forward"
-    assert target.calls == [(method, rows, 0) for rows in (1, 3, 5) for _ in range(3)]
+    assert target.calls == [(method, rows, 0) for _ in range(3) for rows in (1, 3, 5)]
 
 
 # ---- acceptance -----------------------------------------------------------------------------------------------------
@@ -146,9 +149,39 @@ def test_old_rounds_fade():
     acceptance = Acceptance(0.6)
     for _ in range(100):
         acceptance.add(1, 1)
-    for _ in range(40):
+    for _ in range(60):
         acceptance.add(1, 0)
     assert acceptance.chance(0) < 0.2
+
+
+def test_a_new_text_begins_with_what_others_have_shown():
+    others = Acceptance(0.6)
+    for _ in range(50):
+        others.add(2, 1)
+    assert Acceptance(0.6, parent=others).chances(3) == others.chances(3)
+    own = Acceptance(0.6, parent=others)
+    own.add(2, 2)
+    assert own.chance(1) > others.chance(1)
+    assert own.next_chance() > others.next_chance()
+
+
+def test_a_draft_that_stops_by_itself_does_not_make_later_tokens_look_easy():
+    """Every second draft stops after one token, where the next would have been refused; the others are accepted."""
+    biased, corrected = Acceptance(0.6), Acceptance(0.6)
+    for i in range(200):
+        drafted = 1 + i % 2
+        biased.add(drafted, drafted)
+        corrected.add(drafted, drafted, next_chance=0.0 if drafted == 1 else None)
+    assert biased.chance(1) > 0.95
+    assert corrected.chance(1) == pytest.approx(0.5, abs=0.05)
+
+
+def test_trust_is_what_is_accepted_of_what_was_expected():
+    trust = Trust()
+    assert trust.factor == 1.0
+    for i in range(2000):
+        trust.add([0.8, 0.4], accepted=i % 2)  # expects 1.2, gets 0.5
+    assert trust.factor == pytest.approx(0.5 / 1.2, rel=0.05)
 
 
 def test_expected_tokens_against_simulation():
@@ -217,7 +250,7 @@ def test_probes_find_out_that_drafting_pays_again():
     controller.begin(10, 10_000)
     for _ in range(300):
         k = controller.draft_length("model")
-        controller.read_prompt(0.0)
+        controller.read_prompt("model", 0.0)
         controller.update(Round(k, 0, 1, k * 0.001, PLAIN_S))
     probes = sum(k > 0 for k in controller.chosen[50:])
     world.chance = 1.0
@@ -236,7 +269,7 @@ def test_probes_cost_at_most_one_percent():
     for _ in range(30):
         k = controller.draft_length("model")
         controller.update(Round(k, 0, 1, k * 0.004, PLAIN_S))
-    controller.read_prompt(0.0)
+    controller.read_prompt("model", 0.0)
     spent = total = 0.0
     for _ in range(3000):
         k = controller.draft_length("model")
@@ -249,7 +282,7 @@ def test_probes_cost_at_most_one_percent():
 def test_a_long_prompt_is_not_read_for_a_few_tokens():
     controller = AutoDraftLength()
     World(controller, 0.7, prefill_s=0.05).generate(50, prompt_tokens=100)
-    assert controller.costs.prefill_s("model") == pytest.approx(0.0005)
+    assert controller.costs.prefill_s("model") == pytest.approx(0.05 / 101)  # and one token had been emitted
     seconds = World(controller, 0.7, prefill_s=0.5).generate(8, prompt_tokens=1000)
     assert set(controller.chosen) == {0}
     assert seconds == pytest.approx(plain_seconds(8))
@@ -283,6 +316,8 @@ def test_break_even_is_that_of_what_drafted():
     controller.begin(10, 100)
     controller.update(Round(0, 0, 1, verify_s=PLAIN_S))
     assert controller.report()["break_even"] is None
+    controller.update(Round(2, 1, 2, draft_s=0.9, verify_s=PLAIN_S, source="lookup"))
+    assert controller.report()["break_even"] is None  # the first draft, which may have had to prepare something
     controller.update(Round(2, 1, 2, draft_s=0.002, verify_s=PLAIN_S, source="lookup"))
     assert controller.report()["break_even"] == pytest.approx(0.1)
 
@@ -310,3 +345,78 @@ def test_break_even_is_the_price_of_a_token_over_that_of_a_step():
     assert report["verify_ms"]["1" if 0 in controller.chosen else "2"] == pytest.approx(10.0)
     assert report["draft_step_ms"] == {"model": pytest.approx(2.0)}
     assert len(report["acceptance"]["model"]) == 6
+
+
+def taught(chance, draft_s=0.002, extra_row_s=0.0005, rounds=200):
+    """A controller in a text whose draft it knows."""
+    controller = AutoDraftLength()
+    world = World(controller, chance, draft_s, extra_row_s)
+    world.generate(rounds)
+    controller.begin(10, 1000)
+    controller.read_prompt("model", 0.0)
+    controller.update(Round(2, 1, 2, 2 * draft_s, PLAIN_S + 2 * extra_row_s))
+    return controller
+
+
+def test_a_further_token_pays_from_the_chance_at_which_its_time_would_give_as_much_otherwise():
+    controller = taught(0.6)
+    pace = max(controller.rate("model", k) for k in controller.lengths)
+    row_s = controller.costs.verify_s(4) - controller.costs.verify_s(3)
+    assert not controller.pays("model", 0.98 * row_s * pace, 0, 4)
+    assert controller.pays("model", 1.02 * row_s * pace, 0, 4)
+    step = (row_s + controller.costs.draft_s("model")) * pace / controller._of("model").next_chance()
+    assert not controller.pays("model", 0.98 * step, 1, 4)
+    assert controller.pays("model", 1.02 * step, 1, 4)
+
+
+def test_probabilities_that_have_proved_too_high_count_for_less():
+    controller = taught(0.6)
+    reach = 1.5 * (controller.costs.verify_s(4) - controller.costs.verify_s(3)) * controller._best_length("model")[0]
+    assert controller.pays("model", reach, 0, 4)
+    for _ in range(100):
+        controller.update(Round(2, 1, 2, 0.004, PLAIN_S + 0.001, reach=(0.99, 0.98)))
+        controller.update(Round(2, 0, 1, 0.004, PLAIN_S + 0.001, reach=(0.99, 0.98)))
+    assert not controller.pays("model", reach, 0, 4)
+
+
+def test_a_source_leaves_the_round_to_one_that_promises_more():
+    controller = AutoDraftLength()
+    controller.begin(10, 10_000)
+    controller.read_prompt("model", 0.0)
+    for _ in range(40):
+        controller.update(Round(0, 0, 1, verify_s=PLAIN_S))
+        controller.update(Round(4, 4, 5, 0.004, PLAIN_S, source="model"))
+        controller.update(Round(4, 1, 2, 0.0001, PLAIN_S, source="lookup"))
+    assert controller.draft_length("lookup") == 0
+    assert controller.draft_length("model") > 0
+    for _ in range(100):
+        controller.update(Round(4, 0, 1, 0.004, PLAIN_S, source="model"))
+    assert controller.draft_length("lookup") > 0
+
+
+def test_it_tries_again_in_a_later_text_though_the_draft_has_yet_to_read_it():
+    """A run in which nothing was accepted for long, and then everything would be."""
+    controller = AutoDraftLength()
+    world = World(controller, 0.0, prefill_s=0.02)
+    for _ in range(6):
+        world.generate(100)
+    assert set(controller.chosen[5:]) <= {0, 1}
+    world.chance = 1.0
+    for _ in range(40):
+        world.generate(100)
+    assert controller.chosen[-1] > 0
+
+
+def test_levels_of_a_tree_are_chosen_with_the_rows_that_it_verifies():
+    controller = AutoDraftLength()
+    controller.begin(10, 10_000)
+    controller.read_prompt("tree", 0.0)
+    for rows, seconds in ((1, PLAIN_S), (16, 2 * PLAIN_S)):
+        controller.costs.add("verify", rows, seconds)
+    parents = (-1, 0, -1, 0, 1, -1, 2, -1)
+    for _ in range(60):
+        controller.update(Round(8, 1, 2, 0.003, 1.5 * PLAIN_S, source="tree", parents=parents))
+    assert controller.costs.draft_s("tree") == pytest.approx(0.001)  # three levels
+    assert controller.rate("tree", 1) == pytest.approx(
+        expected_tokens(controller._of("tree").chances(1)) / (0.001 + controller.costs.verify_s(9))
+    )

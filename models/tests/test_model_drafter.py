@@ -7,10 +7,17 @@ import torch
 
 from models.llama.torch_llama import TorchLlama
 from models.speculative.acceptance import distribution
+from models.speculative.controller import FixedDraftLength
+from models.speculative.drafters import Limit
 from models.speculative.drafters.model import ModelDrafter
+from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
-from models.tests.engine_fixtures import build, engine_config, random_prompt, upto
+from models.speculative.stats import GenerationStats
+from models.tests.engine_fixtures import build, build_pair, engine_config, random_prompt, upto
+from models.tests.engine_fixtures import plain as plain_text
 from models.tests.llama_fixtures import random_tensors
+from models.tests.test_generate_sampling import P_VALUE
+from models.tests.test_prompt_lookup import VOCAB, WARM, joint_law, p_values, tiny_model
 
 CONFIG = engine_config(layers=2)
 WEIGHTS = random_tensors(CONFIG, seed=5)
@@ -128,3 +135,85 @@ def test_draft_and_target_draw_from_different_streams():
     flat = torch.full((40, 64), 1 / 64)
     ours, theirs = params.generator("target"), ModelDrafter(draft_model(), params)._generator
     assert torch.multinomial(flat, 1, generator=ours).tolist() != torch.multinomial(flat, 1, generator=theirs).tolist()
+
+
+# ------------------------------------------------------------------------------------------ stopping by confidence
+def priced(k, least_step=0.0, least_row=0.0):
+    """Allows k tokens; a step pays from one reach on, a row from another."""
+    return Limit(lambda source: k, lambda source, reach, steps, rows: reach >= (least_step if steps else least_row))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=0.9, top_k=20, seed=3)])
+def test_reach_is_the_product_of_the_likeliest_probabilities(sampling):
+    _, draft = build_pair(1, 0.1)
+    prompt = random_prompt(12, 5)
+    proposed = ModelDrafter(draft, sampling).propose(prompt, priced(4))
+    assert len(proposed.tokens) == len(proposed.reach) == 4
+    draft.prefill(prompt[:-1])
+    logits = draft.forward([prompt[-1], *proposed.tokens[:3]], len(prompt) - 1)
+    laws = torch.softmax(logits, -1) if sampling.greedy else distribution(logits, 0.9, 20)
+    torch.testing.assert_close(torch.tensor(proposed.reach), laws.max(-1).values.cumprod(0), rtol=1e-4, atol=1e-5)
+    if sampling.greedy:
+        assert proposed.tokens == laws.argmax(-1).tolist()
+
+
+def test_a_step_that_does_not_pay_is_not_made():
+    _, draft = build_pair(1, 0.1)
+    prompt = random_prompt(12, 5)
+    reach = ModelDrafter(draft, GREEDY).propose(prompt, priced(6)).reach
+    draft.calls.clear()
+    stopped = ModelDrafter(draft, GREEDY).propose(prompt, priced(6, least_step=reach[2] * 1.001))
+    assert len(stopped.tokens) == len(stopped.reach) == 3
+    assert [call[0] for call in draft.calls] == ["prefill", "forward", "forward", "forward"]
+
+
+def test_a_token_that_does_not_pay_its_row_is_left_out_and_its_chance_is_told():
+    _, draft = build_pair(1, 0.1)
+    prompt = random_prompt(12, 5)
+    reach = ModelDrafter(draft, GREEDY).propose(prompt, priced(6)).reach
+    stopped = ModelDrafter(draft, GREEDY).propose(prompt, priced(6, least_row=reach[2] * 1.001))
+    assert len(stopped.tokens) == 2
+    assert stopped.reach == reach[:3]
+    assert len(ModelDrafter(draft, GREEDY).propose(prompt, priced(6, 2.0, 2.0)).tokens) == 1  # one is always proposed
+
+
+class Priced(FixedDraftLength):
+    """Lets a draft stop where its reach has fallen too far."""
+
+    def __init__(self, k, least):
+        super().__init__(k)
+        self.least = least
+
+    def pays(self, source, reach, steps, rows):
+        return reach >= self.least
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.07, None])
+def test_greedy_text_is_plain_greedy_text_wherever_the_draft_stops(noise):
+    """3 kinds of draft x 6 models x 3 prompts x 4 prices = 216 cases."""
+    lengths = set()
+    for seed in range(6):
+        target, draft = build_pair(seed, noise, 24)
+        for number, length in enumerate((1, 6, 40)):
+            prompt = random_prompt(length, 10 * seed + number, 24)
+            expected = plain_text(target, prompt, max_new_tokens=16)
+            for least in (0.02, 0.1, 0.3, 0.6):
+                stats = GenerationStats()
+                stream = generate(target, ModelDrafter(draft, GREEDY), prompt, controller=Priced(6, least),
+                                  max_new_tokens=16, stats=stats)  # fmt: skip
+                assert [token.id for token in stream] == expected, (seed, length, least)
+                lengths |= {r.drafted for r in stats.rounds if not r.cut}
+    assert lengths >= {1, 2, 3}
+
+
+def test_sampled_text_follows_the_targets_law_wherever_the_draft_stops():
+    target, draft = tiny_model(noise=0), tiny_model(noise=0.5)
+    prompt, counts, lengths = [3, 1, 4], torch.zeros([VOCAB] * 3, dtype=torch.long), set()
+    for seed in range(1500):
+        sampling, stats = SamplingParams(**WARM, seed=seed), GenerationStats()
+        stream = generate(target, ModelDrafter(draft, sampling), prompt, controller=Priced(4, 0.3),
+                          sampling=sampling, max_new_tokens=5, stats=stats)  # fmt: skip
+        counts[tuple([token.id for token in stream][:3])] += 1
+        lengths |= {r.drafted for r in stats.rounds}
+    assert lengths >= {1, 2, 3}
+    assert min(p_values(counts, joint_law(target, prompt))) > P_VALUE

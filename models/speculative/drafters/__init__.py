@@ -5,8 +5,11 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+READS_PROMPT = ("model", "tree")  # sources that have to read the prompt before they can draft
 
-def _always(source: str, reach: float, steps: int, rows: int) -> bool:
+
+def always(source: str, reach: float, steps: int, rows: int) -> bool:
+    """A `Limit.pays` that names no price."""
     return True
 
 
@@ -17,12 +20,13 @@ class Limit:
     `pays(source, reach, steps, rows)` is for a drafter that knows its own probabilities: whether it is worth while to
     verify a token as row `rows` (counted from 1, the text's last token being row 1), where `reach` is the draft's
     probability of the token and all before it; with steps = 1 the token is still to be drafted, by one more step, and
-    reach is that of those before it.
+    reach is that of those before it. Not `priced`: everything does, and probabilities need not be found out.
     """
 
-    def __init__(self, length: Callable[[str], int], pays: Callable[[str, float, int, int], bool] = _always) -> None:
+    def __init__(self, length: Callable[[str], int], pays: Callable[[str, float, int, int], bool] = always) -> None:
         self._length = length
         self.pays = pays
+        self.priced = pays is not always
 
     def __call__(self, source: str) -> int:
         return self._length(source)

@@ -15,16 +15,23 @@ class ModelDrafter:
 
     Greedy drafts are chosen by argmax and move only ids; sampled ones are drawn with the target's own temperature,
     top-k and top-p, from a stream of random numbers of their own.
+
+    Where tokens have a price (`Limit.pays`) it stops by its own confidence: after the first token, before a step or a
+    row that its probabilities so far do not pay for. The probability of a token's law counts, never that of the
+    token drawn: so sampling stays lossless.
+
+    confident: False where probabilities are dear to get (they would leave the device): never stops by itself.
     """
 
     source = "model"
 
-    def __init__(self, model: LanguageModel, sampling: SamplingParams) -> None:
+    def __init__(self, model: LanguageModel, sampling: SamplingParams, *, confident: bool = True) -> None:
         self.model = model
         self.sampling = sampling
         self.cached = 0  # leading tokens of the sequence that the model's cache holds rightly
         self._ahead = 0  # drafted tokens that it holds beyond those
         self._generator = sampling.generator("draft")
+        self._confident = confident
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """Draft as many tokens as allowed and as the model's own context has room for, after catching up."""
@@ -36,10 +43,10 @@ class ModelDrafter:
             self.model.greedy(tokens[self.cached : self.cached + self.model.max_rows], self.cached)
             self.cached += self.model.max_rows
         position, pending = self.cached, tokens[self.cached :]
-        self.fed(tokens, k)
-        if self.sampling.greedy:
-            return Draft(self.model.draft_greedy(pending, position, k), None, prefill_s)
-        return self._draw(pending, position, k, prefill_s)
+        if self.sampling.greedy and not (self._confident and limit.priced):
+            self.fed(tokens, k)
+            return Draft(self.model.draft_greedy(pending, position, k), None, prefill_s, source=self.source)
+        return self._step_by_step(tokens, pending, position, k, prefill_s, limit)
 
     def observe(self, accepted: int) -> None:
         """Advance over the kept tokens: all kept leaves the last, which was never fed, and its successor to feed."""
@@ -59,11 +66,36 @@ class ModelDrafter:
         self.cached = len(tokens) - 1
         return time.perf_counter() - began
 
-    def _draw(self, pending: list[int], position: int, k: int, prefill_s: float) -> Draft:
-        params, drafted, laws = self.sampling, [], []
-        for _ in range(k):
+    def _step_by_step(self, tokens, pending, position, k, prefill_s, limit) -> Draft:
+        drafted: list[int] = []
+        laws: list[torch.Tensor] = []
+        reach: list[float] = []  # likeliest token of each law, and those before
+        priced = self._confident and limit.priced
+        looked = 0  # tokens fed after `tokens`
+        while len(drafted) < k:
+            if priced and drafted and not limit.pays(self.source, reach[-1], 1, len(drafted) + 2):
+                break
             logits = self.model.forward(pending, position)[-1:]
-            laws.append(distribution(logits, params.temperature, params.top_k, params.top_p))
-            drafted.append(sample(laws[-1][0], self._generator))
-            position, pending = position + len(pending), drafted[-1:]
-        return Draft(drafted, torch.cat(laws), prefill_s)
+            looked = len(drafted)
+            law, chance, token = self._law(logits, priced)
+            if priced:
+                reach.append(chance * (reach[-1] if reach else 1.0))
+                if drafted and not limit.pays(self.source, reach[-1], 0, len(drafted) + 2):
+                    break
+            if law is not None:
+                laws.append(law)
+                token = sample(law[0], self._generator)
+            drafted.append(token)
+            position, pending = position + len(pending), [token]
+        self.fed(tokens, looked + 1)
+        return Draft(drafted, torch.cat(laws) if laws else None, prefill_s, source=self.source, reach=reach)
+
+    def _law(self, logits: torch.Tensor, priced: bool) -> tuple[torch.Tensor | None, float, int]:
+        """(law [1, V] to draw from, None if greedy; probability of its likeliest token; that token if greedy)."""
+        params = self.sampling
+        if not params.greedy:
+            law = distribution(logits, params.temperature, params.top_k, params.top_p)
+            return law, law.max().item() if priced else 1.0, 0
+        logits = logits.float()
+        best, token = logits.max(-1)
+        return None, (best - logits.logsumexp(-1)).exp().item(), token.item()

@@ -1,0 +1,87 @@
+"""What the parts of a round cost on this machine, measured while it runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from models.speculative.language_model import LanguageModel
+
+
+class Costs:
+    """Seconds that parts of a round take on this machine, shared by the generations of a run.
+
+    Each is the median of its last measurements, so that one moment in which the machine did something else does not
+    count. A forward of more rows never takes less: what is known of more rows bounds what is assumed of fewer.
+
+    Args:
+        computed_rows: rows that a forward of n rows really computes, where they are padded: forwards that compute the
+            same are one cost.
+    """
+
+    KEPT = 15  # measurements
+
+    def __init__(self, computed_rows: Callable[[int], int] = lambda n: n) -> None:
+        self._computed_rows = computed_rows
+        self._times: dict[tuple[str, object], deque[float]] = {}
+        self._medians: dict[tuple[str, object], float] = {}
+        self._verify: list[tuple[int, float]] = []  # rows, seconds; made anew after a measurement
+
+    def add(self, what: str, which: object, seconds: float) -> None:
+        """One measurement: ("verify", rows), ("draft", source) for one step, or ("prefill", source) for one token."""
+        if what == "verify":
+            which = self._computed_rows(which)
+        times = self._times.setdefault((what, which), deque(maxlen=self.KEPT))
+        times.append(seconds)
+        self._medians[what, which] = statistics.median(times)
+        if what == "verify":
+            self._verify = []
+
+    def measure(self, target: LanguageModel, rows: Iterable[int], *, greedy: bool = True, repeats: int = 5) -> None:
+        """Time forwards of the target by number of rows, in turn, so that a busy moment hits all of them alike.
+
+        Leaves nonsense in its cache: to be called between texts.
+        """
+        rows = sorted(set(rows))
+        for repeat in range(repeats + 1):  # the first one may prepare kernels
+            for n in rows:
+                began = time.perf_counter()
+                result = (target.greedy if greedy else target.forward)([0] * n, 0)
+                if not greedy:
+                    result[-1, -1].item()  # waits for the device
+                if repeat:
+                    self.add("verify", n, time.perf_counter() - began)
+
+    def known(self, what: str) -> dict:
+        """Median seconds by rows or source."""
+        return {which: seconds for (kind, which), seconds in sorted(self._medians.items()) if kind == what}
+
+    def draft_s(self, source: str) -> float:
+        """One step of drafting: a token, or a level of a tree; 0 if nothing is known."""
+        return self._medians.get(("draft", source), 0.0)
+
+    def prefill_s(self, source: str) -> float | None:
+        """Reading one token of a prompt into the draft."""
+        return self._medians.get(("prefill", source))
+
+    def verify_s(self, rows: int) -> float:
+        """A target forward of so many rows: measured, or between the nearest measured; 0 if nothing is known."""
+        rows = self._computed_rows(rows)
+        if not self._verify:
+            bound = math.inf  # by forwards of more rows
+            for known in sorted((which for what, which in self._medians if what == "verify"), reverse=True):
+                bound = min(bound, self._medians["verify", known])
+                self._verify.append((known, bound))
+        above = None
+        for known, seconds in self._verify:  # from many rows to few
+            if known <= rows:
+                if known == rows or above is None:
+                    return seconds
+                return seconds + (above[1] - seconds) * (rows - known) / (above[0] - known)
+            above = known, seconds
+        return above[1] if above else 0.0
