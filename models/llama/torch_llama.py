@@ -214,6 +214,7 @@ class TorchLlama:
             hidden = self._decode(self._pad_ids(ids), positions, n)
         else:
             self._check_tree(position, parents)
+            self._early = None
             hidden = self._layers(self._pad_ids(ids), [position + len(parents) - n], tree=(position, parents))
         logits = self._head(hidden).view(batch, -1, self.vocab_size)[:, :n]
         return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]

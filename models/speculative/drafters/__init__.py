@@ -1,9 +1,12 @@
 """Ways to guess the next tokens, one file each. A drafter can make text faster, never different."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # command lines import this and answer at once
+    from torch import Tensor
 
 READS_PROMPT = ("model", "tree")  # sources that have to read the prompt before they can draft
 

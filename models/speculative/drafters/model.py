@@ -39,10 +39,7 @@ class ModelDrafter:
         if k < 1:
             return Draft([])
         prefill_s = self.read_prompt(tokens)
-        while len(tokens) - self.cached > self.model.max_rows:
-            self.model.greedy(tokens[self.cached : self.cached + self.model.max_rows], self.cached)
-            self.cached += self.model.max_rows
-        position, pending = self.cached, tokens[self.cached :]
+        position, pending = self.catch_up(tokens)
         if self.sampling.greedy and not (self._confident and limit.priced):
             self.fed(tokens, k)
             return Draft(self.model.draft_greedy(pending, position, k), None, prefill_s, source=self.source)
@@ -65,6 +62,13 @@ class ModelDrafter:
             self.model.prefill(tokens[:-1])[0].item()  # reading a number waits for the device
         self.cached = len(tokens) - 1
         return time.perf_counter() - began
+
+    def catch_up(self, tokens: list[int]) -> tuple[int, list[int]]:
+        """Feed what the cache lacks until the rest fits one forward: (the rest's position, the rest)."""
+        while len(tokens) - self.cached > self.model.max_rows:
+            self.model.greedy(tokens[self.cached : self.cached + self.model.max_rows], self.cached)
+            self.cached += self.model.max_rows
+        return self.cached, tokens[self.cached :]
 
     def _step_by_step(self, tokens, pending, position, k, prefill_s, limit) -> Draft:
         drafted: list[int] = []
