@@ -10,18 +10,37 @@ prepare_environment
 cd "$ROOT"
 if [ $# -gt 0 ]; then exec "$VENV_PYTHON" -m pytest "$@"; fi
 
+# The other boards' tests run beside the first run, one thread each; their output comes after its.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0 # of the first run that fails; the others are run all the same
+others=
+log="$VENV/boards.log"
 run() { "$VENV_PYTHON" -m pytest "$@" || { local failed=$?; [ "$status" -ne 0 ] || status=$failed; }; }
+stop() { [ -z "$others" ] || kill -- "-$others" 2>/dev/null || true; }
+boards() {
+    for board in N300 T3K P150; do
+        say "ttnn tests, board $board"
+        run models/tests/ttnn --board "$board"
+    done
+    exit "$status"
+}
 
-say "all tests, board N150"
-run --board N150
 case "$(field 2 "$(head -n 1 "$STAMP")")" in
     no | broken) say "no ttnn: its tests on N300, T3K and P150 are skipped" ;;
     *)
-        for board in N300 T3K P150; do
-            say "ttnn tests, board $board"
-            run models/tests/ttnn --board "$board"
-        done
+        trap stop EXIT
+        trap 'exit 130' INT TERM
+        set -m # a process group of its own, which can be stopped as a whole
+        boards >"$log" 2>&1 &
+        others=$!
+        set +m
         ;;
 esac
+say "all tests, board N150"
+run --board N150
+if [ -n "$others" ]; then
+    wait "$others" || status=$?
+    others=
+    cat "$log"
+fi
 exit "$status"
