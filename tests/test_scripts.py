@@ -300,7 +300,10 @@ def test_ci_lints_then_runs_the_test_script(machine):
     assert result.returncode == 0, result.stderr
     ran = f"ran in {machine.clone}:\n<-m>\n"
     lint = f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n"
-    others = [f"ttnn tests, board {board}\n{ran}<pytest>\n<models/tests/ttnn>\n<--board>\n<{board}>\n" for board in ("N300", "T3K", "P150")]  # fmt: skip
+    others = [
+        f"ttnn tests, board {board}\n{ran}<pytest>\n<models/tests/ttnn>\n<--board>\n<{board}>\n"
+        for board in ("N300", "T3K", "P150")
+    ]
     assert result.stdout == f"{lint}{ran}<pytest>\n<--board>\n<N150>\n{''.join(others)}"
     assert machine.installs == 1
 
