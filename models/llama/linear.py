@@ -3,7 +3,7 @@
 A forward of a few rows is bound by reading weights. Plain `F.linear` has a fast kernel for one row and a slower one
 from two rows on (1.3x to 1.8x in bf16, more in fp32), which would make verification dearer than decoding for no good
 reason. Weights packed once into oneDNN's blocked layout cost about the same for 1 to 8 rows, in bf16 and in fp32
-(scripts/forward_cost.py measures it).
+(`scripts/benchmark.py verify-cost` measures it).
 
 Every class here is a callable `linear(x [rows, in]) -> [rows, out]` with `.bytes`, the memory its weight holds.
 """

@@ -1,4 +1,6 @@
-"""Drafting a tree with a smaller model: several ways on, where it is unsure, in one verification."""
+"""Drafting a tree with a smaller model: several ways on where it is unsure, in one verification."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,27 +14,31 @@ from models.speculative.language_model import LanguageModel
 from models.speculative.sampling import SamplingParams
 
 WIDTH = 8  # children that a token may have
-AGREES = 0.4
-DECAY=1.
-UP,DOWN=1.25,.8
 FRONTIER = 8  # tokens of a level that may have children
+# Sampling: how often draft and target are so much of one mind that a first child is accepted whatever it is. Without
+# it, siblings are overrated: trees of 6 tokens then gave less than chains of 4 (embedded pair, temperature 0.8). 0.2
+# to 0.6 make little difference.
+ONE_MIND = 0.4
 
 
 class TreeDrafter(ModelDrafter):
     """A LanguageModel that drafts trees of at most `nodes` tokens; limit("tree") bounds their levels.
 
     A tree grows level by level, each by one forward of the draft over the tokens that are worth it. A token's reach is
-    the draft's probability of it and of all before it.
+    the chance, as far as the draft knows, that the text gets there.
 
-    Greedy: the tree of the greatest reach, as in EAGLE-2 (Li et al. 2024). Of all that was looked at the likeliest
-    `nodes` tokens stay, and no level is begun that could not add to them.
+    Greedy: reach is the probability of the token and all before it. The tree is the one of the greatest reach, as in
+    EAGLE-2 (Li et al. 2024): of all that was looked at the likeliest `nodes` tokens stay, and no level is begun that
+    could not add to them.
 
-    Sampling: children are drawn without replacement. How many a token has is decided before any of them is drawn,
-    by the laws alone: one for each probability whose reach passes a threshold, which moves from round to round so that
-    trees come out about full.
+    Sampling: children are drawn without replacement, and how many a token has is decided by laws alone, before any of
+    them is drawn. Places for children are opened where their expected reach passes a threshold, which moves from round
+    to round so that trees just fill; in the last level whatever is left is filled.
 
-    The tokens come as the chain of first children from the text on, then the others, so that the likeliest rows of a
+    Tokens come as the chain of first children from the text on, then the others, so that the likeliest rows of a
     verification lie where those of a chain would.
+
+    Raises UserError for a number of tokens that is not between 1 and 31.
     """
 
     source = "tree"
@@ -62,6 +68,7 @@ class TreeDrafter(ModelDrafter):
     def observe(self, accepted: int) -> None:
         """Nothing to learn: the text itself says which path was kept."""
 
+    # ------------------------------------------------------------------------------------------- the model's cache
     def _keep_path(self, tokens: list[int]) -> None:
         """Make those rows of the last tree the sequence that the text went on with, but for its last token."""
         rows, row = [0], 0
@@ -74,136 +81,169 @@ class TreeDrafter(ModelDrafter):
             self.cached += self.model.keep(self.cached - 1, rows) - 1
         self._row.clear()
 
-    def _feed(self, parents: list[int], tokens: list[int]) -> tuple[list[int], Tensor]:
-        """(rows of these tokens, logits [n, V] after each). parents: their rows."""
-        rows = list(range(len(self._fed), len(self._fed) + len(tokens)))
+    @property
+    def _room(self) -> int:
+        """Tokens that the next level may feed."""
+        return min(FRONTIER, self.model.max_rows - len(self._fed))
+
+    def _feed(self, parents: list[int], tokens: list[int]) -> tuple[range, Tensor]:
+        """(rows of these tokens, logits [n, V] after each). parents: the rows they follow."""
+        rows = range(len(self._fed), len(self._fed) + len(tokens))
         self._row.update(zip(zip(parents, tokens, strict=True), rows, strict=True))
         self._fed += parents
         return rows, self.model.forward(tokens, self.cached - 1, self._fed)
 
-    @property
-    def _room(self) -> int:
-        """Tokens of a level that may be fed."""
-        return min(FRONTIER, self.model.max_rows - len(self._fed))
-
+    # --------------------------------------------------------------------------------------------------- greedy
     def _likeliest(self, logits: Tensor, depth: int, limit: Limit) -> Draft:
         nodes, width = self.nodes, min(WIDTH, self.nodes, logits.shape[-1])
         # (-reach, number, token, number of the parent): in order, parents come before their children.
         pool: list[tuple[float, int, int, int]] = []
         frontier, rows = [(-1.0, -1, 0, 0)], {-1: 0}
-        count = level = 0
+        number = level = 0
         while True:
             level += 1
             chances, ids = torch.softmax(logits, -1, dtype=torch.float32).topk(width)
-            begin, weakest = count, pool[-1][0] if len(pool) == nodes else 0.0
-            for (above, parent, _, _), row_chances, row_ids in zip(frontier, chances.tolist(), ids.tolist(), strict=True):
-                for chance, token in zip(row_chances, row_ids, strict=True):
-                    if above * chance >= weakest:
+            begin, weakest = number, pool[-1][0] if len(pool) == nodes else 0.0
+            for node, node_chances, node_ids in zip(frontier, chances.tolist(), ids.tolist(), strict=True):
+                for chance, token in zip(node_chances, node_ids, strict=True):
+                    if node[0] * chance >= weakest:
                         break
-                    pool.append((above * chance, count, token, parent))
-                    count += 1
+                    pool.append((node[0] * chance, number, token, node[1]))
+                    number += 1
             pool.sort()
             del pool[nodes:]
             # No child of the last one of a full pool could enter it.
             frontier = [node for node in pool[: nodes - 1] if node[1] >= begin][: self._room]
-            if level == depth or not frontier:
+            if level == depth or not frontier or not self._level_pays(frontier, pool, limit):
                 break
-            if limit.priced:
-                # What the next level adds at most: its parents' reach, less that of what would have to leave.
-                leaves = [0.0] * (nodes - len(pool)) + [node[0] for node in reversed(pool)]
-                gain = sum(max(0.0, last - node[0]) for node, last in zip(frontier, leaves, strict=False))
-                if not limit.pays(self.source, gain, 1, 1 + min(nodes, len(pool) + 1)):
-                    break
             fed, logits = self._feed([rows[node[3]] for node in frontier], [node[2] for node in frontier])
             rows.update(zip((node[1] for node in frontier), fed, strict=True))
         if limit.priced:
-            worth = (i for i in range(1, len(pool)) if not limit.pays(self.source, -pool[i][0], 0, i + 2))
-            del pool[next(worth, nodes) :]
-        place = {number: i for i, (_, number, _, _) in enumerate(pool)}
-        place[-1] = -1
-        return _tree([node[2] for node in pool], [place[node[3]] for node in pool], [-node[0] for node in pool])
+            unpaid = (i for i in range(1, len(pool)) if not limit.pays(self.source, -pool[i][0], 0, i + 2))
+            del pool[next(unpaid, nodes) :]
+        place = {-1: -1} | {node[1]: i for i, node in enumerate(pool)}
+        return self._draft([node[2] for node in pool], [place[node[3]] for node in pool], [-node[0] for node in pool])
 
+    def _level_pays(self, frontier: list[tuple], pool: list[tuple], limit: Limit) -> bool:
+        """Whether to feed these tokens: at most their reach is added, less that of what leaves a full pool for it."""
+        if not limit.priced:
+            return True
+        leaving = [0.0] * (self.nodes - len(pool)) + [node[0] for node in reversed(pool)]
+        gain = sum(max(0.0, leaves - node[0]) for node, leaves in zip(frontier, leaving, strict=False))
+        return limit.pays(self.source, gain, 1, 1 + min(self.nodes, len(pool) + 1))
+
+    # ------------------------------------------------------------------------------------------------- sampling
     def _drawn(self, logits: Tensor, depth: int, limit: Limit) -> Draft:
-        params = self.sampling
-        tokens: list[int] = []
-        parents: list[int] = []
-        reach: list[float] = []
-        laws: list[Tensor] = []
+        params, nodes, threshold = self.sampling, self.nodes, self._threshold
+        tree = _DrawnTree(self._generator)
         frontier, rows = [-1], {-1: 0}
-        level, priced_out, qualified = 0, False, 0
+        level = passed = 0  # places opened that are above the threshold
         while True:
             level += 1
+            last = level == depth or not self._room
             law = distribution(logits, params.temperature, params.top_k, params.top_p)
-            scores = law.topk(min(WIDTH, law.shape[-1])).values.tolist()
-            slots = [
-                (-DECAY * (chance * (1 - AGREES) + AGREES * (rank == 0)) * (reach[node] if node >= 0 else 1.0), i)
-                for i, node in enumerate(frontier)
-                for rank, chance in enumerate(scores[i])
-                if chance > 0
-            ]
-            slots.sort()
-            counts = [0] * len(frontier)
-            opened = 0
-            for score, i in slots:
-                at = len(tokens) + opened
-                if at == self.nodes or (opened and level < depth and -score < self._threshold):
-                    break
-                if at and limit.priced and not limit.pays(self.source, -score, 0, at + 2):
-                    priced_out = True
-                    break
-                qualified += -score >= self._threshold
-                counts[i] += 1
-                opened += 1
-            if not opened: break
-            begin = len(tokens)
-            law0 = law.clone()
-            for rank in range(max(counts)):
-                chosen = [i for i, children in enumerate(counts) if children > rank]
-                rest = law[chosen]
-                if rank:
-                    rest = rest / rest.sum(-1, keepdim=True)
-                laws.append(rest)
-                for i, row in zip(chosen, rest, strict=True):
-                    token = sample(row, self._generator)
-                    node = frontier[i]
-                    tokens.append(token)
-                    parents.append(node)
-                    reach.append(DECAY*(float(law0[i][token]) * (1 - AGREES) + AGREES * (rank == 0)) * (reach[node] if node >= 0 else 1.0))
-                    law[i, token] = 0
-            new = range(begin, len(tokens))
-            frontier = sorted(new, key=lambda i: -reach[i])[: self._room]
-            if level == depth or not frontier or len(tokens) == self.nodes:
+            places = _places(law, [tree.reach[number] for number in frontier])
+            count, paid = self._open(places, len(tree.tokens), last, limit)
+            new = tree.draw(law, frontier, [i for _, i in places[:count]])
+            passed += sum(reach >= threshold for reach, _ in places[:count])
+            new = sorted(new, key=lambda number: -tree.reach[number])[: self._room]
+            left = nodes - len(tree.tokens)
+            if not left or not new or last:
                 break
             if limit.priced:
-                gain = sum(reach[i] for i in frontier[: self.nodes - len(tokens)])
-                if not limit.pays(self.source, gain, 1, len(tokens) + 2):
-                    priced_out = True
+                gain = sum(tree.reach[number] for number in new[:left])
+                paid = limit.pays(self.source, gain, 1, len(tree.tokens) + 2)
+                if not paid:
                     break
-            fed, logits = self._feed([rows[parents[i]] for i in frontier], [tokens[i] for i in frontier])
+            frontier = new
+            fed, logits = self._feed([rows[tree.parents[i]] for i in frontier], [tree.tokens[i] for i in frontier])
             rows.update(zip(frontier, fed, strict=True))
-        if qualified < self.nodes and not priced_out:
-            self._threshold *= DOWN
-        elif len(tokens) == self.nodes and level < depth:
-            self._threshold *= UP
-        return _tree(tokens, parents, reach, torch.cat(laws))
+        left_out = [reach for reach, _ in places[count:]] + [tree.reach[number] for number in new if not last]
+        if not left and max(left_out, default=0.0) >= threshold:
+            self._threshold = min(1.0, 1.25 * threshold)
+        elif paid and passed < nodes:
+            self._threshold = max(0.01 / nodes, 0.8 * threshold)
+        reach = [tree.reach[number] for number in range(len(tree.tokens))]
+        return self._draft(tree.tokens, tree.parents, reach, torch.cat(tree.laws))
+
+    def _open(self, places: list[tuple[float, int]], size: int, last: bool, limit: Limit) -> tuple[int, bool]:
+        """(how many of these places to open in a tree that has `size` tokens, False if a further one did not pay)."""
+        places = places[: self.nodes - size]
+        for count, (reach, _) in enumerate(places):
+            if reach < self._threshold and count and not last:
+                return count, True
+            if limit.priced and size + count and not limit.pays(self.source, reach, 0, size + count + 2):
+                return count, False
+        return len(places), True
+
+    def _draft(self, tokens: list[int], parents: list[int], reach: list[float], laws: Tensor | None = None) -> Draft:
+        """Of these tokens: the chain of first children from the text on, then the others as they are."""
+        child: dict[int, int] = {}
+        for number, parent in enumerate(parents):
+            child.setdefault(parent, number)
+        order, number = [], -1
+        while number in child:
+            number = child[number]
+            order.append(number)
+        chain = set(order)
+        order += [number for number in range(len(tokens)) if number not in chain]
+        place = {-1: -1} | {number: i for i, number in enumerate(order)}
+        return Draft(
+            [tokens[number] for number in order],
+            None if laws is None else laws[order],
+            source=self.source,
+            parents=[place[parents[number]] for number in order],
+            reach=[reach[number] for number in order],
+        )
 
 
-def _tree(tokens: list[int], parents: list[int], reach: list[float], laws: Tensor | None = None) -> Draft:
-    """A draft of these tokens: the chain of first children from the text on, then the others as they are."""
-    child: dict[int, int] = {}
-    for i, parent in enumerate(parents):
-        child.setdefault(parent, i)
-    order, last = [], -1
-    while last in child:
-        last = child[last]
-        order.append(last)
-    chain = set(order)
-    order += [i for i in range(len(tokens)) if i not in chain]
-    place = {-1: -1} | {old: new for new, old in enumerate(order)}
-    return Draft(
-        [tokens[i] for i in order],
-        None if laws is None else laws[order],
-        source=TreeDrafter.source,
-        parents=[place[parents[i]] for i in order],
-        reach=[reach[i] for i in order],
-    )
+class _DrawnTree:
+    """Tokens drawn so far, numbered; -1 is the text's last token."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.laws: list[Tensor] = []  # [some, V]
+        self.reach: dict[int, float] = {-1: 1.0}
+        self._generator = generator
+
+    def draw(self, law: Tensor, frontier: list[int], places: Sequence[int]) -> range:
+        """Numbers of the tokens drawn, one for each place; those of one token without replacement.
+
+        law [n, V] after each token of the frontier, which is used up. places: indices into the frontier.
+        """
+        begin = len(self.tokens)
+        counts = [places.count(i) for i in range(len(frontier))]
+        for rank in range(max(counts)):
+            chosen = [i for i, count in enumerate(counts) if count > rank]
+            rest = law[chosen]
+            if rank:
+                rest = rest / rest.sum(-1, keepdim=True)
+            drawn = [sample(row, self._generator) for row in rest]
+            for i, token, chance in zip(chosen, drawn, law[chosen, drawn].tolist(), strict=True):
+                self.reach[len(self.tokens)] = self.reach[frontier[i]] * _acceptance(chance, rank)
+                self.tokens.append(token)
+                self.parents.append(frontier[i])
+            law[chosen, drawn] = 0
+            self.laws.append(rest)
+        return range(begin, len(self.tokens))
+
+
+def _places(law: Tensor, reach: list[float]) -> list[tuple[float, int]]:
+    """Where children may be drawn, best first: (the reach that one is expected to have, index of its parent).
+
+    law [n, V]: after each parent; one has as many places as its law has tokens, up to WIDTH. reach: of the parents.
+    """
+    chances = law.topk(min(WIDTH, law.shape[-1])).values.tolist()
+    places = [
+        (reach[i] * _acceptance(chance, rank), i)
+        for i, row in enumerate(chances)
+        for rank, chance in enumerate(row)
+        if chance > 0
+    ]
+    return sorted(places, reverse=True)
+
+
+def _acceptance(chance: float, rank: int) -> float:
+    """How likely a child is accepted that has this probability and comes after `rank` siblings."""
+    return (1 - ONE_MIND) * chance + (ONE_MIND if rank == 0 else 0.0)

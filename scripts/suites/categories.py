@@ -1,0 +1,55 @@
+"""The kinds of text that the suite `compare` keeps apart: what a drafter is good for depends on them."""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.prompt_files import read_prompts
+from demo.settings import Settings
+
+PROMPTS = Path(__file__).resolve().parent / "prompts"
+RANDOM_COUNT, RANDOM_LENGTH = 4, 64
+
+
+@dataclass(frozen=True)
+class Category:
+    """Some prompts of one kind.
+
+    about: for the reader of the report. file: of the prompts' texts, in the format of the demos; None: random ids.
+    new_tokens: at most so many; None: as the suite is told. unrelated_draft: the draft model is replaced by one of
+    random weights, and drafts alone.
+    """
+
+    about: str
+    file: str | None
+    new_tokens: int | None = None
+    unrelated_draft: bool = False
+
+
+CATEGORIES = {
+    "code-completion": Category("code is gone on with", "code-completion.txt"),
+    "editing": Category("code is shown, then written again with a small change", "editing.txt"),
+    "summarising": Category("what was said is said again in other words", "summarising.txt"),
+    "docstring-prose": Category("new prose, nothing of which stands in the prompt", "docstring-prose.txt"),
+    "random-tokens": Category("random token ids as prompts, nothing to be right about", None),
+    "short-output": Category("8 new tokens: hardly time to earn anything", "short-output.txt", new_tokens=8),
+    "unrelated-draft": Category(
+        "a draft model of random weights alone, of whose tokens none can be right", "code-completion.txt", None, True
+    ),
+}
+
+
+def read_texts(name: str, settings: Settings) -> list[str]:
+    """The texts of a category's prompts, cut to --max-prompts."""
+    category = CATEGORIES[name]
+    if category.file is None:
+        return []
+    return read_prompts(dataclasses.replace(settings, prompts=str(PROMPTS / category.file)))
+
+
+def random_ids(vocab_size: int, seed: int, count: int | None) -> list[list[int]]:
+    """Prompts of random token ids, at most `count`."""
+    draw = random.Random(seed)
+    rows = [[draw.randrange(vocab_size) for _ in range(RANDOM_LENGTH)] for _ in range(RANDOM_COUNT)]
+    return rows[:count]

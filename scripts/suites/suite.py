@@ -1,0 +1,100 @@
+"""What scripts/benchmark.py asks of a suite, and the flags that suites have in common."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from demo.settings import Settings, parse_settings
+from models.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Results = dict[str, Any]
+OUTPUT_FLAGS = ("--html", "--no-color", "--version")  # of the demos, without a meaning here
+
+
+class Progress(Protocol):
+    """Where a suite tells how far it is."""
+
+    def begin(self, steps: int, what: str) -> None: ...
+    def step(self, what: str = "") -> None: ...
+
+
+class Suite(Protocol):
+    """One suite: made from its own flags and those left over, which are the demos'; a mistake in them is a UserError.
+
+    `measure` may be interrupted by Ctrl-C at any moment; `results` then holds what was complete. `markdown` and
+    `figure` read nothing but results.
+    """
+
+    title: str
+    repeats: int  # by default
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None: ...
+    def __init__(self, options: argparse.Namespace, rest: Sequence[str]) -> None: ...
+    def prepare(self) -> None: ...
+    def measure(self, progress: Progress) -> None: ...
+    def results(self) -> Results: ...
+
+    @staticmethod
+    def markdown(results: Results) -> str: ...
+
+    @staticmethod
+    def figure(results: Results) -> "Figure": ...
+
+
+def model_settings(suite: str, rest: Sequence[str], own: Sequence[str] = (), refused: Sequence[str] = ()) -> Settings:
+    """Settings of the demos from the flags left over; `own` are the suite's additions to them.
+
+    UserError for flags that the suite chooses itself, for --device tt, and for whatever the demos refuse.
+    """
+    flags = {arg.split("=", 1)[0] for arg in rest}
+    for flag in (*refused, *OUTPUT_FLAGS):
+        if flag in flags:
+            raise UserError(f"{flag} has no meaning in the suite {suite}: leave it out")
+    given = parse_settings(rest)
+    if given.device == "tt":
+        raise UserError(f"--device tt: the suite {suite} measures on cpu and cuda, on a board use the demo")
+    if given.drafter == "none":
+        raise UserError(f"--drafter none drafts nothing, which is no use in the suite {suite}: leave it out")
+    from models.llama.device import check_device
+
+    check_device(given.device)
+    return parse_settings([*rest, *own])
+
+
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """argparse type: a whole number in [low, high]."""
+
+    def parse(text: str) -> int:
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: give one {bounds}") from None
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{value} is out of range: give a whole number {bounds}")
+        return value
+
+    return parse
+
+
+def integers(low: int, high: int | None = None) -> Callable[[str], list[int]]:
+    """argparse type: whole numbers in [low, high] with commas between them; sorted, each once."""
+    one = integer(low, high)
+    return lambda text: sorted({one(part) for part in text.split(",")})
+
+
+def names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """argparse type: some of the known names with commas between them, in their own order."""
+
+    def parse(text: str) -> list[str]:
+        wanted = [part.strip() for part in text.split(",")]
+        for name in wanted:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not known: choose from {', '.join(known)}")
+        return [name for name in known if name in wanted]
+
+    return parse
