@@ -1,41 +1,28 @@
-"""Command line of the demos: flags, their environment equals, and the prompt files. Nothing heavy is imported here."""
+"""Command line of the demos: flags and their environment equals. Nothing heavy is imported here."""
 
 import argparse
-import json
-import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 
 from models.command_line import Parser
-from models.errors import UserError
 from models.llama.ttnn_llama.boards import PLACEMENTS
 from models.llama.ttnn_llama.precision import PRECISIONS
 from models.speculative.controller import MAX_DRAFT_LENGTH
 
-ROOT = Path(__file__).resolve().parent.parent
-EMBEDDED_TARGET = ROOT / "models" / "checkpoints" / "tiny-target"
-EMBEDDED_DRAFT = ROOT / "models" / "checkpoints" / "tiny-draft"
-PROMPTS = Path(__file__).resolve().parent / "prompts"
-
 MODES = ("compare", "speculative", "baseline")
-DRAFTERS = ("model", "prompt-lookup", "combined", "none")
+DRAFTERS = ("model", "prompt-lookup", "combined", "tree", "early-exit", "none")
+MODEL_DRAFTERS = ("model", "combined", "tree")  # that need a draft model
 DTYPES = ("bf16", "fp32", "fp16")
 PRECISION = "performance"  # as tt_transformers' demo
-# Flags that have a meaning on some devices only, and what to do about one of them on another device.
-TORCH_FLAGS = {
-    "dtype": "use --precision or leave it out",
-    "draft_dtype": "use --draft-precision or leave it out",
-    "row_invariant": "leave it out, on a board all rows are computed alike",
-}
-BOARD_FLAGS = ("precision", "draft_precision", "draft_placement", "trace", "weight_cache")
-DRAFT_FLAGS = ("draft", "draft_dtype", "draft_precision", "draft_placement")  # of a draft model
-# A padded decode of so many rows costs what one row does, within 5 % (bf16; scripts/forward_cost.py: 12 rows 1.12x).
+# A padded decode of so many rows costs what one row does, within 5 % (bf16; 12 rows 1.12x; scripts/benchmark.py
+# verify-cost measures it).
 FREE_ROWS = 7
-AUTO = "auto"  # draft as many tokens as measured costs and acceptance say, from none to AUTO_LONGEST
-AUTO_LONGEST = FREE_ROWS - 1
+AUTO = "auto"  # by what was measured: tokens to draft, from none to the longest; layers to leave early after
+AUTO_LONGEST = 15  # where rows are computed as they come
+AUTO_LONGEST_FIXED = FREE_ROWS - 1  # where every forward computes all rows that the longest draft needs
 DRAFT_TOKENS = 4
+TREE_NODES = 15
+TREE_NODES_FIXED = FREE_ROWS - 1
 
 EPILOG = """\
 prompt files:
@@ -54,75 +41,6 @@ exit codes: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupt
 """
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for; one field per flag. ``draft`` is None when the embedded draft is to be tried."""
-
-    mode: str
-    target: str
-    draft: str | None
-    device: str
-    dtype: str
-    draft_dtype: str
-    drafter: str
-    num_draft_tokens: int | str  # or AUTO
-    verification: str
-    row_invariant: bool
-    precision: str
-    draft_precision: str
-    draft_placement: str
-    trace: bool
-    weight_cache: bool
-    max_seq_len: int | None
-    prompts: str | None
-    prompt: list[str] | None
-    random_prompts: tuple[int, int] | None
-    instruct: bool
-    max_prompts: int | None
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    threads: int | None
-    json: str | None
-    quiet: bool
-    no_color: bool
-
-    @property
-    def auto(self) -> bool:
-        """Whether the draft length is chosen while it runs."""
-        return self.num_draft_tokens == AUTO
-
-    @property
-    def longest_draft(self) -> int:
-        """Tokens that a round drafts at most."""
-        return AUTO_LONGEST if self.auto else self.num_draft_tokens
-
-    @property
-    def drafts(self) -> bool:
-        """Whether anything is to be drafted by anybody."""
-        return "speculative" in self.paths and self.drafter != "none"
-
-    @property
-    def uses_draft_model(self) -> bool:
-        """Whether a draft model is to be loaded."""
-        return self.drafts and self.drafter != "prompt-lookup"
-
-    @property
-    def fixed_rows(self) -> int | None:
-        """Rows every target forward is padded to, so that a row's bits do not depend on how many rows are computed.
-
-        Just enough for a verification. On a board nothing has to be padded: a tile has 32 rows anyway.
-        """
-        return self.longest_draft + 1 if self.row_invariant and self.device != "tt" else None
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The generation paths to run and to count, in the order of the report."""
-        return ("baseline", "speculative") if self.mode == "compare" else (self.mode,)
-
-
 def _integer(low: int, high: int | None = None):
     """argparse type: an integer in [low, high]."""
     bounds = f"at least {low}" if high is None else f"from {low} to {high}"
@@ -139,14 +57,17 @@ def _integer(low: int, high: int | None = None):
     return parse
 
 
-def _draft_tokens(text: str) -> int | str:
-    """argparse type: a number of drafted tokens, or AUTO."""
-    if text == AUTO:
-        return AUTO
-    try:
-        return _integer(0, MAX_DRAFT_LENGTH)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or {AUTO}") from None
+def _integer_or_auto(low: int, high: int | None = None):
+    """argparse type: an integer in [low, high], or AUTO."""
+    integer = _integer(low, high)
+
+    def parse(text: str) -> int | str:
+        try:
+            return AUTO if text == AUTO else integer(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, or {AUTO}") from None
+
+    return parse
 
 
 def _count_by_length(text: str) -> tuple[int, int]:
@@ -215,8 +136,9 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         "--row-invariant",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compute every target forward on K + 1 rows, so that greedy text is the same bit for bit with and without "
-        "speculation (default: on where that costs plain decoding nothing: K + 1 <= 7, and not in fp32, which hardly "
+        help="compute every target forward on as many rows as the longest verification has, so that greedy text is the "
+        "same bit for bit with and without speculation (a tree's can still differ where two tokens are all but equal; "
+        f"default: on where that costs plain decoding nothing: up to {FREE_ROWS} rows, and not in fp32, which hardly "
         "ever needs it)",
     )
 
@@ -274,16 +196,36 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         choices=DRAFTERS,
         default=DRAFTERS[0],
         help="who guesses the next tokens. model: the draft model; prompt-lookup: no model, a copy of what followed "
-        "the same tokens earlier in the prompt or text; combined: prompt-lookup where it finds something, else the "
-        "draft model; none: nobody, plain decoding (default: %(default)s; a board has model and none for now)",
+        "the same tokens earlier in the prompt or text; combined: prompt-lookup where it finds something and promises "
+        "more, else the draft model; tree: the draft model, several guesses for a place at once; early-exit: the "
+        "target's own first layers, for models trained to be left early; none: nobody, plain decoding "
+        "(default: %(default)s; a board has model and none for now)",
     )
     group.add_argument(
         "--num-draft-tokens",
-        type=_draft_tokens,
+        type=_integer_or_auto(0, MAX_DRAFT_LENGTH),
         default=None,
         metavar=f"{AUTO}|K",
-        help=f"tokens drafted per round, 0 to {MAX_DRAFT_LENGTH}; {AUTO}: before every round whatever pays best of 0 "
-        f"to {AUTO_LONGEST}, by the costs and the acceptance measured so far (default: {DRAFT_TOKENS})",
+        help=f"tokens drafted per round, 0 to {MAX_DRAFT_LENGTH}, of a tree its levels; {AUTO}: before every round "
+        f"whatever pays best of 0 to {AUTO_LONGEST_FIXED} ({AUTO_LONGEST} without --row-invariant), by the costs and "
+        f"the acceptance measured so far (default: {AUTO}; with --verification sequential, and on a board for now, "
+        f"{DRAFT_TOKENS})",
+    )
+    group.add_argument(
+        "--tree-nodes",
+        type=_integer(1, MAX_DRAFT_LENGTH),
+        default=None,
+        metavar="N",
+        help=f"tokens of a tree at most (--drafter tree), 1 to {MAX_DRAFT_LENGTH} (default: {TREE_NODES_FIXED}, "
+        f"without --row-invariant {TREE_NODES}; as many as levels are asked for, if that is more)",
+    )
+    group.add_argument(
+        "--exit-layer",
+        type=_integer_or_auto(1),
+        default=None,
+        metavar=f"{AUTO}|E",
+        help=f"layers of the target that draft (--drafter early-exit), below the number it has; {AUTO}: by what each "
+        f"number costs and gets accepted, measured on the first prompt (default: {AUTO})",
     )
     group.add_argument(
         "--verification",
@@ -306,130 +248,9 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
 
     group = parser.add_argument_group("output")
     group.add_argument("--json", metavar="FILE", help="write all results, per prompt and in total, to this file")
+    group.add_argument(
+        "--html", metavar="FILE", help="write a page with charts and with the texts token by token, round by round"
+    )
     group.add_argument("--quiet", action="store_true", help="print only the final table")
     group.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does the same)")
     return parser
-
-
-def parse_settings(
-    argv: Sequence[str] | None, mode: str | None = None, environ: Mapping[str, str] = os.environ
-) -> Settings | None:
-    """Settings from a command line, or None for --version. Raises UserError for anything wrong in it."""
-    options = build_parser(mode, environ).parse_args(argv)
-    if options.version:
-        return None
-    sources = [flag for flag in ("prompts", "prompt", "random_prompts") if getattr(options, flag)]
-    if len(sources) > 1:
-        flags = " and ".join("--" + flag.replace("_", "-") for flag in sources)
-        raise UserError(f"{flags} were given together: give one kind of prompts")
-    if options.instruct and options.random_prompts:
-        raise UserError("--instruct has no meaning with --random-prompts: give one of them")
-    values = vars(options)
-    del values["version"]
-    _check_device_flags(options)
-    _check_drafter(options)
-    values["draft"] = options.draft or environ.get("DRAFT_MODEL") or None
-    if options.target is None:
-        values["target"] = str(EMBEDDED_TARGET)
-        values["draft"] = options.draft or str(EMBEDDED_DRAFT)
-    for name, default in (("dtype", "bf16"), ("precision", PRECISION), ("draft_placement", PLACEMENTS[0])):
-        values[name] = values[name] or default
-    for name in ("dtype", "precision"):
-        values[f"draft_{name}"] = values[f"draft_{name}"] or values[name]
-    for name in ("trace", "weight_cache"):
-        values[name] = values[name] is not False
-    if options.num_draft_tokens is None:
-        values["num_draft_tokens"] = 0 if options.drafter == "none" else DRAFT_TOKENS
-    if options.row_invariant is None:
-        free = options.num_draft_tokens == AUTO or options.num_draft_tokens < FREE_ROWS
-        values["row_invariant"] = values["dtype"] != "fp32" and free
-    return Settings(**values)
-
-
-def _check_device_flags(options: argparse.Namespace) -> None:
-    """UserError for a flag that has no meaning on the device."""
-    on_board = options.device == "tt"
-    given = [name for name in (TORCH_FLAGS if on_board else BOARD_FLAGS) if getattr(options, name) is not None]
-    if given:
-        flag = "--no-" * (getattr(options, given[0]) is False) or "--"
-        flag += given[0].replace("_", "-")
-        remedy = TORCH_FLAGS[given[0]] if on_board else "add --device tt or leave it out"
-        raise UserError(f"{flag} has no meaning with --device {options.device}: {remedy}")
-
-
-def _check_drafter(options: argparse.Namespace) -> None:
-    """UserError for a way of drafting that the device or another flag rules out."""
-    drafter, length = options.drafter, options.num_draft_tokens
-    if options.device == "tt":
-        captured = "does not work with --device tt yet, where programs are captured for"
-        if drafter in ("prompt-lookup", "combined"):
-            raise UserError(f"--drafter {drafter} {captured} the draft model: use --drafter model or none")
-        if length == AUTO:
-            raise UserError(
-                f"--num-draft-tokens {AUTO} {captured} one draft length: give a number, such as {DRAFT_TOKENS}"
-            )
-    if drafter == "none" and length:
-        raise UserError(f"--num-draft-tokens {length} has no meaning with --drafter none: leave one of them out")
-    if drafter in ("prompt-lookup", "none"):
-        given = [name for name in DRAFT_FLAGS if getattr(options, name) is not None]
-        if given:
-            flag = "--" + given[0].replace("_", "-")
-            raise UserError(f"{flag} has no meaning with --drafter {drafter}: leave it out or use --drafter model")
-    if length == AUTO and options.verification == "sequential":
-        raise UserError(
-            f"--num-draft-tokens {AUTO} chooses by what batched verification costs: with --verification sequential "
-            f"give a number, such as {DRAFT_TOKENS}"
-        )
-
-
-def read_prompts(settings: Settings) -> list[str]:
-    """Prompt texts in order, cut to --max-prompts; none for --random-prompts. Raises UserError for a bad file."""
-    if settings.random_prompts:
-        return []
-    if settings.prompt:
-        prompts = settings.prompt
-        if not all(prompt.strip() for prompt in prompts):
-            raise UserError("--prompt '' is empty: give some text")
-    else:
-        default = PROMPTS / ("instruct.txt" if settings.instruct else "python.txt")
-        prompts = _read_file(Path(settings.prompts) if settings.prompts else default)
-    return prompts[: settings.max_prompts]
-
-
-def _read_file(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"cannot read the prompt file {path}: {reason}") from error
-    if path.suffix == ".json":
-        prompts = _from_json(path, text)
-    else:
-        parts = re.split(r"^---[ \t]*\n", text.replace("\r\n", "\n") + "\n", flags=re.MULTILINE)
-        # each part but the last ends with the line end that belongs to its separator; the last has the one added
-        # here, and the file's own final line end is no part of the prompt either
-        prompts = [part[:-1] for part in parts[:-1]] + [parts[-1].removesuffix("\n").removesuffix("\n")]
-    prompts = [prompt for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise UserError(f"the prompt file {path} holds no prompt: see --help for its format")
-    return prompts
-
-
-def _from_json(path: Path, text: str) -> list[str]:
-    try:
-        items = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"the prompt file {path} is not JSON ({error}): see --help for its format") from error
-    if not isinstance(items, list):
-        raise UserError(f"the prompt file {path} holds {type(items).__name__}, not a list: see --help for its format")
-    prompts = [item.get("prompt") if isinstance(item, dict) else item for item in items]
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str):
-            raise UserError(f'entry {number} of {path} is neither a string nor an object with a "prompt" string')
-    return prompts
-
-
-def describe_source(source: str) -> str:
-    """A checkpoint's name for people: embedded ones relative to the project, others as given."""
-    path = Path(source)
-    return str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else source

@@ -16,10 +16,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from demo.arguments import Settings
+from demo.explain import explain_slowdown
 from demo.report import Results
-from demo.session import Prompt, Row, Run, Session
-from demo.wording import about, closing_lines, explain_slowdown, figures, pace, summary_sections
+from demo.runs import Prompt, Row, Run
+from demo.session import Session
+from demo.settings import Settings
+from demo.wording import about, closing_lines, figures, pace, path_name, summary_sections
 
 # Where a token came from -> its style and, for the legend, its name.
 ORIGINS = {
@@ -238,7 +240,7 @@ class TerminalView(QuietView):
 
     def _draw(self, run: Run) -> None:
         console = self.console
-        status = Text(f" {run.path}  ", style="bold")
+        status = Text(f" {path_name(run, self.session)}  ", style="bold")
         if run.tokens:
             status.append(_so_far(run, self.session, f"/{self.session.settings.max_new_tokens}"))
         else:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo.arguments import ROOT
+from demo.settings import ROOT
 from models.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def peak_memory(device: str) -> dict[str, int | None]:
     }
 
 
-def check_writable(name: str) -> None:
-    """UserError unless a file of this name can be written, found out before the run and without leaving a trace."""
+def check_writable(name: str, flag: str = "--json") -> None:
+    """UserError, with the flag that named it, unless a file can be written; found out without leaving a trace."""
     path = Path(name)
     try:
         if path.is_dir():
@@ -91,13 +91,18 @@ def check_writable(name: str) -> None:
             with tempfile.NamedTemporaryFile(dir=path.resolve().parent):
                 pass
     except OSError as error:
-        raise UserError(f"cannot write --json {name}: {error.strerror}: choose another file") from error
+        raise UserError(f"cannot write {flag} {name}: {error.strerror}: choose another file") from error
 
 
 def write_json(name: str, results: dict[str, Any]) -> None:
-    """Write results whole or not at all: to a temporary file beside it, then renamed. Devices and pipes directly."""
+    """Write results as JSON."""
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     text = re.sub(r"\[\n[\d\s.,e+-]+\]", lambda match: " ".join(match[0].split()), text)  # lists of numbers on one line
+    write_text(name, text, "--json")
+
+
+def write_text(name: str, text: str, flag: str) -> None:
+    """Write a file whole or not at all: to a temporary one beside it, then renamed. Devices and pipes directly."""
     path = Path(name).resolve()
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
@@ -112,4 +117,4 @@ def write_json(name: str, results: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"cannot write --json {name}: {error.strerror}") from error
+        raise UserError(f"cannot write {flag} {name}: {error.strerror}") from error

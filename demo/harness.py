@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from demo.arguments import Settings, parse_settings, read_prompts
+from demo.prompt_files import read_prompts
+from demo.settings import Settings, parse_settings
 from models.command_line import BROKEN_PIPE, INTERRUPTED, discard_stdout, run_command
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ def _run(session: "Session", start: float) -> int:
         from demo.environment import write_json
 
         write_json(settings.json, results)
+    if settings.html:
+        from demo.html_report import write_html
+
+        write_html(settings.html, session, results)
     if code != BROKEN_PIPE:
         display.summary(results)
         sys.stdout.flush()
@@ -89,5 +94,7 @@ def _check_early(settings: Settings) -> None:
 
     if settings.json:
         check_writable(settings.json)
+    if settings.html:
+        check_writable(settings.html, "--html")
     check_device(settings.device)
     SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.seed)

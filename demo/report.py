@@ -10,15 +10,16 @@ import statistics
 import sys
 from typing import Any
 
-from demo.arguments import BOARD_FLAGS, DRAFT_FLAGS, TORCH_FLAGS, describe_source
 from demo.environment import machine, peak_memory, versions
-from demo.session import Row, Run, Session
-from models.speculative.stats import GenerationStats
+from demo.runs import Row, Run
+from demo.session import Session
+from demo.settings import BOARD_FLAGS, DRAFT_FLAGS, TORCH_FLAGS, describe_source
+from models.speculative.stats import GenerationStats, Round
 
 Results = dict[str, Any]
 
 # Keys of times, and of what is computed from times.
-TIMES = re.compile(r".*_(s|ms)|tok_s_user|host_share|speedup(_median)?|ttft_ratio|break_even")
+TIMES = re.compile(r".*_(s|ms)|tok_s_user|host_share|speedup(_median)?|speed_ups?|draft_length|ttft_ratio|break_even")
 
 
 def build_results(session: Session, interrupted: bool, total_s: float) -> Results:
@@ -44,6 +45,7 @@ def _results(session: Session, interrupted: bool, total_s: float) -> Results:
     return {
         **totals,
         "controller": _controller(session, runs["speculative"]) if settings.auto and speculative else None,
+        "early_exit": dataclasses.asdict(session.exit) if session.exit else None,
         "speedup": _ratio(speculative, baseline, "tok_s_user"),
         "speedup_median": _median([_row_speedup(row) for row in rows]) if compared else None,
         "ttft_ratio": _median([_row_ttft_ratio(row) for row in rows]) if compared else None,
@@ -66,8 +68,8 @@ def _results(session: Session, interrupted: bool, total_s: float) -> Results:
 def _without_times(value: Any) -> Any:
     """The same results with null for every time."""
     if isinstance(value, dict):
-        return {key: None if TIMES.fullmatch(key) else _without_times(item) for key, item in value.items()}
-    if isinstance(value, list):
+        return {key: None if TIMES.fullmatch(str(key)) else _without_times(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
         return [_without_times(item) for item in value]
     return value
 
@@ -88,16 +90,21 @@ def _path_totals(session: Session, path: str, runs: list[Run]) -> Results:
 
 def _speculation(stats: GenerationStats, fused: bool) -> Results:
     """Of the times of a round either draft_ms and verify_ms are known, or fused_ms: both in one device program. Rates
-    and means are over rounds that drafted and were not cut, counts over all; plain rounds drafted nothing."""
-    rated = bool(stats.acceptance_by_position)  # False if every round was cut short or nothing was to be drafted
-    lengths = [round.drafted for round in stats.rounds if round.drafted and not round.cut]
+    and means are over rounds that drafted and were not cut, counts over all; plain rounds drafted nothing.
+
+    A tree's length is that of its longest chain, its levels: so many of its tokens could have been accepted. Lengths,
+    acceptance rate and positions go by levels; drafted and tree_tokens_per_round count all its tokens.
+    """
+    rated = rated_rounds(stats)
+    trees = [round.drafted for round in rated if round.parents is not None]
     return {
         "rounds": len(stats.rounds),
         "plain_rounds": sum(not round.drafted and not round.cut for round in stats.rounds),
         "drafted": sum(round.drafted for round in stats.rounds),
         "sources": _sources(stats),
-        "mean_draft_length": statistics.mean(lengths) if rated else None,
-        "acceptance_rate": stats.acceptance_rate if rated else None,
+        "mean_draft_length": statistics.mean(round.depth for round in rated) if rated else None,
+        "tree_tokens_per_round": statistics.mean(trees) if trees else None,
+        "acceptance_rate": acceptance_rate(stats),
         "mean_acceptance_length": stats.mean_acceptance_length if rated else None,
         "acceptance_by_position": stats.acceptance_by_position,
         "draft_ms": None if fused else stats.draft_ms,
@@ -109,8 +116,19 @@ def _speculation(stats: GenerationStats, fused: bool) -> Results:
     }
 
 
+def rated_rounds(stats: GenerationStats) -> list[Round]:
+    """The rounds that rates are taken over: they drafted, and nothing cut them short."""
+    return [round for round in stats.rounds if round.drafted and not round.cut]
+
+
+def acceptance_rate(stats: GenerationStats) -> float | None:
+    """Accepted tokens over those that could have been accepted: all of a chain, one in each level of a tree."""
+    rated = rated_rounds(stats)
+    return sum(round.accepted for round in rated) / sum(round.depth for round in rated) if rated else None
+
+
 def _sources(stats: GenerationStats) -> Results:
-    """What drafted ("model", "lookup"), in how many rounds, how many tokens, and how many of them were accepted."""
+    """What drafted ("model", "lookup", ..), in how many rounds, how many tokens, and how many of them were accepted."""
     sources: Results = {}
     for round in stats.rounds:
         if round.drafted:
@@ -122,8 +140,9 @@ def _sources(stats: GenerationStats) -> Results:
 
 
 def _controller(session: Session, runs: list[Run]) -> Results:
-    """Of automatic draft lengths: how many tokens each round of each run drafted, and what that was decided with."""
-    return {"chosen": [[round.drafted for round in run.stats.rounds] for run in runs], **session.controller.report()}
+    """Of automatic draft lengths: how many tokens (of trees: levels) each round of each run drafted, and what that was
+    decided with."""
+    return {"chosen": [[round.depth for round in run.stats.rounds] for run in runs], **session.controller.report()}
 
 
 def _run_results(run: Run, fused: bool) -> Results:
@@ -223,13 +242,16 @@ def describe_settings(session: Session) -> Results:
     """The flags that mattered on this device, as they took effect."""
     settings = session.settings
     values = dataclasses.asdict(settings)
-    for name in ("quiet", "no_color", "json", *(TORCH_FLAGS if session.board else BOARD_FLAGS)):
+    for name in ("quiet", "no_color", "json", "html", *(TORCH_FLAGS if session.board else BOARD_FLAGS)):
         del values[name]
     values["target"] = describe_source(settings.target)
     values["draft"] = session.draft and describe_source(session.draft.opened.source)
     for name in DRAFT_FLAGS[1:]:
         if name in values and session.draft is None:
             values[name] = None
+    drafter = settings.drafter if settings.drafts else "none"
+    values["tree_nodes"] = settings.tree_nodes if drafter == "tree" else None
+    values["exit_layer"] = session.exit_layer if drafter == "early-exit" else None
     values["max_seq_len"] = session.max_seq_len
     if session.board:
         values["trace"], values["fused"] = session.board.trace, session.fused

@@ -3,15 +3,17 @@
 import random
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from loguru import logger
 
-from demo.arguments import AUTO_LONGEST, EMBEDDED_DRAFT, Settings, describe_source
+from demo.arguments import AUTO
 from demo.progress import loading_bar, show_memory
+from demo.runs import Prompt, Row, Run, Viewer
+from demo.settings import EMBEDDED_DRAFT, Settings, describe_source
 from models.errors import UserError
+from models.llama.first_layers import check_exit_layer
 from models.llama.loading import (
     LoadedModel,
     OpenedModel,
@@ -22,68 +24,24 @@ from models.llama.loading import (
     open_model,
 )
 from models.llama.tokenizer import LlamaTokenizer
-from models.speculative.controller import AutoDraftLength, FixedDraftLength
+from models.llama.ttnn_llama.shapes import padded_rows
+from models.speculative.controller import AutoDraftLength, Controller, FixedDraftLength
+from models.speculative.costs import Costs
 from models.speculative.drafters import Drafter
 from models.speculative.drafters.combined import Combined
+from models.speculative.drafters.early_exit import EarlyExit, ExitChoice, choose_exit
 from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.prompt_lookup import PromptLookup
+from models.speculative.drafters.tree import TreeDrafter
 from models.speculative.generate import Token, generate
 from models.speculative.sampling import SamplingParams
-from models.speculative.stats import GenerationStats
 from models.ttnn_mock import cluster
 
 if TYPE_CHECKING:
     from models.llama.ttnn_llama.pair import BoardModels
 
-
-@dataclass
-class Prompt:
-    """One prompt: its place from 1, what the user sees, and what the models get."""
-
-    number: int
-    text: str
-    ids: list[int]
-
-
-@dataclass
-class Run:
-    """One generation on one path ("baseline" or "speculative"), growing while it runs."""
-
-    path: str
-    prompt: Prompt
-    tokens: list[int] = field(default_factory=list)
-    pieces: list[tuple[str, str]] = field(default_factory=list)  # text and where it came from (Token.origin)
-    stats: GenerationStats = field(default_factory=GenerationStats)
-    counted: bool = True  # False for the warm-up
-
-    @property
-    def text(self) -> str:
-        return "".join(text for text, _ in self.pieces)
-
-
-@dataclass
-class Row:
-    """One prompt's complete runs, by path."""
-
-    prompt: Prompt
-    runs: dict[str, Run]
-
-    @property
-    def identical(self) -> bool:
-        """Whether all paths wrote the same tokens."""
-        first, *others = self.runs.values()
-        return all(first.tokens == other.tokens for other in others)
-
-
-class Viewer(Protocol):
-    """What the session tells while it runs. Time spent here is not measured."""
-
-    def begin_prompt(self, prompt: Prompt) -> None: ...
-    def begin_run(self, run: Run) -> None: ...
-    def token(self, run: Run) -> None: ...
-    def end_run(self, run: Run) -> None: ...
-    def end_prompt(self, row: Row) -> None: ...
+EXIT_TOKENS = 64  # that the target writes for the choice of an exit layer
 
 
 class Session:
@@ -98,9 +56,7 @@ class Session:
         self.sampling = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.seed)
         self.rows: list[Row] = []
         self.under_way: list[Run] = []
-        self.controller = (
-            AutoDraftLength(range(AUTO_LONGEST + 1)) if settings.auto else FixedDraftLength(settings.num_draft_tokens)
-        )
+        self.exit: ExitChoice | None = None  # of early exit, where its layers were chosen by measurement
         if settings.threads:
             torch.set_num_threads(settings.threads)
         target = open_model(settings.target)
@@ -116,16 +72,19 @@ class Session:
         self.tokenizer: LlamaTokenizer | None = target.tokenizer
         self.prompts = self._make_prompts(texts, target)
         self._check_lengths()
+        if settings.drafts and settings.drafter == "early-exit":
+            self._check_exit(target.checkpoint.config.num_hidden_layers)
         self.board: BoardModels | None = None
         self.warm_up_s: float | None = None  # compiling and capturing on a board
         if settings.device == "tt":
             self._load_on_board(target, draft)
         else:
-            verify_rows = settings.longest_draft + 1
+            verify_rows = settings.verify_rows
             self.target = self._load(
                 "target", target, settings.dtype, fixed_rows=settings.fixed_rows, typical_rows=verify_rows
             )
             self.draft = self._load("draft", draft, settings.draft_dtype) if draft else None
+        self.controller = self.make_controller(settings.num_draft_tokens)
         self.stop_ids = () if settings.random_prompts else target.checkpoint.config.eos_token_ids
 
     # -------------------------------------------------------------------------------------------------- loading
@@ -154,7 +113,8 @@ class Session:
         return load_model(opened, device=self.settings.device, dtype=dtype, max_seq_len=self.max_seq_len, **rows)
 
     def _load_on_board(self, target: OpenedModel, draft: OpenedModel | None) -> None:
-        from models.llama.ttnn_llama.pair import BoardModels, BoardOptions
+        from models.llama.ttnn_llama.options import DRAFT_LENGTHS, BoardOptions
+        from models.llama.ttnn_llama.pair import BoardModels
 
         settings = self.settings
         options = BoardOptions(
@@ -163,7 +123,10 @@ class Session:
             placement=settings.draft_placement,
             trace=settings.trace,
             weight_cache=settings.weight_cache,
-            draft_length=settings.longest_draft,
+            drafter=settings.drafter if settings.drafts else "none",
+            exit_layer=None if settings.exit_layer == AUTO else settings.exit_layer,
+            tree_nodes=settings.tree_nodes,
+            draft_lengths=DRAFT_LENGTHS if settings.auto else (settings.num_draft_tokens,),
             greedy=self.sampling.greedy,
             batched=settings.verification == "batched",
         )
@@ -189,6 +152,13 @@ class Session:
     def fused(self) -> bool:
         """Whether draft and verification are one program on the board, so that they have no times of their own."""
         return self.board is not None and self.board.fused is not None
+
+    @property
+    def exit_layer(self) -> int | None:
+        """Layers that early exit drafts with; None before they are chosen."""
+        if self.exit:
+            return self.exit.exit_layer
+        return None if self.settings.exit_layer == AUTO else self.settings.exit_layer
 
     def close(self) -> None:
         """Give the board back, if there is one."""
@@ -218,13 +188,27 @@ class Session:
                     "shorten it or raise --max-seq-len"
                 )
 
+    def _check_exit(self, layers: int) -> None:
+        if layers == 1:
+            raise UserError("--drafter early-exit cannot leave a target of one layer early: use another drafter")
+        if self.settings.exit_layer != AUTO:
+            check_exit_layer(self.settings.exit_layer, layers)
+        elif self.max_seq_len - len(self.prompts[0].ids) < 2:
+            raise UserError(
+                f"--exit-layer {AUTO} has to see the target write two tokens after prompt 1, which leaves room for "
+                "one: shorten it, raise --max-seq-len or give a number of layers"
+            )
+
     # -------------------------------------------------------------------------------------------------- running
     @torch.inference_mode()
     def run(self, viewer: Viewer) -> None:
         """Warm up, then run every prompt on every path. What is complete is in ``rows``, also after an interruption."""
         paths = self.settings.paths
-        if self.settings.auto and self.settings.drafts:
-            self._measure_costs()
+        if self.settings.drafts:
+            if self.settings.drafter == "early-exit" and self.exit_layer is None:
+                self.choose_exit()
+            if self.settings.auto:
+                self.measure_costs(self.controller)
         self._run_paths(viewer, {path: Run(path, self.prompts[0], counted=False) for path in paths}, paths)
         warm_lengths = {len(self.prompts[0].ids)}
         for prompt in self.prompts:
@@ -240,10 +224,27 @@ class Session:
             self.rows.append(Row(prompt, runs))
             viewer.end_prompt(self.rows[-1])
 
-    def _measure_costs(self) -> None:
-        """What forwards of one, some and all rows cost, for the controller to begin with; it interpolates."""
-        rows = {min(n, self.max_seq_len) for n in (1, AUTO_LONGEST // 2 + 1, AUTO_LONGEST + 1)}
-        self.controller.costs.measure(self.target.model, rows, greedy=self.sampling.greedy)
+    def measure_costs(self, controller: AutoDraftLength) -> None:
+        """What forwards of one, some and all rows cost, for a controller to begin with; it interpolates."""
+        longest = min(self.settings.verify_rows, self.max_seq_len)
+        if self.board:  # where other programs than plain decoding's are met, they are timed as they come
+            longest = 1
+        rows = {n for n in (1, 2, 4, 7, 11) if n < longest} | {longest}
+        controller.costs.measure(self.target.model, rows, greedy=self.sampling.greedy)
+
+    def choose_exit(self) -> None:
+        """How many layers draft best, by what the target itself writes after the first prompt."""
+        model, prompt = self.target.model, self.prompts[0].ids
+        written = generate(model, None, prompt, max_new_tokens=min(EXIT_TOKENS, self.max_seq_len - len(prompt)))
+        tokens = prompt + [token.id for token in written]
+        longest = max(1, min(self.settings.longest_draft, self.max_seq_len - 1))
+        self.exit = choose_exit(model, tokens, len(prompt), range(1 if self.settings.auto else longest, longest + 1))
+        chosen = self.exit
+        expected = "" if self.mock else f"{chosen.speed_up:.2f}x expected with {chosen.draft_length} draft tokens, "
+        logger.info(
+            f"early exit after layer {chosen.exit_layer} of {model.config.num_hidden_layers}: {expected}chosen by "
+            f"{chosen.measured_tokens} tokens that the target wrote after prompt 1"
+        )
 
     def _run_paths(self, viewer: Viewer, runs: dict[str, Run], order: Sequence[str]) -> None:
         for path in order:
@@ -260,7 +261,7 @@ class Session:
         detokenizer = self.tokenizer.detokenizer() if self.tokenizer else None
         stream = generate(
             self.target.model,
-            self._drafter() if speculative else None,
+            self.make_drafter(self.settings.drafter) if speculative else None,
             run.prompt.ids,
             sampling=self.sampling,
             controller=self.controller if speculative else None,
@@ -280,16 +281,30 @@ class Session:
         if detokenizer and token and (rest := detokenizer.flush()):
             run.pieces.append((rest, token.origin))
 
-    def _drafter(self) -> Drafter | None:
-        """What drafts in one generation; None if nothing is to."""
-        kind = self.settings.drafter
+    def make_controller(self, num_draft_tokens: int | str) -> Controller:
+        """Of a fixed draft length, or one that chooses (AUTO) and learns in every generation that it is used for."""
+        if num_draft_tokens != AUTO:
+            return FixedDraftLength(num_draft_tokens)
+        if self.board:
+            return AutoDraftLength(self.board.lengths, Costs(padded_rows))
+        fixed_rows = self.settings.fixed_rows or 0
+        return AutoDraftLength(range(self.settings.longest_draft + 1), Costs(lambda n: max(n, fixed_rows)))
+
+    def make_drafter(self, kind: str) -> Drafter | None:
+        """What drafts in one generation, as --drafter names it; None if nothing is to."""
         if kind == "none":
             return None
         if kind == "prompt-lookup":
             return PromptLookup()
+        if kind == "early-exit":
+            early = EarlyExit(self.target.model, self.exit_layer, self.sampling, confident=self.board is None)
+            return FusedDrafter(self.board.fused, early.model, early) if self.fused else early
+        if kind == "tree":
+            return TreeDrafter(self.draft.model, self.sampling, self.settings.tree_nodes)
         if self.fused:
-            return FusedDrafter(self.board.fused, self.draft.model)
-        model = ModelDrafter(self.draft.model, self.sampling)
+            model = FusedDrafter(self.board.fused, self.draft.model)
+        else:
+            model = ModelDrafter(self.draft.model, self.sampling, confident=self.board is None)
         return Combined(PromptLookup(), model) if kind == "combined" else model
 
     def top_two_margin(self, ids: list[int]) -> float:

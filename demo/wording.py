@@ -1,10 +1,13 @@
-"""The numbers of a demo run in words: headings, figures, table cells, explanations. Plain strings, no layout."""
+"""The numbers of a demo run in words: headings, figures, table cells. Plain strings, no layout."""
 
-from demo.arguments import AUTO_LONGEST, describe_source
-from demo.report import Results
-from demo.session import Row, Run, Session
+from demo.report import Results, acceptance_rate
+from demo.runs import Row, Run
+from demo.session import Session
+from demo.settings import describe_source
 
 MOCK = "mock board: the texts come from golden functions on this machine's CPU, times would say nothing"
+
+SOURCES = {"lookup-short": "lookup, short match"}  # names for the table, where they differ
 
 Cells = tuple[str, str, str, str]  # label, baseline, speculative, ratio
 
@@ -45,9 +48,11 @@ def run_settings(session: Session) -> str:
         limits = f", top-k {sampling.top_k}" * bool(sampling.top_k) + f", top-p {sampling.top_p}" * (sampling.top_p < 1)
         parts.append(f"temperature {sampling.temperature}{limits}, seed {sampling.seed}")
     if settings.drafts:
-        length = f"auto, 0 to {AUTO_LONGEST}" if settings.auto else settings.num_draft_tokens
+        longest = settings.longest_draft
+        unit = ("level" if settings.drafter == "tree" else "token") + "s" * (longest != 1)
+        length = f"auto: 0 to {longest} {unit}" if settings.auto else f"{longest} {unit}"
         verification = "verified in the same program" if session.fused else f"{settings.verification} verification"
-        parts.append(f"drafter {settings.drafter}, draft {length}, {verification}")
+        parts.append(f"{drafter_name(session)}, {length} a round, {verification}")
     elif "speculative" in settings.paths:
         parts.append("drafter none: plain decoding")
     if settings.fixed_rows:
@@ -56,13 +61,31 @@ def run_settings(session: Session) -> str:
     return ", ".join(parts)
 
 
+def drafter_name(session: Session) -> str:
+    """Who drafts, and what is known of its size by now."""
+    settings = session.settings
+    if settings.drafter == "tree":
+        return f"tree of up to {settings.tree_nodes} token" + "s" * (settings.tree_nodes > 1)
+    if settings.drafter == "early-exit":
+        return f"early exit after layer {session.exit_layer or '(to be chosen)'}"
+    return {"model": "draft model", "prompt-lookup": "prompt lookup", "combined": "prompt lookup or draft model"}[
+        settings.drafter
+    ]
+
+
+def path_name(run: Run, session: Session) -> str:
+    """What is writing now."""
+    return drafter_name(session) if run.path == "speculative" and session.settings.drafts else run.path
+
+
 def pace(run: Run, session: Session) -> str:
     """How fast a run is or was, how much of its drafts is accepted and, where that varies, how much is drafted now or
     was on average; "" where nothing of it can be said."""
     stats = run.stats
     parts = [] if session.mock else [f"{stats.tok_s:.1f} tok/s"]
-    if stats.acceptance_by_position:
-        parts.append(f"{stats.acceptance_rate:.0%} accepted")
+    rate = acceptance_rate(stats)
+    if rate is not None:
+        parts.append(f"{rate:.0%} accepted")
     if session.settings.auto and run.path == "speculative" and stats.rounds:
         if stats.finish_reason:
             parts.append(f"{sum(round.drafted for round in stats.rounds) / len(stats.rounds):.1f} drafted a round")
@@ -82,108 +105,13 @@ def figures(row: Row, session: Session) -> list[str]:
     return figures
 
 
-def explain_slowdown(results: Results) -> list[str]:
-    """Plain words, with the measured costs, on why speculation was slower here and what to change; [] if it was not."""
-    speedup, speculative, baseline = results["speedup"], results["speculative"], results["baseline"]
-    settings = results["settings"]
-    if speedup is None or speedup >= 1 or settings["num_draft_tokens"] == 0:
-        return []
-    if not speculative["drafted"] and speculative["plain_rounds"]:
-        return [_nothing_drafted(settings)]
-    if speculative["acceptance_rate"] is None:
-        length, fewer = "draft tokens", ""
-        if not results["controller"]:
-            length, fewer = f"{settings['num_draft_tokens']} draft tokens", "draft fewer (--num-draft-tokens) or "
-        return [
-            f"Speculation was slower here, and every text was too short for a whole round of {length}: "
-            f"{fewer}write more (--max-new-tokens)."
-        ]
-    plain_ms = 1000 / baseline["tok_s_user"]
-    forwards_ms, rest_ms, prompt_ms = _costs(results)
-    round_ms = forwards_ms + rest_ms
-    needed = round_ms / plain_ms
-    emitted = speculative["mean_acceptance_length"]
-    if speculative["fused_ms"] is None:
-        parts = [f"draft {speculative['draft_ms']:.2f}, verify {speculative['verify_ms']:.2f}"]
-    else:
-        parts = [f"draft and verify {forwards_ms:.2f} in one program"]
-    parts.append(f"host {speculative['host_ms']:.2f}")
-    if settings["draft"]:
-        parts.append(f"its share of the draft's prefill {prompt_ms:.2f}")
-    mixed = speculative["plain_rounds"] > 0
-    lines = [
-        f"Speculation was slower here: a round {'that drafts ' * mixed}takes {round_ms:.2f} ms ({', '.join(parts)}), "
-        f"{needed:.2f} times a plain step of {plain_ms:.2f} ms, and emits {emitted:.2f} tokens.",
-    ]
-    drafted = speculative["mean_draft_length"]
-    rate = (needed - 1) / drafted
-    if emitted >= needed:
-        pays = "Whole rounds pay; it is the cut ones at the ends of the texts that do not: write longer texts."
-        if mixed:
-            pays = (
-                "Rounds that draft pay; it is the rest that does not (cut rounds at the ends of the texts, plain ones "
-                "where nothing was drafted): write longer texts."
-            )
-        return [*lines, pays]
-    count = f"{drafted:.1f}".removesuffix(".0") + " draft tokens" + " on average" * bool(results["controller"])
-    if rate > 1:
-        lines.append(f"With {count} not even full acceptance would pay for that.")
-    else:
-        lines.append(
-            f"It breaks even at an acceptance rate of {rate:.0%} with {count}; "
-            f"measured were {speculative['acceptance_rate']:.0%}."
-        )
-    return [*lines, _advice(results, plain_ms)]
-
-
-def _nothing_drafted(settings: Results) -> str:
-    """Why both paths decoded plainly."""
-    reason = "drafting would not have paid, by the costs measured"
-    if settings["drafter"] == "prompt-lookup":
-        reason = "no passage came again that was worth a copy (prompt-lookup; --drafter model drafts new text too)"
-    return f"Nothing was drafted: {reason}. Both paths decoded plainly, and their difference is chance."
-
-
-def _costs(results: Results) -> tuple[float, float, float]:
-    """Milliseconds of a round's forwards, of its rest, and, within that, of its share of the draft's prefill."""
-    speculative = results["speculative"]
-    forwards_ms = speculative["fused_ms"]
-    if forwards_ms is None:
-        forwards_ms = speculative["draft_ms"] + speculative["verify_ms"]
-    prompt_ms = speculative["draft_prefill_ms"] / speculative["rounds"]
-    return forwards_ms, speculative["host_ms"] + prompt_ms, prompt_ms
-
-
-def _advice(results: Results, plain_ms: float) -> str:
-    """What to change, from the costs and the acceptance by position measured in this run."""
-    settings, speculative = results["settings"], results["speculative"]
-    if settings["verification"] == "sequential":
-        return "Sequential verification is the reason: every token costs a target forward. Leave --verification out."
-    if speculative["fused_ms"] is not None:  # what one draft step takes of it is not known
-        return "Try fewer draft tokens (--num-draft-tokens), or a draft that is cheaper or closer to the target."
-    better = "use a draft that is cheaper or closer to the target."
-    if not settings["draft"]:
-        better = "this text repeats itself too little for prompt-lookup, use --drafter model or combined."
-    if results["controller"]:
-        return f"Its length is already chosen by these costs: write longer texts, from which it learns; or {better}"
-    accepted, longest = speculative["acceptance_by_position"], settings["num_draft_tokens"]
-    _, rest_ms, _ = _costs(results)
-    step_ms = speculative["draft_ms"] / speculative["mean_draft_length"]
-    fixed_ms = speculative["verify_ms"] + rest_ms
-    gains = {k: (1 + sum(accepted[:k])) * plain_ms / (k * step_ms + fixed_ms) for k in range(1, longest)}
-    best = max(gains, key=gains.get, default=None)
-    if best and gains[best] > 1:
-        return f"Draft fewer tokens: --num-draft-tokens {best} would give about {gains[best]:.2f}x (predicted)."
-    return f"Fewer draft tokens would not pay either: {better}"
-
-
 def summary_sections(results: Results) -> list[list[Cells]]:
     """The final table as text: rows of (label, baseline, speculative, ratio), grouped. A row in which nothing is
     known, such as a time on a mock board, is left out."""
     spec = results["speculative"]
     sections = [_speed_rows(results), _cost_rows(results)]
-    if spec and spec["acceptance_by_position"]:
-        sections.insert(1, _speculation_rows(spec, results["controller"]))
+    if spec and (spec["acceptance_by_position"] or results["controller"]):
+        sections.insert(1, _speculation_rows(results))
     return [[cells for cells in section if any(cells[1:])] for section in sections]
 
 
@@ -202,43 +130,42 @@ def _speed_rows(results: Results) -> list[Cells]:
     ]
 
 
-def _speculation_rows(spec: Results, controller: Results | None) -> list[Cells]:
-    def only(label: str, text: str) -> Cells:
-        return label, "", text, ""
+def _speculation_rows(results: Results) -> list[Cells]:
+    spec, settings = results["speculative"], results["settings"]
+    tree = settings["drafter"] == "tree"
 
-    def milliseconds(label: str, key: str, form: str = "{:.2f} ms") -> Cells:
-        return only(label, "" if spec[key] is None else form.format(spec[key]))
+    def only(label: str, key: str, form: str) -> Cells:
+        return label, "", "" if spec[key] is None else form.format(spec[key]), ""
 
     rates = [f"{rate:.0%}" for rate in spec["acceptance_by_position"]]
+    rows = [only("acceptance rate", "acceptance_rate", "{:.1%}")]
+    for start in range(0, len(rates), 4):
+        shown = rates[start : start + 4]
+        places = f"{start + 1}-{start + len(shown)}" if len(shown) > 1 else f"{start + 1}"
+        rows.append((f"  at {'level' if tree else 'position'} {places}", "", " ".join(shown), ""))
+    if len(spec["sources"]) > 1:
+        rows += [(f"  by {SOURCES.get(name, name)}", "", _kept(counts), "") for name, counts in spec["sources"].items()]
+    rows.append(only("mean acceptance length", "mean_acceptance_length", "{:.2f} tokens"))
+    if settings["exit_layer"]:
+        rows.append(("early exit after layer", "", str(settings["exit_layer"]), ""))
+    if tree or results["controller"]:
+        rows.append(only("mean draft length", "mean_draft_length", "{:.2f} levels" if tree else "{:.2f} tokens"))
+    rows.append(only("tree tokens per round", "tree_tokens_per_round", "{:.2f}"))
+    if results["controller"]:  # how often nothing was drafted, from where on that would have paid
+        rows.append(("plain rounds", "", f"{spec['plain_rounds']} of {spec['rounds']}", ""))
+        break_even = results["controller"]["break_even"]
+        rows.append(("break-even acceptance", "", "" if break_even is None else f"{break_even:.1%}", ""))
     return [
-        only("acceptance rate", f"{spec['acceptance_rate']:.1%}"),
-        *(
-            only(f"  at position {start + 1}-{min(start + 4, len(rates))}", " ".join(rates[start : start + 4]))
-            for start in range(0, len(rates), 4)
-        ),
-        *(only(f"  by {name}", _kept(counts)) for name, counts in spec["sources"].items() if len(spec["sources"]) > 1),
-        only("mean acceptance length", f"{spec['mean_acceptance_length']:.2f} tokens"),
-        *(_controller_rows(spec, controller) if controller else ()),
-        milliseconds("draft per round", "draft_ms"),
-        milliseconds("verify per round", "verify_ms"),
-        milliseconds("draft + verify per round", "fused_ms", "{:.2f} ms (one program)"),
-        milliseconds("host per round", "host_ms", f"{{:.3f}} ms ({spec['host_share'] or 0:.1%})"),
+        *rows,
+        only("draft per round", "draft_ms", "{:.2f} ms"),
+        only("verify per round", "verify_ms", "{:.2f} ms"),
+        only("draft + verify per round", "fused_ms", "{:.2f} ms (one program)"),
+        only("host per round", "host_ms", f"{{:.3f}} ms ({spec['host_share'] or 0:.1%})"),
     ]
 
 
 def _kept(counts: Results) -> str:
     return f"{counts['accepted'] / counts['drafted']:.1%} in {counts['rounds']} rounds"
-
-
-def _controller_rows(spec: Results, controller: Results) -> list[Cells]:
-    """Of automatic draft lengths: how long they were, how often none was made, from where on they pay."""
-    rows = [
-        ("mean draft length", "", f"{spec['mean_draft_length']:.2f} tokens", ""),
-        ("plain rounds", "", f"{spec['plain_rounds']} of {spec['rounds']}", ""),
-    ]
-    if controller["break_even"] is not None:
-        rows.append(("break-even acceptance", "", f"{controller['break_even']:.1%}", ""))
-    return rows
 
 
 def _cost_rows(results: Results) -> list[Cells]:
@@ -268,6 +195,8 @@ def closing_lines(results: Results) -> list[tuple[str, str]]:
         lines.append((line, "bold green" if results["speedup"] >= 1 else "bold yellow"))
     if results["prompts"] and results["baseline"] and results["speculative"]:
         lines.append(("outputs identical: " + _identity(results), "yellow" * (results["outputs_identical"] is False)))
+        if results["outputs_identical"] is False and (reason := _why_other_text(results["settings"])):
+            lines.append((reason, "yellow"))
     memory = results["memory"]
     peak = f"peak memory: {size(memory['peak_process_bytes'])} of the process"
     if memory["peak_cuda_bytes"]:
@@ -293,6 +222,24 @@ def _identity(results: Results) -> str:
         f"no ({results['identical_prompts']} of {count} prompts; first divergence: prompt {where['prompt']}, "
         f"token {where['token']}, top-2 margin {where['top2_margin']:.3g})"
     )
+
+
+def _why_other_text(settings: Results) -> str:
+    """What makes a row's bits depend on its neighbours, so that near-ties fall the other way; "" where nothing does."""
+    dtype = settings.get("dtype", "fp32")
+    if dtype == "fp32":
+        return ""
+    if settings["drafter"] == "tree":
+        return (
+            f"a tree's side branches lie elsewhere in the KV cache than where plain decoding writes, so {dtype} rounds "
+            "them otherwise: a near-tie can fall the other way (next to never with --dtype fp32)"
+        )
+    if not settings["fixed_rows"]:
+        return (
+            f"{dtype} rounds a row otherwise when other rows are computed with it: a near-tie can fall the other way "
+            "(--row-invariant rules that out)"
+        )
+    return ""
 
 
 def size(count: int) -> str:

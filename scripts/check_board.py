@@ -42,6 +42,7 @@ from models.ttnn_mock import cluster
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONTEXT = 2048
 DEFAULT_ROWS = (1, 2, 5, 8, 32)
+TREES = (8, 32)  # rows that are a tree
 DEFAULT_PROMPTS = (1, 127, 128, 129, 1000)
 NOTE = (
     "This tells whether ttnn accepts every call and whether memory suffices. "
@@ -172,12 +173,13 @@ def question(options: argparse.Namespace) -> Question:
 def memory_plans(asked: Question) -> dict[str, memory.MemoryPlan]:
     """What the demo would plan for these models, by "target" and "draft"; imports ttnn."""
     from models.llama.ttnn_llama import pair
+    from models.llama.ttnn_llama.options import BoardOptions
 
-    options = pair.BoardOptions(
+    options = BoardOptions(
         precision=asked.precisions["target"].name,
         draft_precision=asked.precisions.get("draft", asked.precisions["target"]).name,
         placement=asked.placement,
-        draft_length=asked.draft_tokens,
+        draft_lengths=(asked.draft_tokens,),
     )
     # of an opened model only the configuration is looked at
     opened = [
@@ -306,7 +308,8 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
             check.dram_while_running = 0  # it stays
             yield check
         for name, model in models.items():
-            for what, body in uses(model, asked, drafts=name == "draft" or len(asked.configs) == 1):
+            drafts = name == "draft" or len(asked.configs) == 1
+            for what, body in uses(model, asked, drafts=drafts, early_exit=name == "target"):
                 yield try_out(f"{name}: {what}", places[name], body)
         if len(models) == 2 and not own_chip:
             fused = FusedRound(models["target"], models["draft"])
@@ -320,15 +323,26 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
         yield {name: usage(mesh, before[name]) for name, mesh in owners.items()}
 
 
-def uses(model, asked: Question, *, drafts: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+def uses(model, asked: Question, *, drafts: bool, early_exit: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Everything that generation does with a model, at the end of the context where there is a choice."""
     for prompt in asked.prompts:
         yield f"prefill of {prompt} tokens", lambda n=prompt: model.prefill([1] * n)
     for rows in asked.rows:
         kind = "decode" if rows == 1 else f"verify {rows} rows"
         yield kind, lambda n=rows: model.greedy([1] * n, asked.max_seq_len - n)
+    for rows in TREES:  # most of them beyond the context, where there is room for a tree's
+        yield (
+            f"verify a tree of {rows} rows",
+            lambda n=rows: model.greedy([1] * n, asked.max_seq_len - 2, [-1, *[0] * (n - 1)]),
+        )
+    k, layers = asked.draft_tokens, len(model.layers)
+    if early_exit and layers > 1:
+        count = max(1, layers // 4)
+        yield (
+            f"draft {k} tokens by the first {count} of {layers} layers",
+            lambda: model.first_layers(count).draft_greedy([1], asked.max_seq_len - k, k),
+        )
     if drafts:
-        k = asked.draft_tokens
         for given in (1, 2):
             yield (
                 f"draft {k} tokens after {given}",

@@ -32,6 +32,7 @@ from models.ttnn_mock import cluster
 
 SIZES = ("1B", "3B", "8B")
 ROWS = (1, 5, 32)
+TREES = (32,)
 POSITION = 1024
 COLUMNS = (
     "model",
@@ -61,25 +62,31 @@ class Recorder:
         return self.tensors[spec.name]
 
 
-def counted(config: LlamaConfig, mesh_device, precision: Precision, rows: Sequence[int], position: int) -> Iterator:
-    """(rows, whether q and k are rotated together, Cost) of greedy forwards of rows from a position."""
+def counted(
+    config: LlamaConfig, mesh_device, precision: Precision, forms: Sequence[tuple[int, bool]], position: int
+) -> Iterator:
+    """(whether q and k are rotated together, Cost) of greedy forwards from a position: rows, and if they are a tree."""
     from models.llama.ttnn_llama.model import TtnnLlama
     from models.llama.ttnn_llama.weights import EmptySource
     from models.ttnn_mock import graph
 
     source = Recorder(EmptySource(mesh_device))
-    model = TtnnLlama(config, mesh_device, source, precision=precision, max_seq_len=position + max(rows))
+    most = max(n for n, _ in forms)
+    model = TtnnLlama(config, mesh_device, source, precision=precision, max_seq_len=position + most)
     weights = {tensor.buffer_address() for tensor in source.tensors.values()}
     cache = {tensor.buffer_address() for layer in model.cache for tensor in (layer.keys, layer.values)}
-    for n in rows:
-        model.greedy([1] * n, position)  # makes the buffers that stay
+    for n, tree in forms:
+        parents = [-1, *[0] * (n - 1)] if tree else None
+        model.greedy([1] * n, position, parents)  # makes the buffers that stay
         positions = [*range(position, position + n), *[-1] * (padded_rows(n) - n)]
-        ops = graph.capture(lambda n=n: model.greedy([1] * n, position), positions)
-        yield n, not model.plan(padded_rows(n)).overlap_heads, graph.cost(ops, weights, cache)
+        ops = graph.capture(lambda n=n, parents=parents: model.greedy([1] * n, position, parents), positions)
+        yield not model.plan(padded_rows(n), tree=tree).overlap_heads, graph.cost(ops, weights, cache)
 
 
-def measure(board: Board, sizes: Sequence[str], precision: Precision, rows: Sequence[int], position: int) -> list[dict]:
-    """One entry for each size and row count on a board; this process must be on the board's mock."""
+def measure(
+    board: Board, sizes: Sequence[str], precision: Precision, forms: Sequence[tuple[int, bool]], position: int
+) -> list[dict]:
+    """One entry for each size and form of rows on a board; this process must be on the board's mock."""
     from models.llama.ttnn_llama.mesh import open_mesh
     from models.ttnn_mock import graph
 
@@ -89,11 +96,11 @@ def measure(board: Board, sizes: Sequence[str], precision: Precision, rows: Sequ
             config = named_config(size)
             one, two = (
                 list(
-                    counted(dataclasses.replace(config, num_hidden_layers=n), meshes.target, precision, rows, position)
+                    counted(dataclasses.replace(config, num_hidden_layers=n), meshes.target, precision, forms, position)
                 )
                 for n in (1, 2)
             )
-            for (n, fused, once), (_, _, twice) in zip(one, two, strict=True):
+            for (n, tree), (fused, once), (_, twice) in zip(forms, one, two, strict=True):
                 layer, outside = graph.split(once, twice)
                 whole = outside + config.num_hidden_layers * layer
                 entries.append(
@@ -101,6 +108,7 @@ def measure(board: Board, sizes: Sequence[str], precision: Precision, rows: Sequ
                         "model": size,
                         "board": board.name,
                         "rows": n,
+                        "tree": tree,
                         "fused_rope_and_cache_update": fused,
                         "layers": config.num_hidden_layers,
                         "layer": dataclasses.asdict(layer),
@@ -121,6 +129,7 @@ def each_in_its_process(boards: Sequence[str], options: argparse.Namespace) -> l
         for board in boards:
             command = [sys.executable, __file__, "--boards", board, "--json", str(file), "--sizes", *options.sizes]
             command += ["--rows", *map(str, options.rows), "--position", str(options.position)]
+            command += ["--trees", *map(str, options.trees)]
             command += ["--precision", options.precision]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:
@@ -133,7 +142,8 @@ def table_row(entry: dict) -> list[str]:
     layer, outside, forward = entry["layer"], entry["outside"], entry["forward"]
     megabytes = [f"{forward[part] / 1e6:.1f}" for part in ("weights", "kv_cache", "other")]
     counts = [layer["ops"], layer["collectives"], outside["ops"], outside["collectives"]]
-    return [entry["model"], entry["board"], *map(str, (entry["rows"], *counts)), *megabytes, f"{entry['bound_ms']:.2f}"]
+    rows = f"{entry['rows']} of a tree" if entry["tree"] else str(entry["rows"])
+    return [entry["model"], entry["board"], rows, *map(str, counts), *megabytes, f"{entry['bound_ms']:.2f}"]
 
 
 def show(entries: list[dict], options: argparse.Namespace) -> None:
@@ -143,6 +153,8 @@ def show(entries: list[dict], options: argparse.Namespace) -> None:
         f"written, of one greedy forward. {BOUND.format(bandwidth=bandwidth)}"
     )
     separate = sorted({f"{e['rows']} rows on {e['board']}" for e in entries if not e["fused_rope_and_cache_update"]})
+    if any(entry["tree"] for entry in entries):
+        about += " Rows of a tree read keys and values once for each query head, other rows once for each row."
     if separate:
         about += (
             f" Two ops more than elsewhere, as two cores a row are needed to rotate q and k together and to write k "
@@ -174,6 +186,9 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="(default: 1B 3B 8B)")
     parser.add_argument("--boards", nargs="+", default=list(BOARDS), help=f"(default: {' '.join(BOARDS)})")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="(default: 1 5 32)")
+    parser.add_argument(
+        "--trees", nargs="*", type=int, default=list(TREES), help="rows that are a tree (default: 32; none: no value)"
+    )
     parser.add_argument("--position", type=int, default=POSITION, help="of the first row (default: %(default)s)")
     parser.add_argument("--precision", default=PRECISION, help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -183,15 +198,16 @@ def command(argv: Sequence[str] | None) -> int:
         named_config(name)
     boards = [board_named(name) for name in options.boards]
     precision = precision_named(options.precision)
-    if not 1 <= min(options.rows) <= max(options.rows) <= MAX_ROWS or not 0 <= options.position <= 100_000:
-        raise UserError(f"--rows must be within 1..{MAX_ROWS} and --position within 0..100000")
+    forms = [(n, tree) for tree, counts in ((False, options.rows), (True, options.trees)) for n in counts]
+    if not all(1 <= n <= MAX_ROWS for n, _ in forms) or not 0 <= options.position <= 100_000:
+        raise UserError(f"--rows and --trees must be within 1..{MAX_ROWS} and --position within 0..100000")
     from demo.environment import check_writable, versions, write_json
 
     if options.json:
         check_writable(options.json)
     if len(boards) == 1:
         cluster.activate(boards[0].name)
-        entries = measure(boards[0], options.sizes, precision, options.rows, options.position)
+        entries = measure(boards[0], options.sizes, precision, forms, options.position)
     else:
         entries = each_in_its_process(options.boards, options)
         entries.sort(key=lambda entry: options.sizes.index(entry["model"]))

@@ -1,15 +1,17 @@
-"""A tiny random pair with a tokenizer of its own, for tests of the demos that are not about the embedded pair."""
+"""What tests of the demos share: a tiny random pair with a tokenizer of its own, and what to look at in a run."""
 
 import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from demo.harness import main
 from models.llama.checkpoint import save_checkpoint
 from models.tests.engine_fixtures import perturbed
 from models.tests.llama_fixtures import random_tensors, tiny_config
 
 BOS, EOS = "<bos>", "<eos>"
+FOUR = ("--num-draft-tokens", "4")  # what auto, the default, chooses depends on times
 
 
 def make_tokenizer(text: str = "def add(self, value):\n    return self.total + value\n") -> Tokenizer:
@@ -45,3 +47,15 @@ def write_pair(root: Path, noise: float = 0.05, **overrides) -> tuple[Path, Path
         save_checkpoint(path, config, weights)
         write_tokenizer(path, tokenizer)
     return root / "target", root / "draft"
+
+
+def texts(results, path):
+    return [row[path]["text"] for row in results["prompts"]]
+
+
+def refused(capsys, argv, *words):
+    """The demo ends with code 2 and one line that holds all words."""
+    assert main(argv) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(word in lines[0] for word in words), lines[0]

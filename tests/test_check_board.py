@@ -98,15 +98,18 @@ def test_a_legal_pair_is_run_in_all_ways_and_exits_with_0(directory, tmp_path):
         "draft: weights and cache of 2 layers",
         *(f"target: prefill of {n} tokens" for n in (1, 128, 129)),
         *("target: decode", "target: verify 5 rows", "target: verify 32 rows"),
+        *("target: verify a tree of 8 rows", "target: verify a tree of 32 rows"),
+        "target: draft 3 tokens by the first 1 of 2 layers",
         *(f"draft: prefill of {n} tokens" for n in (1, 128, 129)),
         *("draft: decode", "draft: verify 5 rows", "draft: verify 32 rows"),
+        *("draft: verify a tree of 8 rows", "draft: verify a tree of 32 rows"),
         *("draft: draft 3 tokens after 1", "draft: draft 3 tokens after 2"),
         "round of 3 drafted tokens on the device",
     ]
     assert results["legal"] and all(check["legal"] and not check["reason"] for check in results["checks"])
     lines = done.stdout.splitlines()
     assert sum(line.startswith("legal ") for line in lines) == len(results["checks"])
-    assert lines[-2] == f"LEGAL: {directory} + {directory} on N150, context 256: 17 checks"
+    assert lines[-2] == f"LEGAL: {directory} + {directory} on N150, context 256: 22 checks"
     assert "nothing about speed, about what kernels compute" in lines[-1]
     # what ttnn's allocator gave out is what was planned
     planned = sum(plan["weights"] + plan["kv_cache"] for plan in results["planned_bytes_per_chip"].values())
@@ -142,7 +145,7 @@ def test_an_illegal_op_is_named_with_its_place_and_reason_and_the_rest_goes_on(d
     (line, _) = [line for line in done.stdout.splitlines() if line.startswith("NOT LEGAL  ")]
     assert "ttnn.transformer.chunked_scaled_dot_product_attention (models/llama/ttnn_llama/attention.py:" in line
     assert "Got 900 cores, expected at most 56" in line
-    assert f"NOT LEGAL: {directory} on T3K, context 1024: 2 of 6 checks failed" in done.stdout
+    assert f"NOT LEGAL: {directory} on T3K, context 1024: 2 of 9 checks failed" in done.stdout
 
 
 @needs_ttnn
@@ -158,18 +161,23 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_tried():
 def test_op_counts_gives_whole_models_from_one_and_two_layers(tmp_path):
     file = tmp_path / "counts.json"
     options = f"--sizes 1B --boards N150 N300 --rows 1 32 --position 1000 --precision accuracy --markdown --json {file}"
+    group = 4  # query heads for each KV head
     done = run(*options.split(), before=(ROOT / "scripts" / "op_counts.py",))
     assert done.returncode == 0, done.stderr
-    entries = {(entry["board"], entry["rows"]): entry for entry in json.loads(file.read_text())["entries"]}
-    assert list(entries) == [("N150", 1), ("N150", 32), ("N300", 1), ("N300", 32)]
-    assert [entry["layer"]["ops"] for entry in entries.values()] == [16, 16, 16, 18]
-    one = entries["N150", 1]
+    entries = {(e["board"], e["rows"], e["tree"]): e for e in json.loads(file.read_text())["entries"]}
+    forms = ((1, False), (32, False), (32, True))
+    assert list(entries) == [(board, *form) for board in ("N150", "N300") for form in forms]
+    assert [entry["layer"]["ops"] for entry in entries.values()] == [16, 16, 17, 16, 18, 19]
+    one = entries["N150", 1, False]
     matrices = 2048 * (3072 + 2048 + 3 * 8192) * 16 + 2048 * 128256
     assert one["forward"]["weights"] == pytest.approx(matrices * tile_bytes("bfp8") / 1024, rel=1e-3)
     kv_cache = 16 * 2 * 8 * 64 / 1024 * tile_bytes("bfp8") * (1024 + 2 * 32)  # read to the chunk's end, and updated
     assert one["forward"]["kv_cache"] == kv_cache
+    a_position = 16 * 2 * 8 * 64 / 1024 * tile_bytes("bfp8")
+    tree = entries["N150", 32, True]["forward"]
+    assert tree["kv_cache"] == a_position * (group * 1152 + 32 * 2 * 32)
     assert one["bound_ms"] == pytest.approx(one["dram_bytes"] / 288e9 * 1e3)
-    assert "| 1B | N300 | 32 | 18 | 6 |" in done.stdout
+    assert "| 1B | N300 | 32 | 18 | 6 |" in done.stdout and "| 1B | N300 | 32 of a tree | 19 | 6 |" in done.stdout
     assert "not measured" in done.stdout and "32 rows on N300." in done.stdout
 
 
@@ -209,7 +217,8 @@ def test_bad_input_is_one_line_and_exit_code_2(check_board, directory, monkeypat
     [
         ("--sizes 7B", "no Llama size is called '7B'"),
         ("--boards N150 E75", "unknown board 'E75'"),
-        ("--rows 33", "--rows must be within 1..32"),
+        ("--rows 33", "--rows and --trees must be within 1..32"),
+        ("--trees 33", "--rows and --trees must be within 1..32"),
         ("--precision int4", "no precision is called 'int4'"),
     ],
 )

@@ -9,26 +9,24 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import demo.display
 import demo.session
-from demo.arguments import BOARD_FLAGS
-from demo.harness import main
+from demo.settings import BOARD_FLAGS
 from demo.wording import MOCK
 from models.llama.checkpoint import save_checkpoint
 from models.tests.llama_fixtures import random_tensors, tiny_config
-from tests.demo_fixtures import make_tokenizer, write_pair, write_tokenizer
+from tests.demo_fixtures import FOUR, make_tokenizer, refused, texts, write_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = [sys.executable, str(ROOT / "demo" / "simple_text_demo.py")]
 BASELINE_DEMO = [sys.executable, str(ROOT / "demo" / "baseline_text_demo.py")]
 PATH_KEYS = {"ttft_ms", "tok_s_user", "tokens", "decode_s", "load_s"}
 SPECULATIVE_KEYS = PATH_KEYS | {
-    *("rounds", "plain_rounds", "drafted", "sources", "mean_draft_length"),
+    *("rounds", "plain_rounds", "drafted", "sources", "mean_draft_length", "tree_tokens_per_round"),
     "acceptance_rate",
     "mean_acceptance_length",
     "acceptance_by_position",
@@ -38,67 +36,11 @@ SPECULATIVE_KEYS = PATH_KEYS | {
     "host_ms",
     "host_share",
 }
-AUTO = ("--num-draft-tokens", "auto")
-FOUR = ("--num-draft-tokens", "4")  # what auto chooses depends on times
-CONTROLLER_KEYS = {
-    *("chosen", "lengths", "verify_ms", "draft_step_ms", "prefill_token_ms", "break_even", "acceptance"),
-}
 TOP_KEYS = {
-    "controller",
+    *("controller", "early_exit"),
     *("baseline", "speculative", "speedup", "ttft_ratio", "outputs_identical"),
     *("settings", "versions", "machine", "prompts", "total_s", "warm_up_s"),
 }
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """(target, draft): tiny, random, with a context of 512 and no stop token."""
-    return write_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture
-def run(pair, tmp_path):
-    """Run the demo in this process on the tiny pair; returns its exit code and JSON results (None if not written)."""
-
-    def call(*argv, mode=None, models=True, max_new_tokens=8):
-        path = tmp_path / "results.json"
-        path.unlink(missing_ok=True)
-        chosen = ["--target", str(pair[0]), "--draft", str(pair[1])] if models else []
-        limit = ["--max-new-tokens", str(max_new_tokens)]
-        code = main([*chosen, *limit, "--json", str(path), *argv], mode)
-        return code, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    return call
-
-
-@pytest.fixture
-def all_lengths(monkeypatch):
-    """Automatic draft lengths that are 0, 1, .. 6 in turn instead of going by times; the controllers that were made."""
-    made = []
-
-    class InTurn(demo.session.AutoDraftLength):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.generations = self.rounds = 0
-            made.append(self)
-
-        def begin(self, *args):
-            super().begin(*args)
-            self.generations += 1
-
-        def draft_length(self, source):
-            return self.lengths[self.rounds % len(self.lengths)]
-
-        def update(self, round):
-            super().update(round)
-            self.rounds += 1
-
-    monkeypatch.setattr(demo.session, "AutoDraftLength", InTurn)
-    return made
-
-
-def texts(results, path):
-    return [row[path]["text"] for row in results["prompts"]]
 
 
 # ------------------------------------------------------------------------------------------- the embedded pair
@@ -115,7 +57,9 @@ def test_the_default_command_writes_the_text_of_its_baseline(tmp_path):
     for row in results["prompts"]:
         assert row["baseline"]["token_ids"] == row["speculative"]["token_ids"]
         assert row["baseline"]["text"] in done.stdout
-    assert (results["settings"]["drafter"], results["settings"]["num_draft_tokens"]) == ("model", 4)
+    settings = results["settings"]
+    assert (settings["drafter"], settings["num_draft_tokens"]) == ("model", "auto")
+    assert (settings["tree_nodes"], settings["exit_layer"], results["early_exit"]) == (None, None, None)
 
 
 def test_the_embedded_pair_writes_its_baseline_text_in_fp32(run):
@@ -130,131 +74,6 @@ def test_embedded_pair_verified_token_by_token_writes_the_same_text(run):
     code, results = run("--verification", "sequential", "--max-prompts", "2", models=False, max_new_tokens=30)
     assert code == 0
     assert results["outputs_identical"] is True
-
-
-# ------------------------------------------------------------------------------------------------- ways to draft
-SOURCES = {"model": {"model"}, "prompt-lookup": {"lookup"}, "combined": {"lookup", "model"}}
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("drafter", SOURCES)
-def test_every_drafter_writes_the_baselines_text_with_any_draft_lengths(drafter, dtype, run, all_lengths):
-    argv = ("--drafter", drafter, *AUTO, "--dtype", dtype, "--max-prompts", "2")
-    code, results = run(*argv, models=False, max_new_tokens=30)
-    assert code == 0
-    assert results["outputs_identical"] is True
-    chosen = results["controller"]["chosen"]
-    assert len(chosen) == 2 and set(sum(chosen, [])) > {0, 1, 2}
-    assert results["speculative"]["drafted"] == sum(map(sum, chosen))
-    assert set(results["speculative"]["sources"]) <= SOURCES[drafter]
-
-
-@pytest.mark.parametrize("drafter", SOURCES)
-def test_drafters_with_a_fixed_length_write_the_baselines_text(drafter, run, capsys):
-    code, results = run("--drafter", drafter, *FOUR, "--max-prompts", "3", models=False, max_new_tokens=30)
-    assert code == 0
-    assert results["outputs_identical"] is True
-    spec = results["speculative"]
-    assert set(spec["sources"]) == SOURCES[drafter]
-    assert sum(counts["drafted"] for counts in spec["sources"].values()) == spec["drafted"] > 0
-    assert sum(counts["rounds"] for counts in spec["sources"].values()) <= spec["rounds"]
-    assert spec["mean_draft_length"] == 4
-    assert results["controller"] is None
-    assert ("by lookup" in capsys.readouterr().out) == (drafter == "combined")
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_without_a_drafter_both_paths_decode_plainly(dtype, run, capsys):
-    code, results = run("--drafter", "none", "--dtype", dtype, "--max-prompts", "2", models=False)
-    assert code == 0
-    assert results["outputs_identical"] is True
-    spec = results["speculative"]
-    assert (spec["drafted"], spec["sources"], spec["rounds"]) == (0, {}, spec["plain_rounds"])
-    assert (results["settings"]["drafter"], results["settings"]["num_draft_tokens"]) == ("none", 0)
-    assert results["controller"] is None
-    out = capsys.readouterr().out
-    assert "drafter none: plain decoding" in out and "slower" not in out
-
-
-@pytest.mark.parametrize("drafter", ["prompt-lookup", "none"])
-def test_where_no_draft_model_is_used_none_is_opened_or_reported(drafter, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("DRAFT_MODEL", str(tmp_path / "missing"))
-    code, results = run("--drafter", drafter, "--max-prompts", "1", "--target", str(demo.session.EMBEDDED_DRAFT))
-    assert code == 2 and "missing" not in capsys.readouterr().err  # the pair's --draft is refused here
-    code, results = run("--drafter", drafter, "--max-prompts", "1", models=False)
-    assert code == 0
-    assert results["memory"]["draft"] is None
-    assert (results["settings"]["draft"], results["settings"]["draft_dtype"]) == (None, None)
-    assert results["speculative"]["load_s"] == results["baseline"]["load_s"]
-    out, err = capsys.readouterr()
-    assert "loading draft" not in err
-    assert not [line for line in out.splitlines() if line.startswith(("draft ", "weights ")) and "+" in line]
-
-
-def test_prompt_lookup_needs_no_draft_that_fits_the_target(pair, run):
-    code, results = run("--drafter", "prompt-lookup", *FOUR, "--target", str(pair[0]), "--prompt", "def", models=False)
-    assert code == 0
-    assert results["outputs_identical"] is True
-
-
-def test_a_context_shorter_than_the_longest_draft_will_do(run):
-    code, results = run("--prompt", "def", "--max-seq-len", "5")
-    assert code == 0
-    assert results["outputs_identical"] is True
-
-
-def test_one_controller_learns_from_all_runs_the_warm_up_included(run, all_lengths):
-    code, results = run(*AUTO, "--prompt", "def", "--prompt", "self")
-    assert code == 0
-    (controller,) = all_lengths
-    assert controller.generations == 3
-    assert controller.lengths == [0, 1, 2, 3, 4, 5, 6]
-    assert controller.rounds > sum(len(lengths) for lengths in results["controller"]["chosen"])
-
-
-@pytest.mark.parametrize("drafter", ["model", "prompt-lookup", "combined"])
-def test_automatic_lengths_are_reported_with_what_they_were_chosen_by(drafter, run):
-    models = () if drafter == "prompt-lookup" else ("--draft", str(demo.session.EMBEDDED_DRAFT))
-    code, results = run(*AUTO, "--drafter", drafter, *models, "--max-prompts", "2", models=False, max_new_tokens=20)
-    assert code == 0
-    assert (results["settings"]["num_draft_tokens"], results["settings"]["fixed_rows"]) == ("auto", 7)
-    controller = results["controller"]
-    assert set(controller) >= CONTROLLER_KEYS
-    assert controller["lengths"] == [0, 1, 2, 3, 4, 5, 6]
-    assert set(controller["verify_ms"]) >= {"1", "4", "7"}  # measured before anything is drafted
-    assert all(milliseconds > 0 for milliseconds in controller["verify_ms"].values())
-    rows = [row["speculative"] for row in results["prompts"]]
-    assert [len(lengths) for lengths in controller["chosen"]] == [row["rounds"] for row in rows]
-    assert [sum(lengths) for lengths in controller["chosen"]] == [row["drafted"] for row in rows]
-
-
-def test_automatic_lengths_are_shown_while_they_run_and_in_the_end(run, all_lengths, capsys, monkeypatch):
-    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "50"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(demo.display, "REDRAW_S", 0)
-    code, results = run(*AUTO, "--prompt", "def", "--no-color", max_new_tokens=30)
-    assert code == 0
-    out = capsys.readouterr().out
-    assert "draft auto, 0 to 6" in out
-    shown = {int(k) for k in re.findall(r"drafting (\d)", out)}
-    assert shown == set(sum(results["controller"]["chosen"], []))
-    assert re.search(r"\d\.\d drafted a round", out)
-    assert all(row in out for row in ("mean draft length", "plain rounds", "break-even acceptance"))
-
-
-def test_an_interrupted_run_reports_the_lengths_so_far(run, all_lengths, monkeypatch):
-    generate = demo.session.generate
-
-    def interrupted(target, drafter, prompt, **options):
-        for number, token in enumerate(generate(target, drafter, prompt, **options), 1):
-            yield token
-            if drafter and number == 5:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo.session, "generate", interrupted)
-    code, results = run(*AUTO, "--prompt", "def")
-    assert code == 130
-    assert [len(lengths) for lengths in results["controller"]["chosen"]] == [results["partial"][-1]["rounds"]]
 
 
 # ----------------------------------------------------------------------------------------- how runs are counted
@@ -296,14 +115,7 @@ def test_totals_are_weighted_by_tokens_and_ttft_is_a_median(run):
     assert results["interrupted"] is False and results["partial"] == []
 
 
-def test_a_divergence_is_reported_with_its_place_and_margin(run, monkeypatch, capsys):
-    generate = demo.session.generate
-
-    def wrong_at_third_token(target, drafter, prompt, **options):
-        for number, token in enumerate(generate(target, drafter, prompt, **options), 1):
-            yield token._replace(id=(token.id + 1) % 256) if drafter and number == 3 else token
-
-    monkeypatch.setattr(demo.session, "generate", wrong_at_third_token)
+def test_a_divergence_is_reported_with_its_place_and_margin(run, wrong_third_token, capsys):
     code, results = run("--prompt", "abc", "--dtype", "fp32")
     assert code == 0
     assert results["outputs_identical"] is False
@@ -335,13 +147,6 @@ def test_sampling_repeats_with_its_seed(run, capsys):
     assert "n/a (sampling)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("drafter", SOURCES)
-def test_every_drafter_can_be_sampled_with(drafter, run, all_lengths):
-    code, results = run(*AUTO, "--drafter", drafter, "--temperature", "0.7", "--max-prompts", "1", models=False)
-    assert code == 0
-    assert results["speculative"]["tokens"] == 8 and results["outputs_identical"] is None
-
-
 def test_random_prompts_run_without_a_tokenizer(run, tmp_path):
     config = tiny_config(max_position_embeddings=64)
     for name in ("target", "draft"):
@@ -356,19 +161,11 @@ def test_random_prompts_run_without_a_tokenizer(run, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- a mock board
-@pytest.fixture
-def as_on_a_mock(monkeypatch):
-    """Runs on the CPU that are told as if they had been on a mock board."""
-    monkeypatch.setattr(demo.session.Session, "mock", True)
-
-
-@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("on_terminal", [False, True])
 @pytest.mark.parametrize("mode", ["compare", "speculative", "baseline"])
-def test_on_a_mock_board_nothing_that_is_told_depends_on_time(mode, terminal, run, as_on_a_mock, capsys, monkeypatch):
-    if terminal:
-        for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "50"}.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(demo.display, "REDRAW_S", 0)
+def test_on_a_mock_board_nothing_that_is_told_depends_on_time(mode, on_terminal, run, as_on_a_mock, capsys, request):
+    if on_terminal:
+        request.getfixturevalue("terminal")
     told = []
     for _ in range(2):
         code, results = run("--mode", mode, *FOUR, "--prompt", "def", "--prompt", "self", max_new_tokens=6)
@@ -384,16 +181,6 @@ def test_on_a_mock_board_nothing_that_is_told_depends_on_time(mode, terminal, ru
     if mode != "baseline":
         assert results["speculative"]["acceptance_rate"] is not None
         assert "accepted" in out and "mean acceptance length" in out
-
-
-def test_automatic_lengths_on_a_mock_board_have_no_times(run, as_on_a_mock, all_lengths, capsys):
-    code, results = run(*AUTO, "--prompt", "def", max_new_tokens=30)
-    assert code == 0
-    controller = results["controller"]
-    timed = {"verify_ms", "draft_step_ms", "prefill_token_ms", "break_even"}
-    assert {name for name, value in controller.items() if value is None} == timed
-    assert sum(controller["chosen"][0]) == results["speculative"]["drafted"] > 0
-    assert "break-even" not in capsys.readouterr().out
 
 
 def test_an_interrupted_run_on_a_mock_board_has_no_times_either(run, as_on_a_mock, capsys, monkeypatch):
@@ -523,14 +310,6 @@ def change_config(path, **changes):
     (path / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def refused(capsys, argv, *words):
-    """The demo ends with code 2 and one line that holds all words."""
-    assert main(argv) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading ")]
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert all(word in lines[0] for word in words), lines[0]
-
-
 DAMAGES = [truncated, without_config, other_architecture, wrong_shape, missing_tensor, without_tokenizer]
 
 
@@ -569,15 +348,18 @@ def test_other_mistakes_name_the_value_and_the_remedy(pair, tmp_path, capsys):
     refused(capsys, [*models, "--prompts", missing], missing, "cannot read")
     refused(capsys, [*models, "--json", missing + "/out.json"], missing, "--json")
     refused(capsys, ["--num-draft-tokens", "32"], "32", "0 to 31")
+    refused(capsys, ["--drafter", "tree", "--tree-nodes", "32"], "32", "1 to 31")
     refused(capsys, ["--dtype", "int4"], "int4", "bf16")
     refused(capsys, ["--prompt", " "], "--prompt")
     refused(capsys, ["--device", "tt"], "--device cpu")
 
 
 @pytest.mark.parametrize("demo_command", [DEMO, BASELINE_DEMO], ids=["simple", "baseline"])
-def test_a_mistake_on_the_command_line_is_one_quick_line(demo_command):
-    start = time.monotonic()
-    done = subprocess.run([*demo_command, "--dtype", "int4"], capture_output=True, text=True)
+def test_a_mistake_on_the_command_line_is_one_line_and_needs_no_torch(demo_command):
+    """So it is quick: torch takes seconds to import, and here cannot be imported."""
+    script = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+    script += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [demo_command[0], "-c", script, demo_command[1], "--dtype", "int4"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "int4" in done.stderr
-    assert time.monotonic() - start < 5  # torch is not imported for this

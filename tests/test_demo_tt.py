@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from demo.arguments import EMBEDDED_TARGET
 from demo.harness import main
+from demo.settings import EMBEDDED_TARGET
 from demo.wording import MOCK
 from models.ttnn_mock import cluster
 

@@ -141,7 +141,9 @@ class AutoDraftLength:
             self.costs.add("prefill", source, seconds / max(self._tokens, 1))
 
     def update(self, round: Round) -> None:
-        self.costs.add("verify", round.drafted + 1, round.verify_s)
+        one_program = round.drafted > 0 and not round.verify_s
+        if not one_program:
+            self.costs.add("verify", round.drafted + 1, round.verify_s)
         self.chosen.append(round.drafted)
         self._remaining -= round.emitted
         self._tokens += round.emitted
@@ -151,7 +153,9 @@ class AutoDraftLength:
             return
         source, depth = round.source, round.depth
         # The first draft in a text prepares things that the others need not: it counts where there is nothing better.
-        if source in self._acceptance or (source in self._run and not self.costs.draft_s(source)):
+        if one_program:
+            self.costs.add("round", depth, round.draft_s)
+        elif source in self._acceptance or (source in self._run and not self.costs.draft_s(source)):
             self.costs.add("draft", source, round.draft_s / depth)
         if round.parents is not None:
             self._nodes[source] = 0.9 * self._nodes.get(source, round.drafted) + 0.1 * round.drafted
@@ -204,6 +208,8 @@ class AutoDraftLength:
 
     def _round_s(self, source: str, k: int) -> float:
         """A round that drafts k tokens, or k levels, from this source."""
+        if k and source in READS_PROMPT and (whole := self.costs.whole_round_s(k)) is not None:
+            return whole
         nodes = max(k, self._nodes.get(source, 0)) if k else 0
         return k * self.costs.draft_s(source) + self.costs.verify_s(1 + round(nodes))
 

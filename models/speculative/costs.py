@@ -33,7 +33,8 @@ class Costs:
         self._verify: list[tuple[int, float]] = []  # rows, seconds; made anew after a measurement
 
     def add(self, what: str, which: object, seconds: float) -> None:
-        """One measurement: ("verify", rows), ("draft", source) for one step, or ("prefill", source) for one token."""
+        """One measurement: ("verify", rows), ("draft", source) for one step, ("prefill", source) for one token,
+        or ("round", k) where drafting k tokens and verifying them is one device program."""
         if what == "verify":
             which = self._computed_rows(which)
         times = self._times.setdefault((what, which), deque(maxlen=self.KEPT))
@@ -85,3 +86,16 @@ class Costs:
                 return seconds + (above[1] - seconds) * (rows - known) / (above[0] - known)
             above = known, seconds
         return above[1] if above else 0.0
+
+    def whole_round_s(self, k: int) -> float | None:
+        """A round of k drafted tokens as one program: measured, or on the line through those next to it, a plain step
+        being the round of none; None where no such round was measured."""
+        known = self.known("round")
+        if not known:
+            return None
+        known = {0: self.verify_s(1), **known}
+        if k in known:
+            return known[k]
+        above = min((length for length in known if length > k), default=max(known))
+        below = max(length for length in known if length < above)
+        return known[below] + (known[above] - known[below]) * (k - below) / (above - below)

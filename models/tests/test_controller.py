@@ -99,6 +99,32 @@ def test_forwards_that_compute_the_same_rows_are_one_cost():
     assert costs.verify_s(1) == costs.verify_s(5) == 2.0
 
 
+def test_rounds_of_one_program_are_timed_whole():
+    costs = Costs()
+    assert costs.whole_round_s(3) is None
+    costs.add("verify", 1, 1.0)
+    costs.add("round", 4, 3.0)
+    assert [costs.whole_round_s(k) for k in (2, 4, 6)] == [2.0, 3.0, 4.0]
+    costs.add("round", 8, 4.0)
+    assert costs.whole_round_s(6) == 3.5
+
+
+def test_rounds_of_one_program_decide_the_length():
+    """A board that has programs for 1, 3, 7 and 15 tokens, where a round takes 10 ms and 2 for each of them."""
+    controller, draw = AutoDraftLength([1, 3, 7, 15]), random.Random(0)
+    controller.costs.add("verify", 1, PLAIN_S)
+    controller.begin(10, 10_000)
+    controller.read_prompt("model", 0.0)
+    for _ in range(300):
+        k = controller.draft_length("model")
+        accepted = 0
+        while accepted < k and draw.random() < 0.8:
+            accepted += 1
+        controller.update(Round(k, accepted, accepted + 1, PLAIN_S + 0.002 * k if k else 0.0, 0.0 if k else PLAIN_S))
+    assert controller.costs.known("verify") == {1: PLAIN_S}
+    assert controller.chosen[-50:].count(3) > 25
+
+
 @pytest.mark.parametrize("greedy", [True, False])
 def test_measuring_times_every_row_count_with_real_forwards(greedy):
     target, _ = build_pair(seed=0, noise=None)

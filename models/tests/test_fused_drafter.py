@@ -3,6 +3,7 @@
 import pytest
 
 from models.speculative.controller import FixedDraftLength
+from models.speculative.drafters.early_exit import EarlyExit
 from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
@@ -16,12 +17,12 @@ NOISES = (0.0, 0.05, 0.1, None)
 class ComposedRound:
     """A FusedGreedy made of the two models' own methods; notes (position, k) of each round."""
 
-    def __init__(self, target, draft, max_draft=31):
-        self.target, self.draft, self.max_draft = target, draft, max_draft
+    def __init__(self, target, draft, lengths=range(1, 32)):
+        self.target, self.draft, self.draft_lengths = target, draft, lengths
         self.rounds = []
 
     def run(self, tokens, position, k):
-        assert len(tokens) == 2 and position >= 0 and 1 <= k <= self.max_draft
+        assert len(tokens) == 2 and position >= 0 and 1 <= k <= max(self.draft_lengths)
         self.rounds.append((position, k))
         drafted = self.draft.draft_greedy(tokens, position, k)
         verified = self.target.greedy([tokens[-1], *drafted], position + 1)
@@ -32,8 +33,8 @@ class ComposedRound:
 class Spied(FusedDrafter):
     """Keeps every draft it has made."""
 
-    def __init__(self, fused, model):
-        super().__init__(fused, model)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.drafts = []
 
     def propose(self, tokens, limit):
@@ -41,9 +42,9 @@ class Spied(FusedDrafter):
         return self.drafts[-1]
 
 
-def fused_text(target, draft, prompt, k=4, max_draft=31, controller=None, **options):
+def fused_text(target, draft, prompt, k=4, lengths=range(1, 32), controller=None, **options):
     """(ids, stats, drafter, fused) of a generation through a FusedDrafter."""
-    fused, stats = ComposedRound(target, draft, max_draft), GenerationStats()
+    fused, stats = ComposedRound(target, draft, lengths), GenerationStats()
     drafter = Spied(fused, draft)
     controller = controller or FixedDraftLength(k)
     tokens = generate(target, drafter, prompt, controller=controller, stats=stats, **options)
@@ -117,14 +118,29 @@ def test_every_round_feeds_the_last_two_tokens(pair):
 
 
 # -------------------------------------------------------------------------------- where no fused round fits
-@pytest.mark.parametrize("max_draft", [0, 2, 4])
-def test_a_draft_longer_than_prepared_is_verified_by_the_loop(pair, max_draft):
+@pytest.mark.parametrize(("asked", "drafted"), [(1, 1), (2, 1), (3, 3), (6, 3), (7, 7), (31, 7)])
+def test_of_the_lengths_that_there_are_programs_for_the_longest_allowed_is_drafted(pair, asked, drafted):
     prompt = random_prompt(6, seed=5)
-    ids, stats, drafter, fused = fused_text(*pair, prompt, k=5, max_draft=max_draft, max_new_tokens=30)
+    ids, stats, drafter, fused = fused_text(*pair, prompt, asked, lengths=(1, 3, 7), max_new_tokens=40)
+    assert ids == plain(pair[0], prompt, max_new_tokens=40)
+    assert all(draft.verified for draft in drafter.drafts if draft.tokens)
+    assert fused.rounds[0][1] == max(k for _, k in fused.rounds) == drafted
+
+
+def test_a_length_below_all_programs_uses_part_of_the_shortest(pair):
+    """As at the end of a text: the program is asked for fewer tokens than it drafts."""
+    prompt = random_prompt(6, seed=5)
+    ids, _, drafter, fused = fused_text(*pair, prompt, 2, lengths=(4,), max_new_tokens=30)
     assert ids == plain(pair[0], prompt, max_new_tokens=30)
-    longer = [draft for draft in drafter.drafts if len(draft.tokens) > max_draft]
-    assert len(longer) > 3 and not any(draft.verified for draft in longer)
-    assert {k for _, k in fused.rounds} <= set(range(1, max_draft + 1))
+    assert {k for _, k in fused.rounds[:-1]} == {2}
+    assert all(draft.verified for draft in drafter.drafts if draft.tokens)
+
+
+def test_without_a_program_the_loop_verifies(pair):
+    prompt = random_prompt(6, seed=5)
+    ids, stats, drafter, fused = fused_text(*pair, prompt, 5, lengths=(), max_new_tokens=30)
+    assert ids == plain(pair[0], prompt, max_new_tokens=30)
+    assert fused.rounds == [] and not any(draft.verified for draft in drafter.drafts)
     assert outcomes(stats) == outcomes(speculate(*pair, prompt, 5, max_new_tokens=30)[2])
 
 
@@ -163,17 +179,42 @@ class Pausing(FixedDraftLength):
         self.seen += 1
 
 
-@pytest.mark.parametrize("gap", [1, 2, 9])
+@pytest.mark.parametrize("gap", [1, 2, 9, 40])
 @pytest.mark.parametrize("noise", [0.0, 0.07])
-def test_a_draft_that_is_further_behind_catches_up_alone(gap, noise):
+def test_a_draft_that_is_further_behind_catches_up_before_its_round(gap, noise):
+    """After 40 plain rounds what it lacks is more than the rows of one forward."""
     target, draft = build_pair(seed=0, noise=noise, max_seq_len=256)
     prompt = random_prompt(6, seed=4)
-    ids, stats, drafter, fused = fused_text(target, draft, prompt, controller=Pausing(3, gap), max_new_tokens=90)
-    assert ids == plain(target, prompt, max_new_tokens=90)
-    assert sum(draft.verified is None for draft in drafter.drafts) > 3
-    assert fused.rounds
+    draft.calls.clear()
+    ids, _, drafter, fused = fused_text(target, draft, prompt, controller=Pausing(3, gap), max_new_tokens=150)
+    assert ids == plain(target, prompt, max_new_tokens=150)
+    assert all(draft.verified for draft in drafter.drafts if draft.tokens)
+    read = [(position, rows) for method, rows, position in draft.calls if method == "greedy"]
+    assert read and all(rows <= draft.max_rows for _, rows in read)
+    assert any(rows == draft.max_rows for _, rows in read) == (gap == 40)
+    assert all(position + rows <= start for (position, rows) in read for start, _ in fused.rounds if start >= position)
     if noise == 0:  # the same model: a hole in the draft's cache would make it propose something else
-        assert stats.acceptance_rate == 1
+        assert all(verified[0] == len(tokens) for tokens, _, _, verified, *_ in drafter.drafts if tokens)
+
+
+def test_a_draft_in_the_targets_cache_is_never_behind(pair):
+    """Early exit: with its own drafter nothing is read, neither the prompt nor what plain rounds have added."""
+    target, _ = pair
+    first = target.first_layers(1)
+    prompt = random_prompt(6, seed=4)
+
+    def refused(*arguments):
+        raise AssertionError("nothing is to be read")
+
+    first.prefill = first.greedy = refused
+    alone = EarlyExit(target, 1, GREEDY)
+    alone.model = first
+    stats, fused = GenerationStats(), ComposedRound(target, first)
+    drafter = Spied(fused, first, alone)
+    tokens = generate(target, drafter, prompt, controller=Pausing(3, 9), max_new_tokens=60, stats=stats)
+    assert [token.id for token in tokens] == plain(target, prompt, max_new_tokens=60)
+    assert len(fused.rounds) > 3
+    assert {r.source for r in stats.rounds if r.drafted} == {"early-exit"}
 
 
 def test_prompts_of_one_token(pair):

@@ -13,6 +13,7 @@ from torch.nn import functional
 from ttnn.operations.activations import get_golden_function_for_activation
 
 TILE = 32
+HIDDEN = -1e6  # what is added to a score that leaves no weight beside others: far less than exp can tell from 0
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
@@ -279,6 +280,23 @@ def attention(q, k, v, scale, mask=None):
     return (weights @ v).reshape(batch, heads, rows, -1)
 
 
+def attention_of_seen(q, k, v, scale, mask):
+    """`attention` with a mask for all heads, each row over the columns it sees alone.
+
+    A weight of 0 adds nothing to a sum, but where the zeros stand changes its rounding: this way, as in causal
+    attention, a row's bits do not depend on what is hidden from it.
+    """
+    if mask.shape[:2] != (1, 1):
+        return attention(q, k, v, scale, mask)
+    rows = []
+    for row in range(q.shape[2]):
+        columns = (mask[0, 0, row] > HIDDEN).nonzero().flatten()
+        columns = columns if len(columns) else torch.arange(k.shape[2])
+        seen = (x[:, :, columns] for x in (k, v))
+        rows.append(attention(q[:, :, row, None], *seen, scale, mask[:, :, row, None, columns]))
+    return torch.cat(rows, 2)
+
+
 def causal_mask(rows, length, start):
     """[rows, length]: row r sees positions up to start + r."""
     return torch.full((rows, length), float("-inf")).triu(start + 1)
@@ -290,15 +308,29 @@ def scaled_dot_product_attention(
     input_tensor_v,
     *,
     attn_mask=None,
+    attn_mask_block_map=None,
     is_causal=True,
     scale=None,
     output_concat_heads=False,
+    program_config=None,
 ):
+    """q [B, Q, n, D], k and v [B, KV, T, D], mask [1 or B, 1 or Q, n, T], added to the scores.
+
+    attn_mask_block_map [.., n / q_chunk, T / k_chunk]: 0 for blocks of the mask that are neither read nor computed.
+    Raises ValueError where that leaves a row nothing, for which ttnn promises no value.
+    """
     rows, length = input_tensor_q.shape[2], input_tensor_k.shape[2]
     if is_causal:
         attn_mask = causal_mask(rows, length, max(0, length - rows))
+    if attn_mask_block_map is not None:
+        chunks = program_config.q_chunk_size, program_config.k_chunk_size
+        read = attn_mask_block_map.repeat_interleave(chunks[0], -2).repeat_interleave(chunks[1], -1)
+        attn_mask = attn_mask.masked_fill(read[..., :rows, :length] == 0, float("-inf"))
+        if not attn_mask.isfinite().any(-1).all():
+            raise ValueError("attention: a row whose every block is left out has no value")
     scale = input_tensor_q.shape[-1] ** -0.5 if scale is None else scale
-    y = attention(input_tensor_q, input_tensor_k, input_tensor_v, scale, attn_mask)
+    attend = attention if attn_mask is None or is_causal else attention_of_seen
+    y = attend(input_tensor_q, input_tensor_k, input_tensor_v, scale, attn_mask)
     return nlp_concat_heads(y) if output_concat_heads else y
 
 

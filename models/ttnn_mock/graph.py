@@ -7,7 +7,8 @@ the kernel touches, rules correct the size; they follow the kernel sources of tt
   padding of its last bank); an embedding reads the rows it looks up, a slice what it returns; a cache update reads and
   writes one row of tiles per KV head and position, `fill_cache` writes what it is given;
 - estimated: decode attention, whole chunks of keys and values up to each row's position, once for each row and KV head
-  (cores could share them); prefill attention, keys and values up to the chunk's end, once; matmuls of interleaved
+  (cores could share them); attention of a tree, whole chunks up to its last row, once for each query head; prefill
+  attention, keys and values up to the chunk's end, once; matmuls of interleaved
   input, both operands once (cores multicast them, but blocks may be read again); collectives, their inputs and
   outputs.
 
@@ -313,7 +314,7 @@ def _fill(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) 
 def _attend_rows(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
     queries, *caches = call.inputs[:3]
     length = caches[0].shape[2]
-    chunk = int(re.search(r"SDPAProgramConfig\([^,]*, [^,]*, \d+, (\d+)", call.arguments[0])[1]) or TILE
+    chunk = _chunk(call)
     rows = _rows(queries.shape[1], positions)
     if rows is None:
         rows = [length - 1] * queries.shape[1]
@@ -322,8 +323,11 @@ def _attend_rows(call: _Call, outputs: list[_Tensor], positions: Sequence[int] |
 
 
 def _attend_sequence(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
-    """Attention of a prefill chunk, whose start stands among the arguments; keys and values of its own else."""
+    """Attention of a prefill chunk, whose start stands among the arguments; keys and values of its own else. With a
+    mask and a map of its blocks: of a tree."""
     queries, *stored = call.inputs[:3]
+    if len(call.inputs) == 5:
+        return _attend_tree(call, positions)
     start = re.search(r"SDPAProgramConfig\(.*?\), \d+, (\d+|std::nullopt),", call.arguments[0])
     paged = len(call.inputs) > 3 and start is not None and start[1].isdigit()
     end = int(start[1]) + queries.shape[2] if paged else stored[0].shape[2]
@@ -331,6 +335,23 @@ def _attend_sequence(call: _Call, outputs: list[_Tensor], positions: Sequence[in
         Traffic(tensor.address, min(tensor.bytes, tensor.rows_bytes(math.ceil(end / TILE) * TILE)), 0, False)
         for tensor in stored
     ]
+
+
+def _attend_tree(call: _Call, positions: Sequence[int] | None) -> list[Traffic]:
+    queries, *caches, mask, _ = call.inputs
+    _, heads, count, _ = queries.shape
+    _, kv_heads, length, _ = caches[0].shape
+    chunk = _chunk(call)
+    rows = _rows(count, positions)
+    seen = min(length, (max(rows) // chunk + 1) * chunk) if rows else length
+    shared = heads // kv_heads
+    read = [Traffic(cache.address, shared * cache.rows_bytes(seen), 0, False) for cache in caches]
+    return [*read, Traffic(mask.address, heads * mask.bytes * seen // length, 0, False)]
+
+
+def _chunk(call: _Call) -> int:
+    """Positions of keys and values that attention takes at once."""
+    return int(re.search(r"SDPAProgramConfig\([^,]*, [^,]*, \d+, (\d+)", call.arguments[0])[1]) or TILE
 
 
 def _rows(count: int, positions: Sequence[int] | None) -> list[int] | None:

@@ -4,6 +4,8 @@ Known without ttnn:
 boards        the boards: chips, wiring, memory
 shapes        sizes that all of the package agrees on
 precision     named choices of number formats and of arithmetic fidelity
+options       how models run on a board, as a user asks for it
+programs      which programs a generation runs, and what their traces take
 memory        what a model takes of each chip's DRAM, whether that fits, and what would
 
 Getting a model onto a board:
@@ -13,8 +15,11 @@ weight_cache  converted tensors kept on disk
 layout        where a model's tensors lie, and the program configuration of each matmul, bound once per board
 
 The forward:
-model         a language model on one mesh: prefill, decode and verify
+model         a language model on one mesh: weights, cache, prefill
+decoder       its other forwards as programs: decode, verify, trees, chains of drafted tokens
+first_layers  the first layers of a model as its own draft (early exit)
 rows          the inputs of a forward of R rows, and the ops that depend on R
+attend        how rows attend to the cache: causal rows, rows of a tree
 rope          rotary tables on the device
 kv_cache      one flat pair of tensors per layer
 attention     grouped-query attention of R rows over one cache

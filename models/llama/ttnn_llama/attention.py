@@ -1,14 +1,12 @@
 """Grouped-query attention over a flat cache, for one sequence.
 
 Decode and verify treat the R positions as rows of a batch that shares one cache: `paged_*update_cache` writes them in
-turn (share_cache), and paged attention reads the flat cache [1, KV, S, D] as one block of S positions through a page
-table of R equal rows, each row up to its own position. Unpaged attention with share_cache returns one row only in
-ttnn 0.81.1 (tt-metal PR 50149).
+turn (share_cache), then each attends to what it may see (`attend`).
 """
 
-import numpy
 import ttnn
 
+from models.llama.ttnn_llama.attend import attention_scale
 from models.llama.ttnn_llama.collectives import Line, OneChip
 from models.llama.ttnn_llama.kv_cache import LayerCache
 from models.llama.ttnn_llama.layout import Layout, attention_compute_config
@@ -35,9 +33,7 @@ class Attention:
         self.cache = cache
         self.collectives = collectives
         self.heads, self.kv_heads = layout.heads, layout.kv_heads
-        # Chunked attention takes no double: the scale has to be a number that float32 holds.
-        self.scale = float(numpy.float32(layout.head_dim**-0.5))
-        self.decode_program = layout.attention_program(q_chunk=32)
+        self.scale = attention_scale(layout.head_dim)
         self.prefill_program = layout.attention_program(q_chunk=KV_BLOCK)
         self.compute = attention_compute_config(layout.mesh_device)
 
@@ -59,21 +55,9 @@ class Attention:
         ttnn.deallocate(qkv)
         q_1RQD, k_1RKD = plan.rotate(q_1RQD, k_1RKD, tables)
         plan.store(self.cache, k_1RKD, v_1RKD, inputs)
-        attended_1RQD = ttnn.transformer.paged_scaled_dot_product_attention_decode(
-            q_1RQD,
-            self.cache.keys,
-            self.cache.values,
-            plan.page_table,
-            cur_pos_tensor=inputs.positions,
-            scale=self.scale,
-            program_config=self.decode_program,
-            compute_kernel_config=self.compute,
-            memory_config=ttnn.L1_MEMORY_CONFIG,
-        )
-        attended_1RQD = ttnn.interleaved_to_sharded(attended_1RQD, plan.attended)
-        joined = ttnn.experimental.nlp_concat_heads_decode(attended_1RQD, num_heads=self.heads)  # [1, 1, 32, Q D]
+        joined = plan.attend(q_1RQD, self.cache, inputs)  # [1, 1, R or 32, Q D]
         output = self.collectives.sum_rows(self.wo.decode_forward(joined))
-        # Heads are concatenated for a whole tile of 32 rows: the first R of them, as a view.
+        # Where heads were concatenated for a whole tile of 32 rows: the first R of them, as a view.
         hidden = output.shape[-1]
         return ttnn.reshape(output, (1, 1, plan.rows, hidden), (1, 1, 32, hidden))
 

@@ -1,7 +1,7 @@
 """A whole greedy round on the device: K drafted tokens, their verification, and how many of them are right.
 
-Draft and target share a mesh. The drafted ids go from the draft's argmax into the target's embedding without the host,
-which writes two tokens and a position, and reads one small tensor.
+Draft and target share a mesh; the draft may be the target's own first layers. The drafted ids go from the draft's
+argmax into the target's embedding without the host, which writes two tokens and a position, and reads one small tensor.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 import ttnn
 
 from models.errors import UserError
+from models.llama.ttnn_llama.decoder import Decoder
 from models.llama.ttnn_llama.model import TtnnLlama
 from models.llama.ttnn_llama.shapes import MAX_ROWS, padded_rows
 
@@ -18,13 +19,14 @@ class FusedRound:
     """Greedy rounds of up to K drafted tokens, for the K that were prepared.
 
     Args:
-        target, draft: models on the same mesh, with the same vocabulary and the same runner.
+        target, draft: models on the same mesh, with the same vocabulary and the same runner; or a model and its
+            `first_layers`.
 
     Raises:
         UserError: models on different meshes, or of different vocabularies.
     """
 
-    def __init__(self, target: TtnnLlama, draft: TtnnLlama):
+    def __init__(self, target: TtnnLlama, draft: Decoder):
         if target.mesh_device is not draft.mesh_device or target.runner is not draft.runner:
             raise UserError("a fused round needs target and draft on one mesh: use --draft-placement shared")
         if target.vocab_size != draft.vocab_size:

@@ -186,6 +186,8 @@ def _remedies(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> 
                 break
     if "draft" in plans and _fits(board, {"target": plans["target"]}, placement):
         yield "no draft"
+    if _fits(board, {name: dataclasses.replace(plan, traces=0) for name, plan in plans.items()}, placement):
+        yield "--no-trace"
     for other in sorted(BOARDS.values(), key=lambda other: other.chips * other.dram_bytes):
         moved = _moved(other, plans, placement)
         if other != board and moved and _fits(other, moved, placement):

@@ -4,62 +4,46 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 
+from models.llama.first_layers import check_exit_layer
 from models.llama.loading import LoadedModel, OpenedModel
 from models.llama.ttnn_llama.boards import Board
+from models.llama.ttnn_llama.decoder import Decoder
 from models.llama.ttnn_llama.fused import FusedRound
 from models.llama.ttnn_llama.memory import MemoryPlan, check_fit, plan
 from models.llama.ttnn_llama.mesh import detect_board, errors_passed_on, open_mesh, target_chips
 from models.llama.ttnn_llama.model import TtnnLlama
+from models.llama.ttnn_llama.options import BoardOptions
 from models.llama.ttnn_llama.precision import precision_named
+from models.llama.ttnn_llama.programs import TREE, Program, programs, reads_late, trace_bytes, usable_lengths
 from models.llama.ttnn_llama.runner import Runner
+from models.llama.ttnn_llama.shapes import KV_BLOCK, padded_prompt
 from models.llama.ttnn_llama.weight_cache import default_cache_dir
 from models.llama.ttnn_llama.weights import CheckpointSource
 from models.ttnn_mock import cluster
 
-# An upper estimate: tt_transformers reserves 25 MB for a trace of 32 layers with about 20 ops each.
-TRACE_BYTES_PER_LAYER = 800_000
-
 Progress = Callable[[str, int, int, str], None]  # role, tensors done, tensors in all, name
-
-
-@dataclass(frozen=True)
-class BoardOptions:
-    """How models run on a board.
-
-    precision, draft_precision: names in `precision.PRECISIONS`.
-    placement: "shared", or "own-chip" for a draft on a chip of its own.
-    trace: replay captured programs; never on mock boards, which cannot.
-    weight_cache: keep converted weights on disk.
-    draft_length: tokens drafted in a round; 0 for none.
-    greedy, batched: how the engine will decode and verify, which decides the programs that are prepared.
-    """
-
-    precision: str = "performance"
-    draft_precision: str = "performance"
-    placement: str = "shared"
-    trace: bool = True
-    weight_cache: bool = True
-    draft_length: int = 4
-    greedy: bool = True
-    batched: bool = True
 
 
 def memory_plans(
     board: Board, target: OpenedModel, draft: OpenedModel | None, max_seq_len: int, options: BoardOptions
 ) -> dict[str, MemoryPlan]:
     """What "target" and "draft" take of each chip. Traces count with the target, and on a chip of its own with the
-    draft too: every chip reserves the same for them. Raises UserError if the chips cannot share a model."""
+    draft too: every chip reserves the same for them. Raises UserError if the chips cannot share a model, or for an
+    exit layer that the target has not."""
+    if options.drafter == "early-exit" and options.lengths:
+        check_exit_layer(options.exit_layer, target.checkpoint.config.num_hidden_layers)
     own_chip = _on_own_chip(draft, options)
-    trace_bytes = _traced_layers(target, draft, options) * TRACE_BYTES_PER_LAYER if options.trace else 0
+    chips = {"target": target_chips(board, own_chip_for_draft=own_chip)} | ({"draft": 1} if own_chip else {})
+    reserved = _trace_bytes(target, draft, options, chips) if options.trace else 0
     plans = {
         "target": plan(
             target.checkpoint.config,
             precision_named(options.precision),
-            target_chips(board, own_chip_for_draft=own_chip),
+            chips["target"],
             max_seq_len,
-            trace_bytes,
+            reserved,
             dram_banks=board.dram_banks,
         )
     }
@@ -69,7 +53,7 @@ def memory_plans(
             precision_named(options.draft_precision),
             1 if own_chip else board.chips,
             max_seq_len,
-            trace_bytes if own_chip else 0,
+            reserved if own_chip else 0,
             dram_banks=board.dram_banks,
         )
     return plans
@@ -79,12 +63,18 @@ def _on_own_chip(draft: OpenedModel | None, options: BoardOptions) -> bool:
     return draft is not None and options.placement == "own-chip"
 
 
-def _traced_layers(target: OpenedModel, draft: OpenedModel | None, options: BoardOptions) -> int:
-    """Layers in all traces together: one decode; a verification; chains after one and after two tokens."""
+def _lengths(draft: OpenedModel | None, options: BoardOptions, chips: int, shared: bool) -> list[int]:
+    """The draft lengths to prepare; none without the model that would draft."""
+    needs_draft = options.drafter in ("model", "combined", "tree")
+    return [] if needs_draft and draft is None else usable_lengths(options, chips, shared)
+
+
+def _trace_bytes(target: OpenedModel, draft: OpenedModel | None, options: BoardOptions, chips: dict[str, int]) -> int:
+    shared = len(chips) == 1
+    needed = programs(options, _lengths(draft, options, chips["target"], shared), shared)
     layers = target.checkpoint.config.num_hidden_layers
-    if draft is None:
-        return layers
-    return 2 * layers + 2 * (options.draft_length + 1) * draft.checkpoint.config.num_hidden_layers
+    drafting = draft.checkpoint.config.num_hidden_layers if draft else options.exit_layer or 0
+    return trace_bytes(needed, layers, drafting, chips)
 
 
 class BoardModels:
@@ -95,7 +85,9 @@ class BoardModels:
 
     Attributes:
         target, draft: `LoadedModel`s; ``draft`` is None if there is none.
-        fused: greedy rounds as one program, or None: sampling, sequential verification, a draft on its own chip.
+        drafting: the model that drafts: the draft's, for early exit the target's first layers, or None.
+        fused: greedy rounds as one program, or None: sampling, sequential verification, a draft on its own chip, trees.
+        lengths: what a controller may choose from, in rising order from 0: what programs are prepared for.
         board, mock: which board it is, and whether it is a mock of one.
         plans: memory per chip of "target" and "draft".
         trace: whether programs are replayed as traces.
@@ -123,7 +115,6 @@ class BoardModels:
             announce(self.board, self.plans)
         check_fit(self.board, self.plans, options.placement if draft else "shared")
         self.trace = options.trace and not self.mock
-        self._paths: dict[str, tuple] = {}
         with contextlib.ExitStack() as stack:
             meshes = stack.enter_context(
                 open_mesh(
@@ -140,7 +131,11 @@ class BoardModels:
                 stack.callback(each.release)
             self.target = self._load("target", target, options.precision, runner, progress)
             self.draft = self._load("draft", draft, options.draft_precision, draft_runner, progress) if draft else None
-            self.fused = self._prepare(shared)
+            self.drafting: Decoder | None = self._drafting_model()
+            usable = replace(options, trace=self.trace)
+            lengths = _lengths(draft, usable, meshes.target.get_num_devices(), shared)
+            self.lengths = (0, *lengths)
+            self.fused = self._prepare(programs(usable, lengths, shared))
             self._stack = stack.pop_all()
 
     def _load(
@@ -166,40 +161,49 @@ class BoardModels:
             )
         return LoadedModel(opened, model, precision_name, opened.seconds + time.perf_counter() - start)
 
-    def _prepare(self, shared: bool) -> FusedRound | None:
-        """Register every program that generation will run, so that all are compiled and captured before it; note the
-        one that a path spends its time in."""
-        options, target = self.options, self.target.model
-        what = "ids" if options.greedy else "logits"
-        self._paths["baseline"] = self._paths["speculative"] = target.prepare(what, 1)
-        if self.draft is None or not options.draft_length:
-            return None
-        k, draft = options.draft_length, self.draft.model
-        if options.greedy and options.batched and shared:
-            fused = FusedRound(target, draft)
-            self._paths["speculative"] = fused.prepare(k)
-            return fused
-        if options.batched:
-            self._paths["speculative"] = target.prepare(what, k + 1)
-        for m in (1, 2):  # after full acceptance two tokens are to be fed
-            if options.greedy:
-                draft.prepare_chain(m, k)
-            else:
-                draft.prepare(what, m)
-        return None
+    def _drafting_model(self) -> Decoder | None:
+        if self.options.drafter == "early-exit" and self.options.lengths:
+            return self.target.model.first_layers(self.options.exit_layer)
+        return self.draft.model if self.draft else None
 
-    def warm_up(self, prompt_lengths: Iterable[int]) -> float:
+    def _prepare(self, needed: list[Program]) -> FusedRound | None:
+        """Register all programs, note which one a path spends its time in, and return the rounds, if there are any."""
+        models = {"target": self.target.model, "draft": self.drafting}
+        fused = None
+        if any(program.what == "round" for program in needed):
+            fused = FusedRound(self.target.model, self.drafting)
+        keys = []
+        for program in needed:
+            if program.what == "round":
+                keys.append(fused.prepare(program.k))
+            elif program.what == "chain":
+                keys.append(models[program.model].prepare_chain(program.n, program.k))
+            else:
+                keys.append(models[program.model].prepare(program.what, program.n))
+        self._paths = {"baseline": keys[0], "speculative": keys[-1]}
+        return fused
+
+    def computed_rows(self, n: int) -> int:
+        """Rows that the target computes to verify n of them: forwards that compute the same cost the same."""
+        what = "ids" if self.options.greedy else "logits"
+        tree = TREE if self.options.drafter == "tree" and n > 1 else ""
+        return self.target.model.computed_rows(tree + what, n)
+
+    def warm_up(self, prompt_lengths: Iterable[int], max_new_tokens: int | None = None) -> float:
         """Compile what generation will run, for prompts of these lengths, and capture traces; returns seconds.
 
-        Every length is read once, not only every padded one: where the last row is cut out is a constant of a program,
-        and a kernel that came to the device after the capture could lie where a replay writes.
+        Prompts that are padded to the same length run the same programs. A draft that is asked late reads as much as
+        has been written by then: max_new_tokens at most (None: up to the context's end). A kernel that came to the
+        device after the capture could lie where a replay writes.
         """
         start = time.perf_counter()
         what = "programs could not be compiled" + " or captured (--no-trace goes without)" * self.trace
         try:
             with errors_passed_on(what):
-                for length in sorted(set(prompt_lengths)):
-                    for loaded in filter(None, (self.target, self.draft)):
+                prompts = {self._padded(length) for length in prompt_lengths}
+                texts = self._texts(prompts, max_new_tokens) if reads_late(self.options) else prompts
+                for loaded, lengths in ((self.target, prompts), (self.draft, texts)):
+                    for length in sorted(lengths if loaded else ()):
                         loaded.model.prefill([0] * length)
                 for runner in self._runners:
                     runner.capture()
@@ -207,6 +211,16 @@ class BoardModels:
             self._stack.__exit__(*sys.exc_info())  # closes, and only logs what goes wrong with that
             raise
         return time.perf_counter() - start
+
+    def _padded(self, length: int) -> int:
+        return min(padded_prompt(length), self.max_seq_len)
+
+    def _texts(self, prompts: Iterable[int], max_new_tokens: int | None) -> set[int]:
+        """Padded lengths of prompts of these, and of texts that begin with them."""
+        new = self.max_seq_len if max_new_tokens is None else max_new_tokens
+        return {
+            self._padded(length) for prompt in prompts for length in range(prompt, prompt + new + KV_BLOCK, KV_BLOCK)
+        }
 
     def select(self, path: str) -> None:
         """Before a run on "baseline" or "speculative": make its program the traced one where only one can be."""

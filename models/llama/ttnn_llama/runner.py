@@ -41,6 +41,10 @@ class Runner:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._bodies
 
+    def is_trace(self, key: Hashable) -> bool:
+        """Whether a program is replayed."""
+        return key in self._traces
+
     def run(self, key: Hashable) -> Outputs:
         """Run a program on what its inputs hold now. Its outputs are valid until the next program runs."""
         if key in self._traces:

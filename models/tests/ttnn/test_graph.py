@@ -40,8 +40,14 @@ class Counted:
         self.model.greedy([1] * rows, POSITION)
         return graph.capture(lambda: self.model.greedy([1] * rows, POSITION), positions)
 
-    def cost(self, rows):
-        ops = self.forward(rows, list(range(POSITION, POSITION + rows)))
+    def tree(self, rows, positions=None):
+        """The same for a tree whose rows all follow the first one."""
+        parents = [-1, *[0] * (rows - 1)]
+        self.model.greedy([1] * rows, POSITION, parents)
+        return graph.capture(lambda: self.model.greedy([1] * rows, POSITION, parents), positions)
+
+    def cost(self, rows, tree=False):
+        ops = (self.tree if tree else self.forward)(rows, list(range(POSITION, POSITION + rows)))
         return graph.cost(ops, {tensor.buffer_address() for tensor in self.weights.values()}, self.cache)
 
     def bytes_of_positions(self, count):
@@ -169,10 +175,10 @@ def test_a_capture_ends_when_its_function_fails(mesh_device):
 
 
 # ---------------------------------------------------------------------------------------------------------- models
-@pytest.mark.parametrize("rows", [1, 5, 32])
+@pytest.mark.parametrize("rows", [1, 5, 32, "tree"])
 def test_each_weight_is_read_by_one_op_of_a_forward(mesh_device, rows):
     counted = Counted(mesh_device)
-    ops = counted.forward(rows)
+    ops = counted.tree(32) if rows == "tree" else counted.forward(rows)
     for name, weight in counted.weights.items():
         assert len(graph.readers(ops, weight.buffer_address())) == 1, name
 
@@ -199,6 +205,15 @@ def test_a_layer_takes_at_most_sixteen_ops(mesh_device, size, rows, most):
     assert layer.collectives == (0 if mesh_device.get_num_devices() == 1 else 6)  # two sums of three ops
 
 
+@pytest.mark.parametrize("rows", [8, 32])
+def test_a_layer_takes_one_op_more_for_rows_of_a_tree(mesh_device, rows):
+    tree, causal = (
+        graph.split(*(Counted(mesh_device, layers=layers).cost(rows, tree=tree) for layers in (1, 2)))[0]
+        for tree in (True, False)
+    )
+    assert (tree.ops, tree.collectives) == (causal.ops + 1, causal.collectives)
+
+
 def test_costs_grow_by_the_same_layer(mesh_device):
     one, two, four = (Counted(mesh_device, layers=layers).cost(5) for layers in (1, 2, 4))
     layer, outside = graph.split(one, two)
@@ -217,6 +232,25 @@ def test_decode_attention_reads_chunks_up_to_each_rows_position(mesh_device):
     assert read([127, 128, 300, 383, 384]) == 2 * [counted.bytes_of_positions(128 + 256 + 384 + 384 + 512)]
     assert read([0, -1, -1, -1, -1]) == 2 * [counted.bytes_of_positions(128)]
     assert read(None) == 2 * [counted.bytes_of_positions(5 * 512)]
+
+
+def test_attention_of_a_tree_reads_what_its_rows_see_once_for_each_query_head(mesh_device):
+    counted = Counted(mesh_device, layers=1)
+    cache = counted.model.cache[0]
+
+    def read(positions):
+        op = only(counted.tree(32, positions), "SDPAOperation")
+        assert not op.exact
+        mask = next(
+            t for t in op.traffic if t.address not in (cache.keys.buffer_address(), cache.values.buffer_address())
+        )
+        return [moved(op, tensor)[0] for tensor in (cache.keys, cache.values)], mask.read
+
+    heads = 3 * counted.kv_heads  # of 3B
+    for positions, seen in (([*range(300, 332)], 384), ([*range(380, 400), *[-1] * 12], 512), (None, 512)):
+        keys_and_values, mask = read(positions)
+        assert keys_and_values == 2 * [3 * counted.bytes_of_positions(seen)]
+        assert mask == heads * seen // 32 * 2048
 
 
 @pytest.mark.parametrize("rows", [5, 32])

@@ -1,4 +1,5 @@
-"""Target and draft on a board: what is prepared, where they run, and that the board is closed whatever happens.
+"""Target and draft on a board: where they run, that generation needs no program that was not prepared, that all ways
+to draft write the target's own text, and that the board is closed whatever happens.
 
 `BoardModels` opens the board itself, so the mesh of the other tests is closed meanwhile.
 """
@@ -11,11 +12,16 @@ import ttnn
 from models.errors import UserError
 from models.llama.loading import OpenedModel
 from models.llama.ttnn_llama.boards import BOARDS
-from models.llama.ttnn_llama.pair import BoardModels, BoardOptions, memory_plans
+from models.llama.ttnn_llama.options import BoardOptions
+from models.llama.ttnn_llama.pair import BoardModels, memory_plans
 from models.llama.ttnn_llama.runner import Runner
 from models.speculative.controller import FixedDraftLength
+from models.speculative.drafters.combined import Combined
+from models.speculative.drafters.early_exit import EarlyExit
 from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.drafters.model import ModelDrafter
+from models.speculative.drafters.prompt_lookup import PromptLookup
+from models.speculative.drafters.tree import TreeDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
@@ -25,15 +31,27 @@ from models.ttnn_mock import cluster
 
 K = 3
 CONTEXT = 96
+NEW_TOKENS = 12
 PROMPTS = [random_ids(length, seed=length) for length in (1, 5, 38)]
 SAMPLING = SamplingParams(temperature=0.8, top_k=20, seed=3)
+LENGTHS = (1, 3, 7)
 KINDS = {
-    "fused": BoardOptions(),
-    "sequential": BoardOptions(batched=False),
-    "sampling": BoardOptions(greedy=False),
-    "own chip": BoardOptions(placement="own-chip"),
-    "own chip, sampling": BoardOptions(placement="own-chip", greedy=False),
+    "fused": {},
+    "sequential": {"batched": False},
+    "sampling": {"greedy": False},
+    "own chip": {"placement": "own-chip"},
+    "own chip, sampling": {"placement": "own-chip", "greedy": False},
+    "several lengths": {"draft_lengths": LENGTHS},
+    "lookup": {"drafter": "prompt-lookup", "draft_lengths": LENGTHS},
+    "combined": {"drafter": "combined", "draft_lengths": LENGTHS},
+    "combined, sampling": {"drafter": "combined", "draft_lengths": LENGTHS, "greedy": False},
+    "early exit": {"drafter": "early-exit", "exit_layer": 1, "draft_lengths": LENGTHS},
+    "early exit, sampling": {"drafter": "early-exit", "exit_layer": 1, "greedy": False},
+    "tree": {"drafter": "tree", "tree_nodes": 9},
+    "tree, sampling": {"drafter": "tree", "tree_nodes": 9, "greedy": False},
+    "tree, own chip": {"drafter": "tree", "tree_nodes": 9, "placement": "own-chip"},
 }
+FUSED = ("fused", "several lengths", "combined", "early exit")
 
 
 @pytest.fixture
@@ -45,13 +63,20 @@ def opened(weights, name="the-target"):
     return OpenedModel(name, weights, None, 0.0)
 
 
-@pytest.fixture
-def pair(board):
-    """(target, draft): one layer each, the draft being the target with noise."""
-    config = reduced("1B", board.chips, layers=1)
+def pair_of(board, layers, forgetful=False):
+    """(target, draft): of so many layers each, the draft being the target with noise. Forgetful: the next token
+    depends on the last one alone."""
+    config = reduced("1B", board.chips, layers=layers)
     target = Weights.random(config)
+    if forgetful:
+        target = target.changed(lambda name, tensor: 0 * tensor if "o_proj" in name else tensor)
     noisy = {name: tensor.bfloat16() for name, tensor in perturbed(target, 0.03, seed=5).items()}
     return opened(target), opened(Weights(config, noisy), "the-draft")
+
+
+@pytest.fixture
+def pair(board):
+    return pair_of(board, layers=1)
 
 
 @pytest.fixture
@@ -95,34 +120,63 @@ def values():
 
 
 def options_of(kind, board, **changes):
-    """A kind's options with K drafted tokens, exact and without files; skips what the board cannot do."""
-    if KINDS[kind].placement == "own-chip" and board.chips == 1:
+    """A kind's options, K drafted tokens if it says nothing else, exact and without files; skips what the board
+    cannot do."""
+    options = {"precision": "bf16", "draft_precision": "bf16", "weight_cache": False, "draft_lengths": (K,)}
+    options |= KINDS[kind] | changes
+    if options.get("placement") == "own-chip" and board.chips == 1:
         pytest.skip(f"{board.name} has no chip for the draft alone")
-    exact = {"precision": "bf16", "draft_precision": "bf16", "weight_cache": False, "draft_length": K}
-    return BoardOptions(**{**vars(KINDS[kind]), **exact, **changes})
+    return BoardOptions(**options)
 
 
 def load(pair, options, **rest):
-    return BoardModels(*pair, **{"max_seq_len": CONTEXT, "options": options, **rest})
+    target, draft = pair
+    if options.drafter in ("prompt-lookup", "early-exit"):
+        draft = None
+    return BoardModels(target, draft, **{"max_seq_len": CONTEXT, "options": options, **rest})
 
 
-def write(models, prompt, sampling=None, draft=True, max_new_tokens=10):
+def drafter_of(models, sampling):
+    """As the demo makes it."""
+    options, sampling = models.options, sampling or SamplingParams()
+    target = models.target.model
+    if options.drafter == "prompt-lookup":
+        return PromptLookup()
+    if options.drafter == "tree":
+        return TreeDrafter(models.drafting, sampling, options.tree_nodes)
+    if options.drafter == "early-exit":
+        alone = EarlyExit(target, options.exit_layer, sampling)
+    else:
+        alone = ModelDrafter(models.drafting, sampling, confident=False)
+    drafter = FusedDrafter(models.fused, models.drafting, alone) if models.fused else alone
+    return Combined(PromptLookup(), drafter) if options.drafter == "combined" else drafter
+
+
+class Changing(FixedDraftLength):
+    """Drafts a little, nothing for two rounds, so that a draft model falls behind, then all lengths in turn."""
+
+    def __init__(self, lengths):
+        super().__init__(0)
+        self.lengths, self.rounds = [lengths[1], 0, 0, *lengths[2:]], 0
+
+    def draft_length(self, source):
+        return self.lengths[self.rounds % len(self.lengths)]
+
+    def update(self, round):
+        self.rounds += 1
+
+
+def write(models, prompt, sampling=None, draft=True):
     """(ids, stats) that these models write, as the demo makes them."""
-    stats, drafter = GenerationStats(), None
-    if draft:
-        drafter = (
-            FusedDrafter(models.fused, models.draft.model)
-            if models.fused
-            else ModelDrafter(models.draft.model, sampling or SamplingParams())
-        )
+    stats = GenerationStats()
     models.select("speculative" if draft else "baseline")
     tokens = generate(
         models.target.model,
-        drafter,
+        drafter_of(models, sampling) if draft else None,
         prompt,
         sampling=sampling,
-        controller=FixedDraftLength(K),
-        max_new_tokens=max_new_tokens,
+        controller=FixedDraftLength(K) if len(models.options.draft_lengths) == 1 else Changing(models.lengths),
+        max_new_tokens=NEW_TOKENS,
         verification="batched" if models.options.batched else "sequential",
         stats=stats,
     )
@@ -147,6 +201,12 @@ def test_a_placement_that_the_board_has_no_chip_for_is_refused_before_anything_i
     assert calls == []
 
 
+def test_an_exit_layer_that_the_target_has_not_is_refused_before_anything_is_opened(board, calls):
+    with pytest.raises(UserError, match="exit layer 2: must be between 1 and 1"):
+        load(pair_of(board, layers=2), options_of("early exit", board, exit_layer=2))
+    assert calls == []
+
+
 def test_every_chip_reserves_the_trace_region(pair):
     target, draft = (opened(Weights(reduced("1B", 2), {})) for _ in range(2))
     n300 = BOARDS["N300"]
@@ -157,9 +217,9 @@ def test_every_chip_reserves_the_trace_region(pair):
 
     shared, own_chip = traces(), traces(placement="own-chip")
     assert shared["target"] > 0 and shared["draft"] == 0  # the same chips
-    assert own_chip["target"] == own_chip["draft"] == shared["target"]
+    assert own_chip["target"] == own_chip["draft"] > 0
     assert traces(trace=False) == {"target": 0, "draft": 0}
-    assert traces(draft_length=8)["target"] > shared["target"]
+    assert traces(draft_lengths=(8,))["target"] > shared["target"]
     assert memory_plans(n300, target, None, CONTEXT, BoardOptions(placement="own-chip"))["target"].chips == 2
 
 
@@ -241,56 +301,117 @@ def test_loading_is_told_tensor_by_tensor(board, pair, calls):
 
 # ------------------------------------------------------------------------------------- what is prepared, and where
 @pytest.mark.parametrize("kind", KINDS)
-def test_after_warming_up_nothing_is_compiled_and_both_paths_write_alike(kind, board, pair, calls, values):
+def test_after_warming_up_nothing_is_compiled_and_both_paths_write_alike(kind, board, calls, values):
     """A kernel that came to the device after traces were captured could lie where their replay writes."""
     options = options_of(kind, board)
     sampling = None if options.greedy else SAMPLING
-    with contextlib.closing(load(pair, options)) as models:
-        models.warm_up(len(prompt) for prompt in PROMPTS)
-        meshes = {id(mesh): mesh for mesh in (models.target.model.mesh_device, models.draft.model.mesh_device)}.values()
-        runners = (models.target.model.runner, models.draft.model.runner)
+    looks_up = options.drafter in ("prompt-lookup", "combined")
+    layers = 2 if options.drafter == "early-exit" else 1
+    prompts = PROMPTS
+    with contextlib.closing(load(pair_of(board, layers, forgetful=looks_up), options)) as models:
+        if looks_up:
+            asked = PROMPTS[1]
+            written, _ = write(models, asked, draft=False)
+            prompts = [asked, [*asked, *written[:6], *asked]]  # the answer to the second begins in it
+        models.warm_up(len(prompt) for prompt in prompts)
+        models_used = [loaded.model for loaded in (models.target, models.draft) if loaded]
+        meshes = {id(model.mesh_device): model.mesh_device for model in models_used}.values()
+        runners = [model.runner for model in models_used]
 
         def made():
             programs = [len(runner._bodies) for runner in runners]
             return programs + [mesh.num_program_cache_entries() for mesh in meshes]
 
         before, rounds = made(), []
-        for prompt in PROMPTS:
+        for prompt in prompts:
             plain, _ = write(models, prompt, sampling, draft=False)
             speculative, stats = write(models, prompt, sampling)
-            assert len(speculative) == len(plain) == 10
+            assert len(speculative) == len(plain) == NEW_TOKENS
             if options.greedy:
                 assert speculative == plain
             rounds += stats.rounds
         assert made() == before
-    assert any(r.accepted for r in rounds) and any(r.accepted < r.drafted for r in rounds)
+    if options.greedy or not looks_up:
+        assert any(r.accepted for r in rounds) and any(r.accepted < r.drafted for r in rounds)
+    sources = {r.source.partition("-")[0] for r in rounds if r.drafted}
+    assert ("model" in sources) == (options.drafter in ("model", "combined"))
+    assert "lookup" in sources or not (looks_up and options.greedy)
+
+
+def test_a_draft_that_reads_late_finds_its_programs(board, calls):
+    """What it reads then is longer than any prompt; of other sizes than the target, it shares no kernels with it."""
+    target, _ = pair_of(board, layers=1)
+    draft = opened(Weights.random(reduced("3B", board.chips, layers=1)))
+    prompt = random_ids(120, seed=1)
+
+    class Late(FixedDraftLength):
+        def draft_length(self, source):
+            self.asked = getattr(self, "asked", 0) + 1
+            return 3 if self.asked > 12 else 0
+
+    with contextlib.closing(load((target, draft), options_of("several lengths", board), max_seq_len=290)) as models:
+        models.warm_up([len(prompt)], max_new_tokens=20)
+        mesh = models.target.model.mesh_device
+        before = mesh.num_program_cache_entries()
+        stats = GenerationStats()
+        models.select("speculative")
+        list(
+            generate(
+                models.target.model,
+                drafter_of(models, None),
+                prompt,
+                controller=Late(0),
+                max_new_tokens=20,
+                stats=stats,
+            )
+        )
+        assert mesh.num_program_cache_entries() == before
+    assert [r.drafted for r in stats.rounds[:13]] == [0] * 12 + [3]
+
+
+def verifying(models, kind):
+    """The program that verifies, where it is not part of a round."""
+    what = "ids" if models.options.greedy else "logits"
+    if not models.options.batched:
+        return models.target.model.prepare(what, 1)
+    if models.options.drafter == "tree":
+        return models.target.model.prepare("tree-" + what, 9 + K + 1)
+    return models.target.model.prepare(what, max(models.lengths) + 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_path_selects_the_program_that_it_spends_its_time_in(kind, board, pair, calls, monkeypatch):
+def test_each_path_selects_the_program_that_it_spends_its_time_in(kind, board, calls, monkeypatch):
     selected = []
     monkeypatch.setattr(Runner, "select", lambda self, key: selected.append((self, key)))
-    with contextlib.closing(load(pair, options_of(kind, board))) as models:
+    with contextlib.closing(load(pair_of(board, layers=2), options_of(kind, board))) as models:
         target, runner = models.target.model, models.target.model.runner
-        what = "ids" if models.options.greedy else "logits"
-        alone = target.prepare(what, 1)
-        expected = {
-            "fused": lambda: models.fused.key(K),
-            "sequential": lambda: alone,
-        }.get(kind, lambda: target.prepare(what, K + 1))()
+        alone = target.prepare("ids" if models.options.greedy else "logits", 1)
         count = len(runner._bodies)
+        expected = models.fused.key(max(models.lengths)) if kind in FUSED else verifying(models, kind)
         for path in ("baseline", "speculative"):
             models.select(path)
         assert selected == [(runner, alone), (runner, expected)]
         assert len(runner._bodies) == count  # they were prepared already
-        assert (models.fused is not None) == (kind == "fused")
+        assert (models.fused is not None) == (kind in FUSED)
+
+
+def test_a_controller_is_given_the_lengths_that_there_are_programs_for(board, pair, calls):
+    with contextlib.closing(load(pair, options_of("several lengths", board))) as models:
+        lengths = (0, *LENGTHS) if board.chips == 1 or models.mock else (0, 3)
+        assert models.lengths == lengths
+        assert tuple(models.fused.draft_lengths) == lengths[1:]
+    with contextlib.closing(load(pair, options_of("lookup", board))) as models:
+        assert models.lengths == (0, *LENGTHS)
+        assert [models.computed_rows(n) for n in (1, 2, 3, 4, 5, 8)] == [1, 2, 4, 4, 8, 8]
+    with contextlib.closing(load(pair, options_of("tree", board))) as models:
+        assert [models.computed_rows(n) for n in (1, 2, 14)] == [1, 16, 16]
 
 
 @pytest.mark.parametrize("no_draft", ["no model", "no tokens"])
 def test_without_drafts_both_paths_are_plain_decoding(no_draft, board, pair, calls):
     draft, length = (None, K) if no_draft == "no model" else (pair[1], 0)
-    with contextlib.closing(load((pair[0], draft), options_of("fused", board, draft_length=length))) as models:
-        assert models.fused is None
+    with contextlib.closing(load((pair[0], draft), options_of("fused", board, draft_lengths=(length,)))) as models:
+        assert models.fused is None and models.lengths == (0,)
         assert list(models.target.model.runner._bodies) == [models.target.model.prepare("ids", 1)]
         models.select("speculative")
         models.warm_up([4])

@@ -50,7 +50,7 @@ class TinyPair:
 
     def __init__(self, mesh, trace=True):
         self.runner = NotingRunner(mesh, trace=trace)
-        config = reduced("1B", mesh.get_num_devices(), layers=1)
+        config = reduced("1B", mesh.get_num_devices(), layers=2)
         self.target, self.draft = (
             TtnnLlama(
                 config,
@@ -68,6 +68,8 @@ class TinyPair:
             "logits": self.target.prepare("logits", 5),
             "chain": self.draft.prepare_chain(2, 4),
             "round": self.fused.prepare(4),
+            "tree": self.target.prepare("tree-ids", 8),
+            "exit": self.target.first_layers(1).prepare_chain(1, 4),
         }
         self.keys = list(self.programs.values())
 
@@ -128,7 +130,7 @@ def captured_all(pair, monkeypatch):
             pair.runner._capture(key)
 
 
-@pytest.mark.parametrize("kind", ["ids", "logits", "chain", "round"])
+@pytest.mark.parametrize("kind", ["ids", "logits", "chain", "round", "tree", "exit"])
 def test_every_kind_of_program_can_be_captured(pair, mesh, monkeypatch, kind):
     """Once it has run, a capture compiles no kernel, writes nothing to the device and makes no input."""
     key = pair.programs[kind]
@@ -224,6 +226,8 @@ def test_what_was_prepared_is_replayed_with_the_inputs_that_it_was_captured_with
         "logits": [lambda n=n: pair.target.forward([3] * n, 5) for n in (2, 4, 5)],
         "chain": [lambda k=k: pair.draft.draft_greedy([3, 4], 5, k) for k in (1, 3, 4)],
         "round": [lambda k=k: pair.fused.run([3, 4], 5, k) for k in (1, 3, 4)],
+        "tree": [lambda n=n: pair.target.greedy([3] * n, 5, [-1, *[0] * (n - 1)]) for n in (1, 3, 8)],
+        "exit": [lambda k=k: pair.target.first_layers(1).draft_greedy([3], 5, k) for k in (1, 3, 4)],
     }
     monkeypatch.setattr(TtnnLlama, "read", staticmethod(lambda ids: [0] * 40))  # outputs of a trace not recorded
     monkeypatch.setattr(TtnnLlama, "_logits_of", lambda self, logits: [0] * 40)
@@ -233,6 +237,36 @@ def test_what_was_prepared_is_replayed_with_the_inputs_that_it_was_captured_with
             function()
             assert replays == [pair.runner._traces[pair.programs[kind]][0]]
     assert pair.runner.noted == []
+
+
+def test_more_than_two_tokens_are_read_by_a_forward_before_a_chain(pair, monkeypatch):
+    """There are chains after one token and after two; a draft may be further behind."""
+    pair.draft.prepare_chain(1, 4)
+    read = pair.draft.prepare("ids", 32)
+    pair.runner.noted.clear()
+    for tokens in (3, 9, 32):
+        pair.draft.draft_greedy([5] * tokens, 5, 4)
+    assert pair.runner.keys("ran") == [read, pair.draft.prepare_chain(1, 4)] * 3
+
+
+def test_the_smallest_program_with_room_runs_but_a_trace_before_others(pair, monkeypatch, replays):
+    """On several chips one trace has to serve all that it has rows for."""
+    programs = {rows: pair.target.prepare("logits", rows) for rows in (1, 2, 8)}
+    pair.runner.compile()
+    pair.runner.noted.clear()
+    for n in (1, 2, 3, 5, 6):
+        pair.target.forward([3] * n, 5)
+    five = pair.programs["logits"]
+    assert pair.runner.keys("ran") == [programs[1], programs[2], five, five, programs[8]]
+    with recording(monkeypatch):
+        pair.runner._capture(five)
+    monkeypatch.setattr(TtnnLlama, "_logits_of", lambda self, logits: [0] * 40)
+    pair.runner.noted.clear()
+    for n in (1, 2, 3, 5, 6):
+        pair.target.forward([3] * n, 5)
+    assert len(replays) == 4
+    assert pair.runner.keys("ran") == [programs[8]]
+    assert [pair.target.computed_rows("logits", n) for n in (1, 5, 6, 9)] == [5, 5, 8, 16]
 
 
 def test_the_same_key_is_registered_once(pair):
@@ -253,6 +287,8 @@ def test_preparing_again_makes_no_second_program_and_no_second_input(pair, monke
         pair.target.prepare("logits", 5),
         pair.draft.prepare_chain(2, 4),
         pair.fused.prepare(4),
+        pair.target.prepare("tree-ids", 8),
+        pair.target.first_layers(1).prepare_chain(1, 4),
     ]
     assert again == pair.keys
     assert len(pair.runner._bodies) == count
@@ -296,6 +332,8 @@ def test_a_replay_gives_what_the_program_gives(pair):
         ("logits", lambda i: pair.target.forward([3, 4 + i], 5 + i).tolist()),
         ("chain", lambda i: pair.draft.draft_greedy([3 + i, 4], 5 + i, 4)),
         ("round", lambda i: pair.fused.run([3, 4 + i], 5 + i, 4)),
+        ("tree", lambda i: pair.target.greedy([3, 4 + i, 5], 5 + i, [-1, 0, i])),
+        ("exit", lambda i: pair.target.first_layers(1).draft_greedy([3 + i], 5 + i, 4)),
     ]
     expected = [[call(i) for _, call in calls] for i in range(2)]
     pair.runner.capture()

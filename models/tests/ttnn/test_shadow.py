@@ -637,6 +637,50 @@ def test_attention_with_a_mask_over_a_cache_equals_torch(put, same):
     same(y, attend(q, k, v, mask.expand(1, Q, B, S)), 0.02)
 
 
+def test_attention_with_a_mask_of_its_own_for_each_head_equals_torch(put, same):
+    q, k, v = bf16(1, Q, B, D), bf16(1, KV, S, D), bf16(1, KV, S, D)
+    mask = torch.where(torch.rand(1, Q, B, S) < 0.5, 0.0, -1e9).bfloat16().float()
+    y = ttnn.transformer.scaled_dot_product_attention(put(q), put(k), put(v), attn_mask=put(mask), is_causal=False)
+    same(y, attend(q, k, v, mask), 0.02)
+
+
+def test_attention_leaves_out_the_blocks_that_its_map_names(put, same):
+    """Also where the mask would show them: what is there is not read."""
+    q, k, v = bf16(1, Q, B, D), bf16(1, KV, 3 * 128, D), bf16(1, KV, 3 * 128, D)
+    mask = torch.where(torch.rand(1, 1, B, 3 * 128) < 0.5, 0.0, -(2.0**30))
+    chunks = ttnn.SDPAProgramConfig(
+        compute_with_storage_grid_size=ttnn.CoreCoord(8, 7), q_chunk_size=32, k_chunk_size=128
+    )
+
+    def attended(*blocks):
+        return ttnn.transformer.scaled_dot_product_attention(
+            *(put(x) for x in (q, k, v)),
+            attn_mask=put(mask),
+            attn_mask_block_map=put(torch.tensor([[[blocks]]])),
+            is_causal=False,
+            program_config=chunks,
+        )
+
+    read = torch.cat((torch.arange(128), torch.arange(256, 384)))
+    expected = attend(q, k[:, :, read], v[:, :, read], mask[..., read].expand(1, Q, B, 256))
+    same(attended(1, 0, 1), expected, 0.02)
+    same(attended(1, 1, 1), attend(q, k, v, mask.expand(1, Q, B, 384)), 0.02)
+    with pytest.raises(ValueError, match="a row whose every block is left out has no value"):
+        attended(0, 0, 0)
+
+
+def test_what_a_mask_hides_does_not_change_a_bit(put, shadow):
+    """Weights of 0 are no part of a sum: a row attends like one that has only what it sees."""
+    q, k, v = bf16(1, Q, B, D), bf16(1, KV, S, D), bf16(1, KV, S, D)
+    seen = torch.randperm(S)[: S // 3].sort().values
+    mask = torch.full((1, 1, B, S), -(2.0**30)).index_fill(3, seen, 0.0)
+    options = {"is_causal": False, "attn_mask": put(mask)}
+    masked = ttnn.transformer.scaled_dot_product_attention(*(put(x) for x in (q, k, v)), **options)
+    options["attn_mask"] = put(torch.zeros(1, 1, B, len(seen)))
+    few = ttnn.transformer.scaled_dot_product_attention(put(q), put(k[:, :, seen]), put(v[:, :, seen]), **options)
+    assert torch.equal(shadow.value(masked)[0], shadow.value(few)[0])
+
+
 def test_decode_attention_sees_its_position_and_skips_negative_ones(put, same):
     q, k, v = bf16(1, B, Q, D), bf16(1, KV, S, D), bf16(1, KV, S, D)
     table = put(torch.zeros(B, 1, dtype=torch.int64))  # the whole cache as one page of all rows

@@ -1,0 +1,275 @@
+"""A demo run as one HTML page: the numbers, charts of them, and every text token by token and round by round."""
+
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from html import escape
+from typing import Any
+
+from demo.environment import write_text
+from demo.explain import explain_slowdown
+from demo.html_charts import Bar, Limit, bar_chart, chart_figure, key, rounds_chart, stacked_chart
+from demo.html_page import ASSETS, Block, Heading, Markup, page, table
+from demo.html_texts import texts
+from demo.report import Results
+from demo.session import Run, Session
+from demo.wording import MOCK, about, closing_lines, summary_sections
+from models.speculative.drafters import READS_PROMPT
+
+TITLES = {
+    "compare": "Speculative decoding beside its baseline",
+    "speculative": "Speculative decoding",
+    "baseline": "Plain decoding",
+}
+PATHS = ("baseline", "speculative")
+MOST_PROMPTS = 20  # in the chart by prompt; the table has all
+SOURCES = {
+    "model": "the draft model",
+    "tree": "the draft model as a tree",
+    "lookup": "prompt lookup",
+    "lookup-short": "prompt lookup after a short match",
+    "early-exit": "early exit",
+}
+
+
+def write_html(path: str, session: Session, results: Results) -> None:
+    """Write the page of a run, interrupted or not, to a file. Raises UserError if that fails."""
+    write_text(path, report(session, results), "--html")
+
+
+def report(session: Session, results: Results) -> str:
+    """The page of a run, as HTML. ``results`` are those of `demo.report.build_results`; where they have no times, as
+    on a mock board, the page has none."""
+    told, title = texts(session), TITLES[session.settings.mode]
+    blocks: list[Block] = [Markup(f"<h1>{title}</h1>"), *_notes(session, results), _headline(results)]
+    blocks += [Markup(f'<div class="columns">{_totals(results)}{_facts(session, results)}</div>')]
+    blocks += [_figures(session, results)]
+    if told["runs"]:
+        blocks += [Heading("Text and rounds"), Markup((ASSETS / "rounds.html").read_text(encoding="utf-8"))]
+    if results["prompts"]:
+        blocks += [Heading("Prompt by prompt"), _prompts(results)]
+    blocks += [Heading("How it was run"), *_details(results)]
+    script = (ASSETS / "rounds.js").read_text(encoding="utf-8") if told["runs"] else ""
+    return page(title, blocks, script=script, data=told)
+
+
+# ------------------------------------------------------------------------------------------------------------ words
+def _notes(session: Session, results: Results) -> list[Markup]:
+    """What a reader has to know before any number."""
+    lines = [MOCK] * session.mock
+    if results["interrupted"]:
+        done, asked = len(results["prompts"]), len(session.prompts)
+        line = f"The run was interrupted: {done} of {asked} prompts are complete, and only these are counted."
+        if not done:
+            begun = "what had been begun is shown" if session.under_way else "nothing was written"
+            line = f"The run was interrupted before a prompt was complete: {begun}."
+        lines.append(line)
+    lines += explain_slowdown(results)
+    told = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    return [Markup(f'<div class="note" role="note">{told}</div>')] if lines else []
+
+
+def _facts(session: Session, results: Results) -> Markup:
+    machine, versions = results["machine"], results["versions"]
+    device = ", ".join(filter(None, (machine["gpu"], machine["cpu"], f"{machine['cores']} cores")))
+    facts = [
+        *about(session),
+        ("machine", f"{device}, {machine['threads']} threads, {machine['platform']}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
+        ("date", datetime.now().astimezone().isoformat(" ", "minutes")),
+        ("command", shlex.join(results["command"])),
+    ]
+    made = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts)
+    return Markup(f'<dl class="facts">{made}</dl>')
+
+
+def _headline(results: Results) -> Markup:
+    """The few numbers that matter, as cards; only those that are known."""
+    totals = [results[path] for path in PATHS if results[path]]
+
+    def arrow(key: str, form: str, unit: str = "") -> str:
+        known = [form.format(total[key]) for total in totals if total[key] is not None]
+        return " → ".join(known) + unit if known else ""
+
+    order = " → ".join(path for path in PATHS if results[path])
+    cards: list[tuple[str, str, str]] = []
+    if results["speedup"] is not None:
+        median = results["speedup_median"]
+        detail = "" if median is None else f"median over prompts {median:.2f}x"
+        cards.append(("speed-up", f"{results['speedup']:.2f}x", detail))
+    cards.append(("tokens/s per user", arrow("tok_s_user", "{:.1f}"), order))
+    cards.append(("time to first token", arrow("ttft_ms", "{:.1f}", " ms"), order))
+    spec = results["speculative"]
+    if spec and spec["acceptance_rate"] is not None:
+        detail = f"{spec['mean_acceptance_length']:.2f} tokens per target forward"
+        cards.append(("acceptance", f"{spec['acceptance_rate']:.1%}", detail))
+    if len(totals) == 2 and results["prompts"]:
+        same, count = results["identical_prompts"], len(results["prompts"])
+        if same is None:
+            cards.append(("texts", "not compared", "sampled: they may differ"))
+        else:
+            cards.append(("texts", "identical" if same == count else "not identical", f"{same} of {count} prompts"))
+    made = [
+        f'<div class="card"><dt>{name}</dt><dd><div class="value{" small" * (len(value) > 8)}">{value}</div>'
+        f'<div class="detail">{detail}</div></dd></div>'
+        for name, value, detail in cards
+        if value
+    ]
+    return Markup(f'<dl class="cards">{"".join(made)}</dl>' if made else "")
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+def _totals(results: Results) -> Markup:
+    """The table that the terminal shows, and the lines under it."""
+    shown = [path for path in PATHS if results[path]]
+    if not shown:
+        return Markup("")
+    groups, sections = [], summary_sections(results)
+    both = any(ratio for section in sections for *_, ratio in section)
+    for section in sections:
+        rows = []
+        for label, *cells, ratio in section:
+            values = [cell for path, cell in zip(PATHS, cells, strict=True) if path in shown]
+            indent = "\u2003" * label.startswith(" ")
+            rows.append([indent + label.strip(), *values, *[ratio] * both])
+        groups.append(rows)
+    lines = "".join(f"<li>{escape(line)}</li>" for line, _ in closing_lines(results) if line != MOCK)
+    made = table(["", *shown, *["ratio"] * both], groups)
+    return Markup(f'<div>{made}<ul class="lines">{lines}</ul></div>')
+
+
+def _prompts(results: Results) -> Markup:
+    columns: list[tuple[str, Any]] = [
+        ("prompt", lambda row: _excerpt(row["number"], row["prompt"])),
+        ("tokens", lambda row: " / ".join(str(row[path]["tokens"]) for path in PATHS if row[path])),
+        *(
+            (f"{path} tok/s", lambda row, path=path: _number(row[path] and row[path]["tok_s_user"], "{:.1f}"))
+            for path in PATHS
+        ),
+        ("speed-up", lambda row: _number(row["speedup"], "{:.2f}x")),
+        ("accepted", lambda row: _number((row["speculative"] or {}).get("acceptance_rate"), "{:.0%}")),
+        ("same text", lambda row: "" if row["identical"] is None else "yes" if row["identical"] else "no"),
+    ]
+    made = [(name, [cell(row) for row in results["prompts"]]) for name, cell in columns]
+    made = [(name, cells) for name, cells in made if any(cells)]  # a column in which nothing is known is left out
+    rows = list(zip(*(cells for _, cells in made), strict=True))
+    return Markup(f'<div class="excerpts">{table([name for name, _ in made], [rows])}</div>')
+
+
+def _excerpt(number: int, prompt: str) -> Markup:
+    return Markup(f'{number} <span class="excerpt">{escape(" ".join(prompt[:300].split()))}</span>')
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _details(results: Results) -> list[Markup]:
+    made = []
+    for name in ("settings", "machine", "versions"):
+        rows = [(key, _plain(value)) for key, value in results[name].items() if value is not None]
+        made.append(f"<details><summary>{name}</summary>{table((name, ''), [rows], words=(0, 1))}</details>")
+    return [Markup(each) for each in made]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+# ----------------------------------------------------------------------------------------------------------- charts
+def _figures(session: Session, results: Results) -> Markup:
+    figures = [_speed_figure(results), _acceptance_figure(results), _time_figure(session)]
+    figures.append(_lengths_figure(session, results))
+    return Markup(f'<div class="figures">{"".join(filter(None, figures))}</div>' if any(figures) else "")
+
+
+def _speed_figure(results: Results) -> Markup | None:
+    """tok/s of each prompt, both paths."""
+    groups = []
+    for row in results["prompts"]:
+        rates = [(path, row[path]["tok_s_user"]) for path in PATHS if row[path] and row[path]["tok_s_user"]]
+        if rates:
+            groups.append((str(row["number"]), [Bar(path, rate, f"{rate:.1f}") for path, rate in rates]))
+    if not groups:
+        return None
+    shown = {path: path for path in PATHS if results[path]}
+    chart = bar_chart(groups[:MOST_PROMPTS], f"Tokens per second of each prompt: {', '.join(shown)}")
+    notes: list[str] = []
+    if len(groups) > MOST_PROMPTS:
+        notes = [f"The first {MOST_PROMPTS} of {len(groups)} prompts; the table below has all."]
+    return chart_figure("Tokens per second, by prompt", chart, [key(shown), *notes])
+
+
+def _acceptance_figure(results: Results) -> Markup | None:
+    """The share of drafts accepted up to each position, and where drafting one token breaks even."""
+    controller = results["controller"] or {}
+    rates = (results["speculative"] or {}).get("acceptance_by_position")
+    if not rates:
+        return None
+    groups = [(f"position {i}", [Bar("accepted", rate, f"{rate:.0%}")]) for i, rate in enumerate(rates, 1)]
+    break_even = controller.get("break_even")
+    limit, notes = None, ["Of the rounds that drafted this far, the share that kept the token and all before it."]
+    if break_even is not None and 0 <= break_even <= 1:
+        limit = Limit(break_even, f"break-even {break_even:.0%}")
+    if break_even is not None:
+        drafted = [name for name in READS_PROMPT if name in controller["draft_step_ms"]] or controller["draft_step_ms"]
+        source = SOURCES.get(name := next(iter(drafted)), name)  # as in the controller's own report
+        when = "never pays" if break_even > 1 else f"pays if position 1 is above {max(break_even, 0):.0%}"
+        mixed = " (the bars are of all sources together)" * (len(results["speculative"]["sources"]) > 1)
+        notes.append("Dashed line: " * bool(limit) + f"drafting one token by {source} {when}{mixed}.")
+    return chart_figure("Accepted, by position", bar_chart(groups, "Acceptance by position", limit), notes)
+
+
+def _time_figure(session: Session) -> Markup | None:
+    """Where the time of a decoded token goes, on each path."""
+    if session.mock:
+        return None
+    rows, names = [], {}
+    for path in session.settings.paths:
+        runs = _counted(session, path)
+        tokens = sum(run.stats.decode_tokens for run in runs)
+        if not tokens:
+            continue
+        parts = [(kind, name, 1000 * spent / tokens) for kind, name, spent in _spent(runs, session.fused)]
+        names = {kind: name for kind, name, _ in parts} | names  # the longer list comes last
+        split = ", ".join(f"{name} {ms:.2f}" for _, name, ms in parts)
+        label = f"{path} {sum(ms for *_, ms in parts):.2f} ms"
+        rows.append((label, split, [Bar(kind, ms, "") for kind, _, ms in parts]))
+    if not rows:
+        return None
+    title = "Time of one decoded token"
+    chart = stacked_chart([(label, bars) for label, _, bars in rows], f"{title}: {'; '.join(row[0] for row in rows)}")
+    return chart_figure(title, chart, [key(names), *(f"{label.split()[0]}: {split} ms" for label, split, _ in rows)])
+
+
+def _spent(runs: Sequence[Run], fused: bool) -> list[tuple[str, str, float]]:
+    """(class, name, seconds) of each thing that took any of the decoding time."""
+    rounds = [round for run in runs for round in run.stats.rounds]
+    reading = sum(run.stats.draft_prefill_s for run in runs)
+    if fused and any(round.drafted for round in rounds):
+        forwards = [("fused", "draft and target in one program", sum(r.draft_s + r.verify_s for r in rounds))]
+    else:
+        drafting, verifying = sum(r.draft_s for r in rounds), sum(r.verify_s for r in rounds)
+        forwards = [("draft", "draft", drafting), ("target", "target", verifying)]
+    parts = [("reading", "draft reads the prompt", reading), *forwards, ("host", "host", sum(r.host_s for r in rounds))]
+    return [part for part in parts if part[2] > 0]
+
+
+def _lengths_figure(session: Session, results: Results) -> Markup | None:
+    """The draft lengths that the controller chose, round by round."""
+    if not results["controller"] or not any(results["controller"]["chosen"]):
+        return None
+    kept = [[round.accepted for round in run.stats.rounds] for run in _counted(session, "speculative")]
+    rounds = [list(zip(*both, strict=True)) for both in zip(results["controller"]["chosen"], kept, strict=True)]
+    longest = max([*results["controller"]["lengths"], *(drafted for text in rounds for drafted, _ in text)])
+    drafted = results["speculative"]["drafted"]
+    title = f"Draft lengths chosen over {results['speculative']['rounds']} rounds: {drafted} tokens drafted in all"
+    notes = [key({"proposed": "drafted", "accepted": "accepted"}), "Rounds from left to right, prompts numbered below."]
+    return chart_figure("Draft length, round by round", rounds_chart(rounds, longest, title), notes, wide=True)
+
+
+def _counted(session: Session, path: str) -> list[Run]:
+    """The runs that the totals are made of."""
+    return [row.runs[path] for row in session.rows] or [run for run in session.under_way if run.path == path]

@@ -1,0 +1,266 @@
+"""Would speculative decoding pay on a Tenstorrent board? Predicted, with bands, without the board.
+
+    python scripts/plan.py --target 8B --draft 1B --board N150 --acceptance 0.8
+    python scripts/plan.py --target 8B --draft 1B --board T3K --acceptance-from run.json --markdown
+    python scripts/plan.py --capture            # count programs and bytes again, on mock boards (needs ttnn)
+
+The time of a step is computed from the DRAM bytes and device programs of our own forwards, counted in ttnn's graph on
+mock boards, with coefficients fitted to the published speeds of tt_transformers. That is another implementation, with
+another number of programs in a layer: the bands say how far predictions differ between models of step time that explain
+the published speeds alike. Nothing here is measured on a board.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from models.command_line import Parser, run_command
+from models.errors import UserError
+from models.llama.config import named_config
+from models.llama.ttnn_llama import memory
+from models.llama.ttnn_llama.boards import BOARDS, Board, board_named
+from models.llama.ttnn_llama.precision import PRECISIONS, precision_named
+from models.ttnn_mock import cluster
+from scripts.planner import counts as counting
+from scripts.planner import describe, report
+from scripts.planner.counts import SIZES, Counts
+from scripts.planner.levers import levers, memory_of
+from scripts.planner.predict import Family, Figure, Pair, Times
+from scripts.planner.speculation import (
+    MAX_DRAFT_LENGTH,
+    Acceptance,
+    Round,
+    best,
+    break_even,
+    chain,
+    speedup,
+)
+
+PRECISION = "performance"  # as the demo's
+DEFAULT_ACCEPTANCE = 0.8
+DEFAULT_CONTEXT = 1024
+LONGEST_CONTEXT = 131072
+
+
+# ---- what is asked --------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = ", ".join(SIZES)
+    parser.add_argument("--target", help=f"one of {sizes}")
+    parser.add_argument("--draft", help=f"one of {sizes}, not larger than the target")
+    parser.add_argument("--board", help=f"one of {', '.join(BOARDS)}")
+    parser.add_argument(
+        "--acceptance", type=float, help=f"chance of a drafted token, 0 to 1 (default: {DEFAULT_ACCEPTANCE})"
+    )
+    parser.add_argument("--acceptance-from", metavar="RUN.json", help="take it from a run of the demo, by position")
+    parser.add_argument(
+        "--context", type=int, default=DEFAULT_CONTEXT, help="tokens in the KV cache (default: %(default)s)"
+    )
+    parser.add_argument("--precision", default=PRECISION, help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
+    parser.add_argument("--draft-precision", help="the draft's (default: as --precision)")
+    parser.add_argument(
+        "--num-draft-tokens", type=int, metavar="K", help=f"plan for K, 0 to {MAX_DRAFT_LENGTH} (default: the best)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the plan to this file")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--recount", action="store_true", help="count this pair on this board now; needs ttnn")
+    parser.add_argument(
+        "--capture", action="store_true", help=f"count everything and write {counting.SHIPPED.name}; needs ttnn"
+    )
+    options = parser.parse_args(argv)
+    if not options.capture:
+        missing = [f"--{name}" for name in ("target", "draft", "board") if getattr(options, name) is None]
+        if missing:
+            parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return options
+
+
+def check(options: argparse.Namespace) -> Acceptance:
+    """UserError for what makes no sense; completes the options."""
+    options.target, options.draft = size_named(options.target), size_named(options.draft)
+    board_named(options.board)
+    options.precision = precision_named(options.precision).name
+    options.draft_precision = precision_named(options.draft_precision or options.precision).name
+    if SIZES.index(options.draft) > SIZES.index(options.target):
+        raise UserError(f"the draft {options.draft} is larger than the target {options.target}: swap them")
+    if not 1 <= options.context <= LONGEST_CONTEXT:
+        raise UserError(f"--context {options.context} is outside 1..{LONGEST_CONTEXT}, what Llama 3.x is trained for")
+    k = options.num_draft_tokens
+    if k is not None and not 0 <= k <= MAX_DRAFT_LENGTH:
+        raise UserError(f"--num-draft-tokens {k} is outside 0..{MAX_DRAFT_LENGTH}: 16 rows are what is planned for")
+    if options.acceptance_from is not None:
+        if options.acceptance is not None:
+            raise UserError("--acceptance and --acceptance-from exclude each other: give one")
+        return Acceptance.of_run(options.acceptance_from)
+    return Acceptance.equal(DEFAULT_ACCEPTANCE if options.acceptance is None else options.acceptance)
+
+
+def size_named(name: str) -> str:
+    """The size, such as 8B, that a published model's name stands for. Raises UserError for any other."""
+    config = named_config(name)
+    return next(size for size in SIZES if named_config(size) == config)
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def fitted() -> tuple[Counts, Family, dict]:
+    """The shipped counts, the models of step time fitted with them, and how well they fit."""
+    shipped = Counts.shipped()
+    family = Family.of(shipped)
+    return shipped, family, describe.fitted(shipped, family)
+
+
+def build(options: argparse.Namespace, acceptance: Acceptance, counts: Counts, family: Family, fit: dict) -> dict:
+    """The plan as JSON has it, by ``counts`` of the pair on its board."""
+    board = board_named(options.board)
+    places = counting.places(board, False, board.chips)
+    pair = Pair(options.target, options.draft, options.precision, options.draft_precision, places, options.context)
+    times = Times(family, counts, board, pair)
+    lengths = range(MAX_DRAFT_LENGTH + 1)
+    allowed = lengths if options.num_draft_tokens is None else [options.num_draft_tokens]
+    rounds = [chain(times, acceptance, k) for k in lengths]
+    chosen = best(rounds.__getitem__, allowed)
+    decode = times.decode()
+    return {
+        "kind": "predicted",
+        "settings": {
+            "target": options.target,
+            "draft": options.draft,
+            "board": board.name,
+            "context": options.context,
+            "precision": options.precision,
+            "draft_precision": options.draft_precision,
+            "num_draft_tokens": options.num_draft_tokens,
+        },
+        "acceptance": {
+            "source": acceptance.source,
+            "measured": options.acceptance_from is not None,
+            "known_positions": acceptance.known,
+            "chances": acceptance.chances(MAX_DRAFT_LENGTH),
+        },
+        "counts": counts.source,
+        "best": {"k": chosen.k, **_figure("speedup", speedup(times, chosen)), **_rate(family, chosen)},
+        "decode": {**_figure("ms", family.figure(decode)), **_rate(family, rounds[0])},
+        "table": [_row(times, round, decode) for round in rounds],
+        "levers": [
+            {
+                "name": lever.name,
+                "assumption": lever.assumption,
+                "k": lever.k,
+                **_figure("tok_s", lever.tok_s),
+                **_figure("speedup", lever.speedup),
+                **(_figure("gain", lever.gain) if lever.gain else {"gain": None, "gain_band": None}),
+                "break_even": lever.break_even,
+                "fits": lever.fits,
+            }
+            for lever in levers(times, acceptance, list(allowed), chosen)
+        ],
+        "memory": _memory(board, pair, chosen.k),
+        "fit": fit,
+        "assumptions": describe.ASSUMPTIONS,
+    }
+
+
+def _figure(name: str, figure: Figure) -> dict:
+    return {name: figure.value, f"{name}_band": [figure.low, figure.high]}
+
+
+def _rate(family: Family, round: Round) -> dict:
+    return _figure("tok_s", family.figure(round.tok_s))
+
+
+def _row(times: Times, round: Round, decode: np.ndarray) -> dict:
+    family = times.family
+    return {
+        "k": round.k,
+        **_figure("draft_ms", family.figure(round.drafting)),
+        **_figure("verify_ms", family.figure(round.verifying)),
+        "between_ms": float(round.between[0]),
+        "round_ms": float(round.ms()[0]),
+        "expected_tokens": round.tokens,
+        **_rate(family, round),
+        **_figure("speedup", speedup(times, round)),
+        "break_even": break_even(round.k, float(round.ms()[0] / decode[0])),
+    }
+
+
+def _memory(board: Board, pair: Pair, k: int) -> dict:
+    found = memory_of(board, pair, k)
+    return {
+        "fits": found.refusal is None,
+        "refusal": found.refusal,
+        "bytes_per_chip": {name: plan.total for name, plan in found.plans.items()},
+        "chip_bytes": board.dram_bytes,
+        "columns": list(memory.COLUMNS),
+        "rows": [list(row) for row in memory.rows(found.plans)],
+    }
+
+
+# ---- counts ---------------------------------------------------------------------------------------------------------
+
+
+def capture_all() -> int:
+    """Write docs/results/plan-counts.json anew."""
+    from scripts.planner import capture
+
+    _needs_ttnn()
+    found = capture.capture(progress=lambda text: print(text, file=sys.stderr))
+    counting.write(found, counting.SHIPPED)
+    print(f"wrote {counting.SHIPPED.name}: {len(found['forwards'])} forwards")
+    return 0
+
+
+def recounted(options: argparse.Namespace) -> Counts:
+    """Counts of this pair on this board, captured now."""
+    from scripts.planner import capture
+
+    _needs_ttnn()
+    found = capture.capture(
+        [options.board],
+        list(dict.fromkeys((options.target, options.draft))),
+        list(dict.fromkeys((options.precision, options.draft_precision, *list(PRECISIONS)[-1:]))),
+        progress=lambda text: print(text, file=sys.stderr),
+    )
+    return Counts(found, f"captured now with ttnn {found['ttnn']}")
+
+
+def _needs_ttnn() -> None:
+    if not cluster.is_installed():
+        raise UserError("counting needs ttnn (CPython 3.12 or 3.10 on x86-64 Linux): plan with the shipped counts")
+
+
+def command(argv: Sequence[str] | None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = parse(arguments)
+    if options.capture:
+        return capture_all()
+    acceptance = check(options)
+    from demo.environment import check_writable, versions, write_json
+
+    if options.json:
+        check_writable(options.json)
+    shipped, family, fit = fitted()
+    plan = build(options, acceptance, recounted(options) if options.recount else shipped, family, fit)
+    if options.json:
+        write_json(options.json, plan | {"versions": versions(), "command": ["scripts/plan.py", *arguments]})
+    if options.markdown:
+        print(report.markdown(plan), end="")
+    else:
+        report.show(plan)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(run_command(lambda: command(None)))

@@ -1,0 +1,199 @@
+"""A plan as tables, for a terminal or as Markdown. Every time and speed-up in them is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+Plan = dict  # what `plan.build` returns
+
+
+@dataclass
+class Table:
+    """A table of text with a title and notes under it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[str]]
+    notes: list[str] = field(default_factory=list)
+    left: int = 1  # columns that are not numbers, at the left
+
+
+def tables(plan: Plan) -> list[Table]:
+    return [_lengths(plan), _levers(plan), _memory(plan), _fit(plan)]
+
+
+def headline(plan: Plan) -> str:
+    """The answer in a few lines."""
+    settings, best = plan["settings"], plan["best"]
+    where = f"{settings['target']} with {settings['draft']} on {settings['board']}, context {settings['context']}"
+    lines = [
+        f"{where}: PREDICTED, nothing measured on a board.",
+        f"Acceptance: {plan['acceptance']['source']}. Device programs and bytes: {plan['counts']}.",
+    ]
+    asked = settings["num_draft_tokens"]
+    if best["k"]:
+        lines.append(
+            f"{'Best draft' if asked is None else 'Draft'} length {best['k']}: {best['speedup']:.2f}x "
+            f"({_band(best['speedup_band'], 2)}) over plain decoding, {best['tok_s']:.1f} tok/s "
+            f"({_band(best['tok_s_band'])}). {_verdict(best['speedup_band'])}"
+        )
+    elif asked is None:
+        lines.append("No draft length is faster than plain decoding.")
+    if not plan["memory"]["fits"]:
+        lines.append(f"DOES NOT FIT: {plan['memory']['refusal']}")
+    return "\n".join(lines)
+
+
+def _verdict(band: Sequence[float]) -> str:
+    if band[0] > 1:
+        return "The whole band is above 1."
+    return "The whole band is below 1." if band[1] < 1 else "The band does not decide whether it pays."
+
+
+def _number(value: float, digits: int = 1) -> str:
+    return f"{value:.{digits if value < 100 else 0}f}"
+
+
+def _percent(chance: float | None) -> str:
+    return "never" if chance is None else f"{chance:.0%}"
+
+
+def _band(band: Sequence[float], digits: int = 1) -> str:
+    return "-".join(_number(end, digits) for end in band)
+
+
+def _banded(entry: dict, name: str, digits: int = 1) -> str:
+    return f"{_number(entry[name], digits)} ({_band(entry[f'{name}_band'], digits)})"
+
+
+def _fit(plan: Plan) -> Table:
+    fit = plan["fit"]
+    rows = [
+        (
+            point["model"],
+            point["board"],
+            point["precision"],
+            str(point["context"]),
+            f"{point['published']:.1f}",
+            f"{point['predicted']:.1f}",
+            f"{point['error']:+.1%}",
+            f"{point['left_out_error']:+.1%}",
+        )
+        for point in fit["points"]
+    ]
+    errors = ", ".join(f"{board} {error:.0%}" for board, error in fit["largest_error_by_board"].items())
+    notes = [
+        f"Median error {fit['median_error']:.1%}; leave-one-out {fit['leave_one_out_median_error']:.1%}; with all "
+        f"figures of a model on a board left out {fit['group_left_out_median_error']:.1%} (80 % of them within "
+        f"{fit['spread']:.0%}). Largest error of the fit: {errors}.",
+        _terms(fit["forms"]),
+        "Fitted: " + "; ".join(f"{name} {text}" for name, text in fit["parameters_in_words"].items()) + ".",
+        f"Published: {fit['source']}. 'left out' is the error of a fit without that figure.",
+        *fit["caveats"],
+    ]
+    columns = ("model", "board", "precision", "context", "published t/s/u", "fitted", "error", "left out")
+    return Table("Fit to published single-model decode speeds (not ours)", columns, rows, notes, left=3)
+
+
+def _terms(forms: list[dict]) -> str:
+    """Why the model has the terms it has."""
+    (chosen,) = (form for form in forms if form["form"].startswith("chosen"))
+    others = [form["leave_one_out_rms_error"] for form in forms if len(form["terms"]) < len(chosen["terms"])]
+    return (
+        f"{len(chosen['terms'])} terms: with fewer, the error of left-out figures is {min(others):.1%} to "
+        f"{max(others):.1%} (root of the mean square), with these {chosen['leave_one_out_rms_error']:.1%}."
+    )
+
+
+def _lengths(plan: Plan) -> Table:
+    known = plan["acceptance"]["known_positions"]
+    rows = []
+    for row in plan["table"]:
+        k = row["k"]
+        mark = "*" * (plan["acceptance"]["measured"] and k > known) + " <" * (k == plan["best"]["k"])
+        rows.append(
+            (
+                f"{k}{mark}",
+                _banded(row, "draft_ms") if k else "",
+                _banded(row, "verify_ms"),
+                f"{row['between_ms']:.1f}",
+                f"{row['expected_tokens']:.2f}",
+                _banded(row, "tok_s"),
+                _banded(row, "speedup", 2) if k else "1.00",
+                _percent(row["break_even"]) if k else "",
+            )
+        )
+    notes = [
+        "In brackets: band. 'rest': the host, and joining and comparing ids. Break-even: equal acceptance from "
+        "which on K tokens pay."
+    ]
+    if plan["acceptance"]["measured"] and known < plan["table"][-1]["k"]:
+        notes.append(f"* acceptance beyond position {known} was not measured: taken to go on as at the last ones.")
+    columns = ("K", "draft ms", "verify ms", "rest ms", "tokens/round", "tok/s", "speed-up", "break-even")
+    return Table("Predicted, by number of drafted tokens K", columns, rows, notes)
+
+
+def _levers(plan: Plan) -> Table:
+    rows = []
+    for lever in plan["levers"]:
+        rows.append(
+            (
+                lever["name"] + " (does not fit)" * (not lever["fits"]),
+                lever["assumption"],
+                str(lever["k"]),
+                _banded(lever, "speedup", 2),
+                "" if lever["gain"] is None else _banded(lever, "gain", 2),
+                _percent(lever["break_even"]) if lever["k"] else "",
+            )
+        )
+    columns = ("change", "assumed", "best K", "speed-up", "tok/s over plan", "break-even")
+    return Table("Predicted: what else would pay", columns, rows, list(plan["assumptions"]), left=2)
+
+
+def _memory(plan: Plan) -> Table:
+    memory = plan["memory"]
+    fits = "It fits, by the check that is made before a board is opened."
+    title = f"Memory of each chip, context {plan['settings']['context']}"
+    return Table(title, memory["columns"], memory["rows"], [memory["refusal"] or fits], left=2)
+
+
+# ---- out ------------------------------------------------------------------------------------------------------------
+
+
+def markdown(plan: Plan) -> str:
+    parts = [headline(plan).replace("\n", "  \n")]
+    for table in tables(plan):
+        lines = [f"### {table.title}", ""]
+        lines.append("| " + " | ".join(table.columns) + " |")
+        lines.append("|" + "|".join([" --- "] * table.left + [" ---: "] * (len(table.columns) - table.left)) + "|")
+        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+        lines += ["", *(f"- {note}" for note in table.notes)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def show(plan: Plan) -> None:
+    """On stdout, with rich. Raises BrokenPipeError when the reader has gone."""
+    import sys
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    console = Terminal(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(headline(plan), markup=False)
+    for table in tables(plan):
+        drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE, collapse_padding=True)
+        for i, column in enumerate(table.columns):
+            drawn.add_column(column, justify="left" if i < table.left else "right")
+        for row in table.rows:
+            drawn.add_row(*row)
+        console.print()
+        console.print(drawn)
+        for note in table.notes:
+            console.print(note, markup=False)

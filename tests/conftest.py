@@ -1,0 +1,92 @@
+"""Fixtures of the demos' tests from end to end."""
+
+import json
+
+import pytest
+
+import demo.display
+import demo.session
+from demo.harness import main
+from tests.demo_fixtures import write_pair
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """(target, draft): tiny, random, with a context of 512 and no stop token."""
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def deep_target(tmp_path_factory):
+    """A tiny random target of four layers."""
+    return write_pair(tmp_path_factory.mktemp("deep"), num_hidden_layers=4)[0]
+
+
+@pytest.fixture
+def run(pair, tmp_path):
+    """Run the demo in this process on the tiny pair; returns its exit code and JSON results (None if not written)."""
+
+    def call(*argv, mode=None, models=True, max_new_tokens=8):
+        path = tmp_path / "results.json"
+        path.unlink(missing_ok=True)
+        chosen = ["--target", str(pair[0]), "--draft", str(pair[1])] if models else []
+        limit = ["--max-new-tokens", str(max_new_tokens)]
+        code = main([*chosen, *limit, "--json", str(path), *argv], mode)
+        return code, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    return call
+
+
+@pytest.fixture
+def all_lengths(monkeypatch):
+    """Automatic draft lengths that are 0, 1, .. in turn instead of going by times; the controllers that were made."""
+    made = []
+
+    class InTurn(demo.session.AutoDraftLength):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.generations = self.rounds = 0
+            made.append(self)
+
+        def begin(self, *args):
+            super().begin(*args)
+            self.generations += 1
+
+        def draft_length(self, source):
+            return self.lengths[self.rounds % len(self.lengths)]
+
+        def pays(self, *args):
+            return True
+
+        def update(self, round):
+            super().update(round)
+            self.rounds += 1
+
+    monkeypatch.setattr(demo.session, "AutoDraftLength", InTurn)
+    return made
+
+
+@pytest.fixture
+def wrong_third_token(monkeypatch):
+    """Speculative text whose third token is not the target's."""
+    generate = demo.session.generate
+
+    def wrong_at_third_token(target, drafter, prompt, **options):
+        for number, token in enumerate(generate(target, drafter, prompt, **options), 1):
+            yield token._replace(id=(token.id + 1) % 256) if drafter and number == 3 else token
+
+    monkeypatch.setattr(demo.session, "generate", wrong_at_third_token)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Output as on a terminal, every change of it."""
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "50"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(demo.display, "REDRAW_S", 0)
+
+
+@pytest.fixture
+def as_on_a_mock(monkeypatch):
+    """Runs on the CPU that are told as if they had been on a mock board."""
+    monkeypatch.setattr(demo.session.Session, "mock", True)
