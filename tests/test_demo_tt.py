@@ -148,7 +148,7 @@ def corrupt(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def n150(corrupt):
-    speculative = ("--mode", "speculative")
+    speculative, one = ("--mode", "speculative"), ("--max-prompts", 1)
     return run_cases(
         "N150",
         {
@@ -164,9 +164,13 @@ def n150(corrupt):
             "long prompt": case(*BF16, "--prompt", "def f(x): return x\n" * 40),
             "own chip": case(*BF16, "--draft-placement", "own-chip"),
             "corrupt": case(*BF16, "--target", corrupt),
-            "auto": case(*BF16, "--num-draft-tokens", "auto"),
-            "prompt-lookup": case(*BF16, "--drafter", "prompt-lookup"),
-            "combined": case(*BF16, "--drafter", "combined"),
+            "auto": case(*BF16, *speculative, *one, "--num-draft-tokens", "auto"),
+            "prompt-lookup": case(*BF16, *speculative, *one, "--drafter", "prompt-lookup"),
+            "combined": case(*BF16, *speculative, *one, "--drafter", "combined"),
+            "tree": case(*BF16, *speculative, *one, "--drafter", "tree", "--tree-nodes", 5),
+            "early-exit": case(*BF16, *speculative, *one, "--drafter", "early-exit", "--exit-layer", 4),
+            "no exit layer": case(*BF16, "--drafter", "early-exit"),
+            "deep exit": case(*BF16, "--drafter", "early-exit", "--exit-layer", 16),
         },
     )
 
@@ -202,6 +206,27 @@ def test_without_a_drafter_no_draft_goes_onto_the_board(n150, typed):
     assert (settings["drafter"], settings["draft"], settings["draft_precision"]) == ("none", None, None)
 
 
+DRAFTING = {
+    "auto": {"model"},
+    "prompt-lookup": {"lookup", "lookup-short"},
+    "combined": {"model", "lookup", "lookup-short"},
+    "tree": {"tree"},
+    "early-exit": {"early-exit"},
+}
+
+
+@pytest.mark.parametrize("name", DRAFTING)
+def test_every_drafter_writes_the_same_text(n150, typed, name):
+    results = results_of(n150[name])
+    assert texts(results, "speculative") == texts(typed[1], "speculative")[:1]
+    assert set(results["speculative"]["sources"]) <= DRAFTING[name]
+    assert results["speculative"]["rounds"] > 0
+    if name == "auto":
+        assert results["controller"]["lengths"] == [0, 1, 3, 7, 15]
+    if name in ("auto", "tree", "early-exit"):
+        assert results["speculative"]["drafted"] > 0
+
+
 def test_ctrl_c_closes_the_board_and_shows_what_there_is(n150, typed):
     outcome = n150["ctrl-c"]
     assert outcome["code"] == 130
@@ -217,7 +242,7 @@ def test_ctrl_c_closes_the_board_and_shows_what_there_is(n150, typed):
 
 def test_every_run_that_opens_the_board_closes_it(n150):
     opened = {name for name, outcome in n150.items() if outcome["calls"]}
-    assert opened == {"sequential", "sampling", "baseline demo", "no drafter", "ctrl-c", "after ctrl-c"}
+    assert opened == {"sequential", "sampling", "baseline demo", "no drafter", "ctrl-c", "after ctrl-c", *DRAFTING}
     assert all(n150[name]["calls"] == ONE_CHIP for name in opened)
 
 
@@ -230,9 +255,8 @@ def test_every_run_that_opens_the_board_closes_it(n150):
         ("long prompt", ["128", "--max-seq-len"]),
         ("own chip", ["needs 2 chips", "N150 has 1", "N300"]),
         ("corrupt", ["model.safetensors"]),
-        ("auto", ["--num-draft-tokens auto", "--device tt", "give a number"]),
-        ("prompt-lookup", ["--drafter prompt-lookup", "--device tt", "--drafter model or none"]),
-        ("combined", ["--drafter combined", "--device tt", "--drafter model or none"]),
+        ("no exit layer", ["--exit-layer 4"]),
+        ("deep exit", ["exit layer 16", "between 1 and 15"]),
     ],
 )
 def test_a_mistake_is_one_line_before_the_board_is_opened(n150, name, words):

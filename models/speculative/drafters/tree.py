@@ -1,7 +1,5 @@
 """Drafting a tree with a smaller model: several ways on where it is unsure, in one verification."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -14,10 +12,10 @@ from models.speculative.language_model import LanguageModel
 from models.speculative.sampling import SamplingParams
 
 WIDTH = 8  # children that a token may have
-FRONTIER = 4  # tokens of a level that may have children; 8 give no longer texts (embedded pair, 6 to 31 tokens)
+FRONTIER = 4  # tokens of a level that may have children; more give no more accepted tokens (embedded pair)
 # Sampling: how often draft and target are so much of one mind that a first child is accepted whatever it is. Without
-# it, siblings are overrated: trees of 6 tokens then gave less than chains of 4 (embedded pair, temperature 0.8). 0.2
-# to 0.6 make little difference.
+# it siblings are overrated: trees of 6 tokens then gave less than chains of 4 (embedded pair, temperature 0.8). What
+# it is between 0.2 and 0.6 makes little difference.
 ONE_MIND = 0.4
 
 
@@ -33,7 +31,7 @@ class TreeDrafter(ModelDrafter):
 
     Sampling: children are drawn without replacement, and how many a token has is decided by laws alone, before any of
     them is drawn. Places for children are opened where their expected reach passes a threshold, which moves from round
-    to round so that trees just fill; in the last level whatever is left is filled.
+    to round so that trees just fill; the last level takes what is left.
 
     Tokens come as the chain of first children from the text on, then the others, so that the likeliest rows of a
     verification lie where those of a chain would.
@@ -63,7 +61,7 @@ class TreeDrafter(ModelDrafter):
         logits = self.model.forward(pending, position)[-1:]
         self.cached, self._fed = len(tokens), [-1]
         grow = self._likeliest if self.sampling.greedy else self._drawn
-        return grow(logits, depth, limit)._replace(prefill_s=prefill_s)
+        return grow(logits, depth, limit).draft(prefill_s)
 
     def observe(self, accepted: int) -> None:
         """Nothing to learn: the text itself says which path was kept."""
@@ -89,82 +87,83 @@ class TreeDrafter(ModelDrafter):
     def _feed(self, parents: list[int], tokens: list[int]) -> tuple[range, Tensor]:
         """(rows of these tokens, logits [n, V] after each). parents: the rows they follow."""
         rows = range(len(self._fed), len(self._fed) + len(tokens))
-        self._row.update(zip(zip(parents, tokens, strict=True), rows, strict=True))
+        for row, parent, token in zip(rows, parents, tokens, strict=True):
+            self._row[parent, token] = row
         self._fed += parents
         return rows, self.model.forward(tokens, self.cached - 1, self._fed)
 
     # --------------------------------------------------------------------------------------------------- greedy
-    def _likeliest(self, logits: Tensor, depth: int, limit: Limit) -> Draft:
+    def _likeliest(self, logits: Tensor, depth: int, limit: Limit) -> "_Tree":
         nodes, width = self.nodes, min(WIDTH, self.nodes, logits.shape[-1])
         # (-reach, number, token, number of the parent): in order, parents come before their children.
         pool: list[tuple[float, int, int, int]] = []
-        frontier, rows = [(-1.0, -1, 0, 0)], {-1: 0}
+        frontier, row_of = [(-1.0, -1, 0, 0)], {-1: 0}
         number = level = 0
         while True:
             level += 1
             chances, ids = torch.softmax(logits, -1, dtype=torch.float32).topk(width)
             begin, weakest = number, pool[-1][0] if len(pool) == nodes else 0.0
             for node, node_chances, node_ids in zip(frontier, chances.tolist(), ids.tolist(), strict=True):
+                above, parent = node[:2]
                 for chance, token in zip(node_chances, node_ids, strict=True):
-                    if node[0] * chance >= weakest:
+                    if above * chance >= weakest:
                         break
-                    pool.append((node[0] * chance, number, token, node[1]))
+                    pool.append((above * chance, number, token, parent))
                     number += 1
             pool.sort()
             del pool[nodes:]
             # No child of the last one of a full pool could enter it.
             frontier = [node for node in pool[: nodes - 1] if node[1] >= begin][: self._room]
-            if level == depth or not frontier or not self._level_pays(frontier, pool, limit):
+            if level == depth or not frontier or (limit.priced and not self._level_pays(frontier, pool, limit)):
                 break
-            fed, logits = self._feed([rows[node[3]] for node in frontier], [node[2] for node in frontier])
-            rows.update(zip((node[1] for node in frontier), fed, strict=True))
+            rows, logits = self._feed([row_of[node[3]] for node in frontier], [node[2] for node in frontier])
+            for row, node in zip(rows, frontier, strict=True):
+                row_of[node[1]] = row
         if limit.priced:
             unpaid = (i for i in range(1, len(pool)) if not limit.pays(self.source, -pool[i][0], 0, i + 2))
             del pool[next(unpaid, nodes) :]
-        place = {-1: -1} | {node[1]: i for i, node in enumerate(pool)}
-        return self._draft([node[2] for node in pool], [place[node[3]] for node in pool], [-node[0] for node in pool])
+        index = {node[1]: i for i, node in enumerate(pool)}
+        return _Tree([node[2] for node in pool], [index.get(node[3], -1) for node in pool], [-node[0] for node in pool])
 
     def _level_pays(self, frontier: list[tuple], pool: list[tuple], limit: Limit) -> bool:
         """Whether to feed these tokens: at most their reach is added, less that of what leaves a full pool for it."""
-        if not limit.priced:
-            return True
         leaving = [0.0] * (self.nodes - len(pool)) + [node[0] for node in reversed(pool)]
         gain = sum(max(0.0, leaves - node[0]) for node, leaves in zip(frontier, leaving, strict=False))
         return limit.pays(self.source, gain, 1, 1 + min(self.nodes, len(pool) + 1))
 
     # ------------------------------------------------------------------------------------------------- sampling
-    def _drawn(self, logits: Tensor, depth: int, limit: Limit) -> Draft:
-        params, nodes, threshold = self.sampling, self.nodes, self._threshold
-        tree = _DrawnTree(self._generator)
-        frontier, rows = [-1], {-1: 0}
+    def _drawn(self, logits: Tensor, depth: int, limit: Limit) -> "_Tree":
+        params, threshold = self.sampling, self._threshold
+        tree = _Tree([], [], [])
+        frontier, row_of = [-1], {-1: 0}
         level = passed = 0  # places opened that are above the threshold
+        unpaid = False
         while True:
             level += 1
             last = level == depth or not self._room
             law = distribution(logits, params.temperature, params.top_k, params.top_p)
-            places = _places(law, [tree.reach[number] for number in frontier])
+            places = _places(law, [tree.reach[node] if node >= 0 else 1.0 for node in frontier])
             count, paid = self._open(places, len(tree.tokens), last, limit)
-            new = tree.draw(law, frontier, [i for _, i in places[:count]])
+            unpaid |= not paid
+            new = tree.draw(law, frontier, [i for _, i in places[:count]], self._generator)
             passed += sum(reach >= threshold for reach, _ in places[:count])
-            new = sorted(new, key=lambda number: -tree.reach[number])[: self._room]
-            left = nodes - len(tree.tokens)
-            if not left or not new or last:
+            frontier = [] if last else sorted(new, key=lambda node: -tree.reach[node])[: self._room]
+            left = self.nodes - len(tree.tokens)
+            if not left or not frontier:
                 break
-            if limit.priced:
-                gain = sum(tree.reach[number] for number in new[:left])
-                paid = limit.pays(self.source, gain, 1, len(tree.tokens) + 2)
-                if not paid:
-                    break
-            frontier = new
-            fed, logits = self._feed([rows[tree.parents[i]] for i in frontier], [tree.tokens[i] for i in frontier])
-            rows.update(zip(frontier, fed, strict=True))
-        left_out = [reach for reach, _ in places[count:]] + [tree.reach[number] for number in new if not last]
+            gain = sum(tree.reach[node] for node in frontier[:left])
+            if limit.priced and not limit.pays(self.source, gain, 1, len(tree.tokens) + 2):
+                unpaid = True
+                break
+            parents = [tree.parents[node] for node in frontier]
+            rows, logits = self._feed([row_of[node] for node in parents], [tree.tokens[node] for node in frontier])
+            row_of |= zip(frontier, rows, strict=True)
+        left_out = [reach for reach, _ in places[count:]] + [tree.reach[node] for node in frontier]
         if not left and max(left_out, default=0.0) >= threshold:
             self._threshold = min(1.0, 1.25 * threshold)
-        elif paid and passed < nodes:
-            self._threshold = max(0.01 / nodes, 0.8 * threshold)
-        reach = [tree.reach[number] for number in range(len(tree.tokens))]
-        return self._draft(tree.tokens, tree.parents, reach, torch.cat(tree.laws))
+        elif passed < self.nodes and not unpaid:
+            self._threshold = max(0.01 / self.nodes, 0.8 * threshold)
+        return tree
 
     def _open(self, places: list[tuple[float, int]], size: int, last: bool, limit: Limit) -> tuple[int, bool]:
         """(how many of these places to open in a tree that has `size` tokens, False if a further one did not pay)."""
@@ -176,57 +175,55 @@ class TreeDrafter(ModelDrafter):
                 return count, False
         return len(places), True
 
-    def _draft(self, tokens: list[int], parents: list[int], reach: list[float], laws: Tensor | None = None) -> Draft:
-        """Of these tokens: the chain of first children from the text on, then the others as they are."""
-        child: dict[int, int] = {}
-        for number, parent in enumerate(parents):
-            child.setdefault(parent, number)
-        order, number = [], -1
-        while number in child:
-            number = child[number]
-            order.append(number)
-        chain = set(order)
-        order += [number for number in range(len(tokens)) if number not in chain]
-        place = {-1: -1} | {number: i for i, number in enumerate(order)}
-        return Draft(
-            [tokens[number] for number in order],
-            None if laws is None else laws[order],
-            source=self.source,
-            parents=[place[parents[number]] for number in order],
-            reach=[reach[number] for number in order],
-        )
 
+class _Tree:
+    """Tokens by number, parents first: each with its parent (-1: the text's last token), its reach, and what law [V]
+    it was drawn from if it was."""
 
-class _DrawnTree:
-    """Tokens drawn so far, numbered; -1 is the text's last token."""
+    def __init__(self, tokens: list[int], parents: list[int], reach: list[float]) -> None:
+        self.tokens, self.parents, self.reach = tokens, parents, reach
+        self.laws: list[Tensor] = []
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.laws: list[Tensor] = []  # [some, V]
-        self.reach: dict[int, float] = {-1: 1.0}
-        self._generator = generator
+    def draw(self, law: Tensor, frontier: list[int], places: list[int], generator) -> range:
+        """Numbers of the tokens drawn, one for each place; those of one parent without replacement.
 
-    def draw(self, law: Tensor, frontier: list[int], places: Sequence[int]) -> range:
-        """Numbers of the tokens drawn, one for each place; those of one token without replacement.
-
-        law [n, V] after each token of the frontier, which is used up. places: indices into the frontier.
+        law [n, V] after each token of the frontier. places: indices into the frontier.
         """
         begin = len(self.tokens)
-        counts = [places.count(i) for i in range(len(frontier))]
-        for rank in range(max(counts)):
-            chosen = [i for i, count in enumerate(counts) if count > rank]
-            rest = law[chosen]
-            if rank:
-                rest = rest / rest.sum(-1, keepdim=True)
-            drawn = [sample(row, self._generator) for row in rest]
-            for i, token, chance in zip(chosen, drawn, law[chosen, drawn].tolist(), strict=True):
-                self.reach[len(self.tokens)] = self.reach[frontier[i]] * _acceptance(chance, rank)
+        for i, parent in enumerate(frontier):
+            rest, above = law[i], self.reach[parent] if parent >= 0 else 1.0
+            for rank in range(places.count(i)):
+                if rank:
+                    rest = rest.clone()
+                    rest[self.tokens[-1]] = 0
+                    rest /= rest.sum()
+                token = sample(rest, generator)
                 self.tokens.append(token)
-                self.parents.append(frontier[i])
-            law[chosen, drawn] = 0
-            self.laws.append(rest)
+                self.parents.append(parent)
+                self.reach.append(above * _acceptance(float(law[i, token]), rank))
+                self.laws.append(rest)
         return range(begin, len(self.tokens))
+
+    def draft(self, prefill_s: float) -> Draft:
+        """With the chain of first children from the text on first, then the others as they are."""
+        child: dict[int, int] = {}
+        for node, parent in enumerate(self.parents):
+            child.setdefault(parent, node)
+        order, node = [], -1
+        while node in child:
+            node = child[node]
+            order.append(node)
+        chain = set(order)
+        order += [node for node in range(len(self.tokens)) if node not in chain]
+        place = {-1: -1} | {node: i for i, node in enumerate(order)}
+        return Draft(
+            [self.tokens[node] for node in order],
+            torch.stack([self.laws[node] for node in order]) if self.laws else None,
+            prefill_s,
+            source=TreeDrafter.source,
+            parents=[place[self.parents[node]] for node in order],
+            reach=[self.reach[node] for node in order],
+        )
 
 
 def _places(law: Tensor, reach: list[float]) -> list[tuple[float, int]]:
@@ -246,4 +243,4 @@ def _places(law: Tensor, reach: list[float]) -> list[tuple[float, int]]:
 
 def _acceptance(chance: float, rank: int) -> float:
     """How likely a child is accepted that has this probability and comes after `rank` siblings."""
-    return (1 - ONE_MIND) * chance + (ONE_MIND if rank == 0 else 0.0)
+    return (1 - ONE_MIND) * chance + (0.0 if rank else ONE_MIND)

@@ -43,10 +43,10 @@ def weights(mesh):
     return Weights.random(reduced("1B", mesh.get_num_devices(), layers=2))
 
 
-@pytest.fixture(scope="module", params=["bf16", "accuracy"])
-def model(request, mesh, weights):
-    """With a bf16 and with a bfp8 cache; the text is read."""
-    model = weights.on(mesh, request.param)
+@pytest.fixture(scope="module")
+def model(mesh, weights):
+    """With a bfp8 cache; the text is read."""
+    model = weights.on(mesh, "accuracy")
     model.prefill(IDS[:200])  # beyond the tree too: there is something to hide
     return model
 
@@ -106,7 +106,7 @@ def test_a_tree_may_be_fed_in_parts(model):
     assert torch.equal(cached(model)[..., :used, :], cache[..., :used, :])
 
 
-@pytest.mark.parametrize("position", [0, 127, 200])
+@pytest.mark.parametrize("position", [0, 127])
 def test_a_tree_may_stand_anywhere(model, position):
     made = model.forward(TOKENS, position, PARENTS)
     for row in (0, 4, 8):
