@@ -199,7 +199,7 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         "the same tokens earlier in the prompt or text; combined: prompt-lookup where it finds something and promises "
         "more, else the draft model; tree: the draft model, several guesses for a place at once; early-exit: the "
         "target's own first layers, for models trained to be left early; none: nobody, plain decoding "
-        "(default: %(default)s; a board has model and none for now)",
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--num-draft-tokens",
@@ -208,7 +208,7 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         metavar=f"{AUTO}|K",
         help=f"tokens drafted per round, 0 to {MAX_DRAFT_LENGTH}, of a tree its levels; {AUTO}: before every round "
         f"whatever pays best of 0 to {AUTO_LONGEST_FIXED} ({AUTO_LONGEST} without --row-invariant), by the costs and "
-        f"the acceptance measured so far (default: {AUTO}; with --verification sequential, and on a board for now, "
+        f"the acceptance measured so far (default: {AUTO}; with --verification sequential, and on a board, "
         f"{DRAFT_TOKENS})",
     )
     group.add_argument(
@@ -225,7 +225,7 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         default=None,
         metavar=f"{AUTO}|E",
         help=f"layers of the target that draft (--drafter early-exit), below the number it has; {AUTO}: by what each "
-        f"number costs and gets accepted, measured on the first prompt (default: {AUTO})",
+        f"number costs and gets accepted, measured on the first prompt (default: {AUTO}; a board needs a number)",
     )
     group.add_argument(
         "--verification",
@@ -242,8 +242,8 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         type=int,
         default=0,
         metavar="N",
-        help="of sampling and random prompts; a sampled speculative text repeats only where --num-draft-tokens is a "
-        f"number, as {AUTO} goes by times (default: 0)",
+        help="of sampling and random prompts; a sampled speculative text repeats only where --num-draft-tokens (and "
+        f"with early exit --exit-layer) is a number, as {AUTO} goes by times (default: 0)",
     )
 
     group = parser.add_argument_group("output")

@@ -101,8 +101,6 @@ def _advice(results: Results, plain_ms: float) -> str:
     settings, speculative = results["settings"], results["speculative"]
     if settings["verification"] == "sequential":
         return "Sequential verification is the reason: every token costs a target forward. Leave --verification out."
-    if speculative["fused_ms"] is not None:  # what one draft step takes of it is not known
-        return "Try fewer draft tokens (--num-draft-tokens), or a draft that is cheaper or closer to the target."
     better = _better_drafts(results)
     plain, rounds = speculative["plain_rounds"], speculative["rounds"]
     if results["controller"] and 2 * plain >= rounds:
@@ -112,13 +110,17 @@ def _advice(results: Results, plain_ms: float) -> str:
         )
     if results["controller"]:
         return f"Its length is already chosen by these costs: write longer texts, from which it learns; or {better}"
-    auto = "" if settings["device"] == "tt" else "leave --num-draft-tokens out, so that only what pays is drafted; or "
-    best, gain = (None, 0.0) if settings["drafter"] == "tree" else _fewer_tokens(results, plain_ms)
-    if best and gain > 1:
-        advice = f"Draft fewer tokens: --num-draft-tokens {best} would give about {gain:.2f}x (predicted)"
-        return advice + ("; auto, the default, finds such a length by itself." if auto else ".")
+    auto = "use --num-draft-tokens auto, which drafts only what pays; or "
     if settings["drafter"] == "tree":  # a smaller one is another tree, of which nothing was measured
-        return f"Try a smaller tree (--tree-nodes) or fewer levels: {auto}{better}"
+        return f"Try a smaller tree (--tree-nodes) or fewer levels (--num-draft-tokens): {auto}{better}"
+    if speculative["fused_ms"] is not None:  # what one draft step takes of it is not known
+        return f"Try fewer draft tokens (--num-draft-tokens): {auto}{better}"
+    best, gain = _fewer_tokens(results, plain_ms)
+    if best and gain > 1:
+        return (
+            f"Draft fewer tokens: --num-draft-tokens {best} would give about {gain:.2f}x (predicted); auto finds such "
+            "a length by itself."
+        )
     return f"Fewer draft tokens would not pay either: {auto}{better}"
 
 

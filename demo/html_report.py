@@ -208,7 +208,8 @@ def _acceptance_figure(results: Results) -> Markup | None:
     rates = (results["speculative"] or {}).get("acceptance_by_position")
     if not rates:
         return None
-    groups = [(f"position {i}", [Bar("accepted", rate, f"{rate:.0%}")]) for i, rate in enumerate(rates, 1)]
+    place = "level" if results["settings"]["drafter"] == "tree" else "position"
+    groups = [(f"{place} {i}", [Bar("accepted", rate, f"{rate:.0%}")]) for i, rate in enumerate(rates, 1)]
     break_even = controller.get("break_even")
     limit, notes = None, ["Of the rounds that drafted this far, the share that kept the token and all before it."]
     if break_even is not None and 0 <= break_even <= 1:
@@ -216,10 +217,10 @@ def _acceptance_figure(results: Results) -> Markup | None:
     if break_even is not None:
         drafted = [name for name in READS_PROMPT if name in controller["draft_step_ms"]] or controller["draft_step_ms"]
         source = SOURCES.get(name := next(iter(drafted)), name)  # as in the controller's own report
-        when = "never pays" if break_even > 1 else f"pays if position 1 is above {max(break_even, 0):.0%}"
+        when = "never pays" if break_even > 1 else f"pays if {place} 1 is above {max(break_even, 0):.0%}"
         mixed = " (the bars are of all sources together)" * (len(results["speculative"]["sources"]) > 1)
         notes.append("Dashed line: " * bool(limit) + f"drafting one token by {source} {when}{mixed}.")
-    return chart_figure("Accepted, by position", bar_chart(groups, "Acceptance by position", limit), notes)
+    return chart_figure(f"Accepted, by {place}", bar_chart(groups, f"Acceptance by {place}", limit), notes)
 
 
 def _time_figure(session: Session) -> Markup | None:

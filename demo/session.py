@@ -9,6 +9,7 @@ import torch
 from loguru import logger
 
 from demo.arguments import AUTO
+from demo.drafting import DRAFTING
 from demo.progress import loading_bar, show_memory
 from demo.runs import Prompt, Row, Run, Viewer
 from demo.settings import EMBEDDED_DRAFT, Settings, describe_source
@@ -24,16 +25,10 @@ from models.llama.loading import (
     open_model,
 )
 from models.llama.tokenizer import LlamaTokenizer
-from models.llama.ttnn_llama.shapes import padded_rows
 from models.speculative.controller import AutoDraftLength, Controller, FixedDraftLength
 from models.speculative.costs import Costs
 from models.speculative.drafters import Drafter
-from models.speculative.drafters.combined import Combined
-from models.speculative.drafters.early_exit import EarlyExit, ExitChoice, choose_exit
-from models.speculative.drafters.fused import FusedDrafter
-from models.speculative.drafters.model import ModelDrafter
-from models.speculative.drafters.prompt_lookup import PromptLookup
-from models.speculative.drafters.tree import TreeDrafter
+from models.speculative.drafters.early_exit import ExitChoice, choose_exit
 from models.speculative.generate import Token, generate
 from models.speculative.sampling import SamplingParams
 from models.ttnn_mock import cluster
@@ -95,12 +90,9 @@ class Session:
         except UserError as error:
             if self.settings.draft:
                 raise
-            others = (
-                "--mode baseline" if self.settings.device == "tt" else "--drafter prompt-lookup, or --mode baseline"
-            )
             raise UserError(
                 f"the embedded draft does not fit target {self.settings.target} ({error}): give --draft with a small "
-                f"checkpoint of the target's family, or {others}"
+                "checkpoint of the target's family, or --drafter prompt-lookup, or --mode baseline"
             ) from error
         return draft
 
@@ -286,26 +278,13 @@ class Session:
         if num_draft_tokens != AUTO:
             return FixedDraftLength(num_draft_tokens)
         if self.board:
-            return AutoDraftLength(self.board.lengths, Costs(padded_rows))
+            return AutoDraftLength(self.board.lengths, Costs(self.board.computed_rows))
         fixed_rows = self.settings.fixed_rows or 0
         return AutoDraftLength(range(self.settings.longest_draft + 1), Costs(lambda n: max(n, fixed_rows)))
 
     def make_drafter(self, kind: str) -> Drafter | None:
         """What drafts in one generation, as --drafter names it; None if nothing is to."""
-        if kind == "none":
-            return None
-        if kind == "prompt-lookup":
-            return PromptLookup()
-        if kind == "early-exit":
-            early = EarlyExit(self.target.model, self.exit_layer, self.sampling, confident=self.board is None)
-            return FusedDrafter(self.board.fused, early.model, early) if self.fused else early
-        if kind == "tree":
-            return TreeDrafter(self.draft.model, self.sampling, self.settings.tree_nodes)
-        if self.fused:
-            model = FusedDrafter(self.board.fused, self.draft.model)
-        else:
-            model = ModelDrafter(self.draft.model, self.sampling, confident=self.board is None)
-        return Combined(PromptLookup(), model) if kind == "combined" else model
+        return DRAFTING[kind](self)
 
     def top_two_margin(self, ids: list[int]) -> float:
         """How far the target's best next token is ahead of its second after ``ids``, in logits."""

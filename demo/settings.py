@@ -151,7 +151,7 @@ def _fill_in_drafts(options: argparse.Namespace) -> None:
     length = 0 if options.num_draft_tokens == AUTO else options.num_draft_tokens
     if options.row_invariant is None:
         asked = length if options.tree_nodes is None else options.tree_nodes
-        options.row_invariant = options.dtype != "fp32" and asked < FREE_ROWS
+        options.row_invariant = options.device != "tt" and options.dtype != "fp32" and asked < FREE_ROWS
     if options.tree_nodes is None:
         options.tree_nodes = max(length, TREE_NODES_FIXED if options.row_invariant else TREE_NODES)
     options.exit_layer = options.exit_layer or AUTO

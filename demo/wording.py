@@ -48,17 +48,26 @@ def run_settings(session: Session) -> str:
         limits = f", top-k {sampling.top_k}" * bool(sampling.top_k) + f", top-p {sampling.top_p}" * (sampling.top_p < 1)
         parts.append(f"temperature {sampling.temperature}{limits}, seed {sampling.seed}")
     if settings.drafts:
-        longest = settings.longest_draft
-        unit = ("level" if settings.drafter == "tree" else "token") + "s" * (longest != 1)
-        length = f"auto: 0 to {longest} {unit}" if settings.auto else f"{longest} {unit}"
         verification = "verified in the same program" if session.fused else f"{settings.verification} verification"
-        parts.append(f"{drafter_name(session)}, {length} a round, {verification}")
+        parts.append(f"{drafter_name(session)}, {_draft_lengths(session)} a round, {verification}")
     elif "speculative" in settings.paths:
         parts.append("drafter none: plain decoding")
     if settings.fixed_rows:
         parts.append(f"{settings.fixed_rows} fixed row" + "s" * (settings.fixed_rows > 1))
     parts.append(f"{len(session.prompts)} x {settings.max_new_tokens} tokens")
     return ", ".join(parts)
+
+
+def _draft_lengths(session: Session) -> str:
+    """How much a round may draft."""
+    settings = session.settings
+    lengths = list(session.controller.lengths) if settings.auto else [settings.longest_draft]
+    unit = ("level" if settings.drafter == "tree" else "token") + "s" * (lengths[-1] != 1)
+    if not settings.auto:
+        return f"{lengths[-1]} {unit}"
+    if lengths == list(range(len(lengths))):
+        return f"auto: 0 to {lengths[-1]} {unit}"
+    return f"auto: {', '.join(map(str, lengths[:-1]))} or {lengths[-1]} {unit}"
 
 
 def drafter_name(session: Session) -> str:

@@ -24,6 +24,13 @@ def prompts_of(path, text):
 
 
 # ------------------------------------------------------------------------------------------------------- flags
+def test_every_drafter_of_the_command_line_is_in_the_table():
+    from demo.arguments import DRAFTERS
+    from demo.drafting import DRAFTING
+
+    assert tuple(DRAFTING) == DRAFTERS
+
+
 def test_defaults_are_the_embedded_pair_greedy_in_bf16():
     defaults = settings()
     assert (defaults.target, defaults.draft) == (str(EMBEDDED_TARGET), str(EMBEDDED_DRAFT))
@@ -78,6 +85,9 @@ def test_rows_are_fixed_where_that_is_free_or_asked_for():
         ("--device tt", 4),
         ("--device tt --drafter none", 0),
         ("--device tt --num-draft-tokens 3", 3),
+        ("--device tt --num-draft-tokens auto", "auto"),
+        ("--device tt --drafter combined", 4),
+        ("--device tt --drafter early-exit --exit-layer 2", 4),
     ],
 )
 def test_draft_lengths_are_what_was_asked_for_and_else_automatic(argv, length):
@@ -170,11 +180,8 @@ def test_the_baseline_demo_has_one_mode():
         (["--drafter", "combined", "--exit-layer", "auto"], ["--exit-layer", "use --drafter early-exit"]),
         (["--drafter", "early-exit", "--exit-layer", "0"], ["--exit-layer", "0", "at least 1, or auto"]),
         (["--drafter", "early-exit", "--exit-layer", "half"], ["--exit-layer", "half", "whole number", "auto"]),
-        (["--device", "tt", "--num-draft-tokens", "auto"], ["auto", "--device tt", "number, such as 4"]),
-        (["--device", "tt", "--drafter", "tree"], ["tree", "--device tt", "--drafter model"]),
-        (["--device", "tt", "--drafter", "early-exit"], ["early-exit", "--device tt", "--drafter model"]),
-        (["--device", "tt", "--drafter", "prompt-lookup"], ["prompt-lookup", "--device tt", "--drafter model"]),
-        (["--device", "tt", "--drafter", "combined"], ["combined", "--device tt", "--drafter model"]),
+        (["--device", "tt", "--drafter", "early-exit"], ["board", "one layer", "--exit-layer 4"]),
+        (["--device", "tt", "--drafter", "early-exit", "--exit-layer", "auto"], ["board", "--exit-layer 4"]),
         (["--dtype", "int4"], ["--dtype", "int4", "bf16"]),
         (["--draft-dtype", "int2"], ["int2", "int8"]),
         (["--device", "tt", "--precision", "fp8"], ["--precision", "fp8", "performance"]),

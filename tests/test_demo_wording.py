@@ -80,19 +80,12 @@ def test_a_slower_run_is_explained_with_its_break_even():
     assert "16.50 ms" in text and "1.65 times a plain step of 10.00 ms" in text
     assert "acceptance rate of 32%" in text and "measured were 30%" in text
     # one draft token: 1.55 tokens per 2 + 12.1 + 0.4 ms
-    assert "--num-draft-tokens 1 would give about 1.07x (predicted); auto, the default, finds" in text
-
-
-def test_a_board_that_has_no_automatic_lengths_is_not_advised_to_use_them():
-    for results in (example(), example(draft_ms=30.0)):
-        results["settings"]["device"] = "tt"
-        last = explain_slowdown(results)[-1]
-        assert "auto" not in last and "leave --num-draft-tokens out" not in last
+    assert "--num-draft-tokens 1 would give about 1.07x (predicted); auto finds" in text
 
 
 def test_advice_fits_the_reason():
     dear = explain_slowdown(example(draft_ms=30.0))[-1]
-    assert "cheaper" in dear and "leave --num-draft-tokens out" in dear
+    assert "cheaper" in dear and "use --num-draft-tokens auto" in dear
     assert "not even full acceptance" in explain_slowdown(example(draft_ms=30.0))[1]
     assert "--verification" in explain_slowdown(example(verification="sequential"))[-1]
     short = example()
@@ -188,7 +181,7 @@ def test_trees_are_explained_by_their_levels():
     assert "acceptance rate of 32% with trees of 2 levels on average; measured were 30%" in lines[1]
     # Of a smaller tree nothing is known, so nothing is predicted.
     assert "would give" not in lines[2] and "--tree-nodes" in lines[2] and "--drafter model" in lines[2]
-    assert "leave --num-draft-tokens out" in lines[2]
+    assert "use --num-draft-tokens auto" in lines[2]
     short = tree_example()
     short["speculative"]["acceptance_rate"] = None
     assert "a whole round of 2 levels: " in explain_slowdown(short)[-1]
@@ -242,10 +235,12 @@ def test_a_text_that_differs_for_a_known_reason_is_explained(changes, words):
 
 def named(*argv, exit_layer=None):
     """As much of a session as its name needs."""
+    chosen = parse_settings(list(argv), None, {})
     return SimpleNamespace(
-        settings=parse_settings(list(argv), None, {}),
+        settings=chosen,
         sampling=SamplingParams(),
         exit_layer=exit_layer,
+        controller=SimpleNamespace(lengths=range(chosen.longest_draft + 1)),
         fused=False,
         prompts=["a", "b"],
     )
@@ -267,6 +262,12 @@ def test_the_heading_names_who_drafts_how_much(argv, exit_layer, name, length):
     session = named(*argv.split(), exit_layer=exit_layer)
     assert drafter_name(session) == name
     assert f", {name}, {length}, batched verification" in run_settings(session)
+
+
+def test_the_heading_lists_lengths_that_leave_some_out():
+    session = named()
+    session.controller.lengths = [0, 1, 3, 7, 15]
+    assert "draft model, auto: 0, 1, 3, 7 or 15 tokens a round, " in run_settings(session)
 
 
 def test_a_trees_pace_is_that_of_its_levels():
@@ -326,7 +327,10 @@ def test_a_fused_round_is_explained_as_a_whole():
     assert "1.65 times a plain step of 10.00 ms" in lines[0]
     assert "acceptance rate of 32%" in lines[1]
     assert "would give" not in lines[2]  # what one draft token costs in it is not known, so nothing is predicted
-    assert "--num-draft-tokens" in lines[2]
+    assert "--num-draft-tokens auto" in lines[2]
+    automatic = fused_example()
+    automatic["controller"] = {"break_even": None}
+    assert "already chosen" in explain_slowdown(automatic)[2]
 
 
 def test_a_fused_round_has_one_time():
