@@ -9,7 +9,8 @@ from demo.harness import main
 from tests.demo_fixtures import FOUR, make_tokenizer, refused, texts, write_pair
 
 CONTROLLER_KEYS = {
-    *("chosen", "lengths", "verify_ms", "draft_step_ms", "prefill_token_ms", "break_even", "acceptance", "trust"),
+    *("chosen", "lengths", "verify_ms", "draft_ms", "draft_step_ms", "prefill_token_ms"),
+    *("break_even", "acceptance", "trust"),
 }
 SOURCES = {
     "model": {"model"},
@@ -282,7 +283,7 @@ def test_automatic_lengths_on_a_mock_board_have_no_times(run, as_on_a_mock, all_
     code, results = run("--prompt", "def", max_new_tokens=30)
     assert code == 0
     controller = results["controller"]
-    timed = {"verify_ms", "draft_step_ms", "prefill_token_ms", "break_even"}
+    timed = {"verify_ms", "draft_ms", "draft_step_ms", "prefill_token_ms", "break_even"}
     assert {name for name, value in controller.items() if value is None} == timed
     assert sum(controller["chosen"][0]) == results["speculative"]["drafted"] > 0
     assert "break-even" not in capsys.readouterr().out

@@ -129,7 +129,7 @@ class AutoDraftLength:
         if self._probing:
             return True
         costs = self.costs
-        seconds = steps * costs.draft_s(source) + costs.verify_s(rows) - costs.verify_s(rows - 1)
+        seconds = steps * costs.draft_step_s(source) + costs.verify_s(rows) - costs.verify_s(rows - 1)
         gained = reach * self._trust_of(source)
         if steps:
             gained *= self._of(source).next_chance()
@@ -152,11 +152,11 @@ class AutoDraftLength:
             self._saved += self.PROBE_SHARE / self._wait * round.verify_s
             return
         source, depth = round.source, round.depth
-        # The first draft in a text prepares things that the others need not: it counts where there is nothing better.
+        # The first draft in a text prepares things that the others need not.
         if one_program:
             self.costs.add("round", depth, round.draft_s)
-        elif source in self._acceptance or (source in self._run and not self.costs.draft_s(source)):
-            self.costs.add("draft", source, round.draft_s / depth)
+        elif source in self._acceptance:
+            self.costs.add("draft", (source, depth), round.draft_s)
         if round.parents is not None:
             self._nodes[source] = 0.9 * self._nodes.get(source, round.drafted) + 0.1 * round.drafted
         stopped = depth < self._asked and not round.cut
@@ -184,12 +184,13 @@ class AutoDraftLength:
         def milliseconds(what: str) -> dict[str, float]:
             return {str(which): 1000 * seconds for which, seconds in self.costs.known(what).items()}
 
-        drafted = self.costs.known("draft")
+        drafted = list(dict.fromkeys(source for source, _ in self.costs.known("draft")))
         source = next((name for name in READS_PROMPT if name in drafted), next(iter(drafted), None))  # the dearest
         return {
             "lengths": self.lengths,
             "verify_ms": milliseconds("verify"),
-            "draft_step_ms": milliseconds("draft"),
+            "draft_ms": {name: 1000 * self.costs.draft_s(name) for name in drafted},
+            "draft_step_ms": {name: 1000 * self.costs.draft_step_s(name) for name in drafted},
             "prefill_token_ms": milliseconds("prefill"),
             "break_even": self.break_even(source) if source else None,
             "acceptance": {name: each.chances(self.lengths[-1]) for name, each in self._acceptance.items()},
@@ -211,7 +212,7 @@ class AutoDraftLength:
         if k and source in READS_PROMPT and (whole := self.costs.whole_round_s(k)) is not None:
             return whole
         nodes = max(k, self._nodes.get(source, 0)) if k else 0
-        return k * self.costs.draft_s(source) + self.costs.verify_s(1 + round(nodes))
+        return self.costs.draft_s(source, k) + self.costs.verify_s(1 + round(nodes))
 
     def _best_length(self, source: str) -> tuple[float, int]:
         if source not in self._best:
@@ -220,13 +221,11 @@ class AutoDraftLength:
         return rate, -k
 
     def _better_elsewhere(self, source: str) -> bool:
-        """Whether another source that drafts in this text promises more."""
+        """Whether a draft model promises more than a source that is asked before it; it can always draft, while
+        whether those before it find anything shows only when they are asked."""
         rate, _ = self._best_length(source)
-        return any(
-            self._best_length(other)[0] > rate
-            for other in self._acceptance
-            if other != source and (self._read or other not in READS_PROMPT)
-        )
+        models = [other for other in READS_PROMPT if other in self._acceptance] if self._read else []
+        return source not in READS_PROMPT and any(self._best_length(other)[0] > rate for other in models)
 
     def _chance_left_out(self, round: Round) -> float:
         """Of the token that a draft looked at and left out, or stopped before."""

@@ -30,11 +30,12 @@ class Costs:
         self._computed_rows = computed_rows
         self._times: dict[tuple[str, object], deque[float]] = {}
         self._medians: dict[tuple[str, object], float] = {}
+        self._lines: dict[str, tuple[float, float]] = {}  # by source: seconds to begin a draft, and for each step
         self._verify: list[tuple[int, float]] = []  # rows, seconds; made anew after a measurement
 
     def add(self, what: str, which: object, seconds: float) -> None:
-        """One measurement: ("verify", rows), ("draft", source) for one step, ("prefill", source) for one token,
-        or ("round", k) where drafting k tokens and verifying them is one device program."""
+        """One measurement: ("verify", rows), ("draft", (source, k)) for k steps, ("prefill", source) for one
+        token, or ("round", k) where drafting k tokens and verifying them is one device program."""
         if what == "verify":
             which = self._computed_rows(which)
         times = self._times.setdefault((what, which), deque(maxlen=self.KEPT))
@@ -42,6 +43,8 @@ class Costs:
         self._medians[what, which] = statistics.median(times)
         if what == "verify":
             self._verify = []
+        elif what == "draft":
+            self._lines.pop(which[0], None)
 
     def measure(self, target: LanguageModel, rows: Iterable[int], *, greedy: bool = True, repeats: int = 5) -> None:
         """Time forwards of the target by number of rows, in turn, so that a busy moment hits all of them alike.
@@ -62,9 +65,24 @@ class Costs:
         """Median seconds by rows or source."""
         return {which: seconds for (kind, which), seconds in sorted(self._medians.items()) if kind == what}
 
-    def draft_s(self, source: str) -> float:
-        """One step of drafting: a token, or a level of a tree; 0 if nothing is known."""
-        return self._medians.get(("draft", source), 0.0)
+    def draft_s(self, source: str, k: float = 1) -> float:
+        """Drafting k tokens, or levels of a tree; 0 if nothing is known.
+
+        On the line that fits what was measured by length: beginning a draft costs something by itself, since the
+        target has meanwhile driven the draft's weights out of the caches. One length alone: in proportion.
+        """
+        if source not in self._lines:
+            points = [(which[1], seconds, len(self._times["draft", which])) for which, seconds in self._drafts(source)]
+            self._lines[source] = _line(points)
+        begin, step = self._lines[source]
+        return begin + k * step if k else 0.0
+
+    def draft_step_s(self, source: str) -> float:
+        """One more token, or level, of a draft that has begun; 0 if nothing is known."""
+        return self.draft_s(source, 2) - self.draft_s(source, 1)
+
+    def _drafts(self, source: str) -> list[tuple[tuple, float]]:
+        return [(which, seconds) for which, seconds in self.known("draft").items() if which[0] == source]
 
     def prefill_s(self, source: str) -> float | None:
         """Reading one token of a prompt into the draft."""
@@ -99,3 +117,16 @@ class Costs:
         above = min((length for length in known if length > k), default=max(known))
         below = max(length for length in known if length < above)
         return known[below] + (known[above] - known[below]) * (k - below) / (above - below)
+
+
+def _line(points: list[tuple[int, float, int]]) -> tuple[float, float]:
+    """(value at 0, slope), neither negative, of the line nearest to points (x, y, weight) in the squared distance."""
+    weight = sum(w for *_, w in points)
+    if not weight:
+        return 0.0, 0.0
+    x = sum(w * x for x, _, w in points) / weight
+    y = sum(w * y for _, y, w in points) / weight
+    spread = sum(w * (px - x) ** 2 for px, _, w in points)
+    slope = sum(w * (px - x) * (py - y) for px, py, w in points) / spread if spread else y / x
+    slope = min(max(slope, 0.0), y / x)
+    return y - slope * x, slope

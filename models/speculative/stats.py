@@ -63,8 +63,8 @@ class GenerationStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted / drafted tokens; 0 if nothing was drafted."""
-        drafted = sum(r.drafted for r in self._rated)
+        """Accepted / drafted tokens, of trees / levels; 0 if nothing was drafted."""
+        drafted = sum(r.depth for r in self._rated)
         return sum(r.accepted for r in self._rated) / drafted if drafted else 0.0
 
     @property

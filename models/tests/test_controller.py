@@ -99,6 +99,26 @@ def test_forwards_that_compute_the_same_rows_are_one_cost():
     assert costs.verify_s(1) == costs.verify_s(5) == 2.0
 
 
+def test_beginning_a_draft_costs_something_by_itself():
+    costs = Costs()
+    assert costs.draft_s("model", 3) == costs.draft_step_s("model") == 0.0
+    costs.add("draft", ("model", 2), 0.4)
+    assert costs.draft_s("model", 4) == pytest.approx(0.8)  # in proportion, as long as one length is known
+    for k in (1, 2, 5):
+        for _ in range(9):
+            costs.add("draft", ("model", k), 0.3 + 0.1 * k)
+    assert costs.draft_s("model", 4) == pytest.approx(0.7, rel=0.05)
+    assert costs.draft_step_s("model") == pytest.approx(0.1, rel=0.05)
+    assert costs.draft_s("model", 0) == costs.draft_s("lookup", 2) == 0.0
+
+
+def test_noise_makes_no_cost_negative():
+    costs = Costs()
+    for k, seconds in ((1, 0.9), (2, 0.5), (4, 0.1)):
+        costs.add("draft", ("model", k), seconds)
+    assert costs.draft_step_s("model") == 0.0 < costs.draft_s("model", 9)
+
+
 def test_rounds_of_one_program_are_timed_whole():
     costs = Costs()
     assert costs.whole_round_s(3) is None
@@ -415,6 +435,10 @@ def test_a_source_leaves_the_round_to_one_that_promises_more():
         controller.update(Round(4, 1, 2, 0.0001, PLAIN_S, source="lookup"))
     assert controller.draft_length("lookup") == 0
     assert controller.draft_length("model") > 0
+    for _ in range(100):
+        controller.update(Round(4, 4, 5, 0.0001, PLAIN_S, source="lookup"))
+    assert controller.draft_length("lookup") > 0
+    assert controller.draft_length("model") > 0  # though copies promise more: it is asked where there are none
     for _ in range(100):
         controller.update(Round(4, 0, 1, 0.004, PLAIN_S, source="model"))
     assert controller.draft_length("lookup") > 0
