@@ -16,7 +16,7 @@ from models.speculative.stats import GenerationStats
 from models.tests.engine_fixtures import plain
 from models.tests.ttnn.model_fixtures import Weights, board, cached, random_ids, reduced
 
-LAYERS, EXIT = 3, 2
+LAYERS, EXIT = 2, 1
 CONTEXT = 192
 IDS = random_ids(CONTEXT, seed=3)
 POSITION = 125
@@ -30,7 +30,10 @@ def mesh(mesh_opener):
 
 @pytest.fixture(scope="module")
 def weights(mesh):
-    return Weights.random(reduced("1B", mesh.get_num_devices(), LAYERS))
+    """The layers that are left out have less of a say, so that without them a model is right now and then."""
+    weights = Weights.random(reduced("1B", mesh.get_num_devices(), LAYERS))
+    outputs = tuple(f"layers.{EXIT}.{name}" for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"))
+    return weights.changed(lambda name, tensor: tensor / 4 if name.endswith(outputs) else tensor)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +61,11 @@ def text(request):
 
 
 def test_they_give_what_a_model_of_these_layers_gives(model, first, alone):
-    for rows in (1, 5, 9):
+    for rows in (1, 5):
         tokens = IDS[POSITION : POSITION + rows]
         assert torch.equal(first.forward(tokens, POSITION), alone.forward(tokens, POSITION)), rows
         assert first.greedy(tokens, POSITION) == alone.greedy(tokens, POSITION)
-    for rows, k in ((1, 1), (1, 6), (2, 3), (9, 4)):
+    for rows, k in ((1, 4), (2, 3)):
         tokens = IDS[POSITION : POSITION + rows]
         assert first.draft_greedy(tokens, POSITION, k) == alone.draft_greedy(tokens, POSITION, k), (rows, k)
     assert first.prefill(IDS[: POSITION + 1]).equal(alone.prefill(IDS[: POSITION + 1]))
@@ -108,7 +111,7 @@ def test_a_round_with_them_equals_its_parts(model, first):
 @pytest.mark.parametrize("in_one_program", [True, False])
 def test_greedy_text_from_early_exit_equals_plain_greedy_text(model, in_one_program):
     prompt = random_ids(12, seed=1)
-    expected = plain(model, prompt, max_new_tokens=16)
+    expected = plain(model, prompt, max_new_tokens=10)
     drafter = EarlyExit(model, EXIT, SamplingParams())
     if in_one_program:
         fused = FusedRound(model, model.first_layers(EXIT))
@@ -116,7 +119,7 @@ def test_greedy_text_from_early_exit_equals_plain_greedy_text(model, in_one_prog
             fused.prepare(k)
         drafter = FusedDrafter(fused, model.first_layers(EXIT), drafter)
     stats = GenerationStats()
-    tokens = generate(model, drafter, prompt, controller=FixedDraftLength(3), max_new_tokens=16, stats=stats)
+    tokens = generate(model, drafter, prompt, controller=FixedDraftLength(3), max_new_tokens=10, stats=stats)
     assert [token.id for token in tokens] == expected
     assert {r.source for r in stats.rounds if r.drafted} == {"early-exit"}
     assert any(r.accepted for r in stats.rounds) and any(r.accepted < r.drafted for r in stats.rounds)

@@ -210,13 +210,10 @@ def written(target, draft, prompt, *, nodes, levels, sampling=None, **options):
 
 
 def test_greedy_text_from_trees_equals_plain_greedy_text(drafting):
-    rounds = []
-    for nodes, levels, seed in ((7, 3, 1), (20, 5, 2)):
-        prompt = random_ids(14, seed)
-        ids, stats = written(*drafting, prompt, nodes=nodes, levels=levels, max_new_tokens=16)
-        assert ids == plain(drafting[0], prompt, max_new_tokens=16)
-        rounds += stats.rounds
-    kept = [r.kept for r in rounds if r.parents]
+    prompt = random_ids(14, seed=2)
+    ids, stats = written(*drafting, prompt, nodes=15, levels=4, max_new_tokens=14)
+    assert ids == plain(drafting[0], prompt, max_new_tokens=14)
+    kept = [r.kept for r in stats.rounds if r.parents]
     assert any(len(rows) > 1 for rows in kept)
     assert any(list(rows) != list(range(len(rows))) for rows in kept)  # off the first chain: fed again
 
