@@ -16,7 +16,7 @@ from demo.prompt_files import read_prompts
 from models.errors import UserError
 from models.speculative.stats import GenerationStats
 from scripts.suites import formula
-from scripts.suites.measuring import rotated, spread
+from scripts.suites.measuring import shuffled, spread
 from scripts.suites.report import header, number, percent, ranged, table, times
 from scripts.suites.suite import Progress, Results, integer, model_settings
 
@@ -84,7 +84,7 @@ class Bottleneck:
         self.seconds = {name: [] for name in runs}
         progress.begin(len(runs) * (self.options.repeats + 2), "parts of a forward")
         for repeat in range(-2, self.options.repeats):  # two uncounted
-            for name in rotated(list(runs), repeat):
+            for name in shuffled(list(runs), repeat):
                 began = time.perf_counter()
                 runs[name]()
                 if repeat >= 0:

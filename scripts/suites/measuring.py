@@ -1,5 +1,6 @@
 """Turns, medians and percentiles: how every suite measures."""
 
+import random
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -7,19 +8,22 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def rotated(items: Sequence[T], turn: int) -> list[T]:
-    """The same items, beginning with another one each turn."""
-    shift = turn % len(items)
-    return [*items[shift:], *items[:shift]]
+def shuffled(items: Sequence[T], turn: int) -> list[T]:
+    """The same items in another order each turn, the same one in every run.
+
+    Mixed, not rotated: what stands before an item changes the caches it finds (here by some percent), and is not to be
+    the same one always.
+    """
+    return random.Random(turn).sample(items, len(items))
 
 
 def turns(repeat: int, items: int, ways: Sequence[T]) -> Iterator[tuple[int, T]]:
-    """(item, way) of one repetition: item by item every way takes its turn, beginning with another one each time.
+    """(item, way) of one repetition: item by item every way takes its turn, in another order each time.
 
     Whatever else the machine does for a while then hits all ways alike.
     """
     for item in range(items):
-        for way in rotated(ways, repeat * items + item):
+        for way in shuffled(ways, repeat * items + item):
             yield item, way
 
 

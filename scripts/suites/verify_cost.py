@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from demo.arguments import FREE_ROWS
 from models.errors import UserError
 from models.llama.config import LlamaConfig, named_config
-from scripts.suites.measuring import rotated, spread
+from scripts.suites.measuring import shuffled, spread
 from scripts.suites.report import header, number, table
 from scripts.suites.suite import Progress, Results, integer, integers
 
@@ -157,7 +157,7 @@ class VerifyCost:
         }
         progress.begin(len(forwards) * (WARM_UP + options.repeats), f"{name}, warm-up")
         for repeat in range(-WARM_UP, options.repeats):
-            for cell in rotated(list(forwards), repeat * 5):
+            for cell in shuffled(list(forwards), repeat):
                 began = time.perf_counter()
                 forwards[cell]()
                 if repeat >= 0:
