@@ -33,8 +33,8 @@ class Controller(Protocol):
     def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
         """Whether a further token of a draft is worth its time: see `drafters.Limit`."""
 
-    def read_prompt(self, source: str, seconds: float) -> None:
-        """What drafts has read the prompt, and what was emitted since, in that time."""
+    def read(self, source: str, seconds: float) -> None:
+        """What drafts has read the prompt, or what was emitted since it last drafted, in that time."""
 
     def update(self, round: Round) -> None:
         """A round has been decided; its tokens are about to be emitted, so that host_s is not known yet."""
@@ -56,7 +56,7 @@ class FixedDraftLength:
     def draft_length(self, source: str) -> int:
         return self.k
 
-    def read_prompt(self, source: str, seconds: float) -> None:
+    def read(self, source: str, seconds: float) -> None:
         pass
 
     def update(self, round: Round) -> None:
@@ -72,11 +72,11 @@ class AutoDraftLength:
       the tokens it is expected to add against those that its time would give otherwise. How far its probabilities can
       be trusted is measured.
     - Of several sources that could draft, one with a lower expected rate than another leaves the round to that one.
-    - A draft model has to read the prompt before its first draft. If what is still to be emitted could not earn that
-      back, none is made.
+    - A draft model has to read the prompt before its first draft, and later what was emitted without it. If what is
+      still to be emitted could not earn that back, none is made.
     - While plain decoding is best, a short draft is tried now and then: each plain round saves up PROBE_SHARE of its
-      time, and a probe waits until its own time is saved, the reading of the prompt included. One that fails makes the
-      next wait twice as long.
+      time, and a probe waits until its own time is saved, the reading included. One that fails makes the next wait
+      twice as long.
 
     Args:
         lengths: draft lengths to choose from; 0 is always among them.
@@ -107,7 +107,7 @@ class AutoDraftLength:
         self._reset(prompt_tokens, max_new_tokens - 1)
 
     def _reset(self, prompt_tokens: int, remaining: int) -> None:
-        self._tokens, self._remaining = prompt_tokens, remaining  # of the text so far, still to be emitted
+        self._unread, self._remaining = prompt_tokens, remaining  # tokens a draft has to read, still to be emitted
         self._acceptance: dict[str, Acceptance] = {}
         self._read = False  # the draft has read the prompt
         self._wait, self._probing = 1, False
@@ -116,12 +116,11 @@ class AutoDraftLength:
 
     def draft_length(self, source: str) -> int:
         _, k = self._best_length(source)
-        ready = self._read or source not in READS_PROMPT
         self._probing = False
         if k and self._better_elsewhere(source):
             k = 0
-        elif not k or not (ready or self._earns_its_reading(source, k)):
-            k = self._probe(source, ready)
+        elif not k or not self._earns_its_reading(source, k):
+            k = self._probe(source)
         self._asked = k
         return k
 
@@ -135,10 +134,11 @@ class AutoDraftLength:
             gained *= self._of(source).next_chance()
         return gained >= seconds * max(self.rate(source, 0), self._best_length(source)[0])
 
-    def read_prompt(self, source: str, seconds: float) -> None:
+    def read(self, source: str, seconds: float) -> None:
         if source in READS_PROMPT:
+            if not self._read:  # later on, most of what is unread comes along with the draft's first step
+                self.costs.add("prefill", source, seconds / max(self._unread, 1))
             self._read = True
-            self.costs.add("prefill", source, seconds / max(self._tokens, 1))
 
     def update(self, round: Round) -> None:
         one_program = round.drafted > 0 and not round.verify_s
@@ -146,7 +146,8 @@ class AutoDraftLength:
             self.costs.add("verify", round.drafted + 1, round.verify_s)
         self.chosen.append(round.drafted)
         self._remaining -= round.emitted
-        self._tokens += round.emitted
+        drafted_by_model = round.drafted and round.source in READS_PROMPT
+        self._unread = 0 if drafted_by_model else self._unread + round.emitted
         self._best.clear()
         if not round.drafted:
             self._saved += self.PROBE_SHARE / self._wait * round.verify_s
@@ -235,19 +236,19 @@ class AutoDraftLength:
         return self._of(round.source).next_chance()
 
     def _earns_its_reading(self, source: str, k: int) -> bool:
-        """Whether what is still to be emitted saves more time than the draft takes to read the prompt."""
+        """Whether what is still to be emitted saves more time than the draft takes to read what it has not read."""
         plain, drafted = self.rate(source, 0), self.rate(source, k)
         if not plain or not drafted:
             return True
         return self._remaining * (1 / plain - 1 / drafted) > self._reading_s(source)
 
     def _reading_s(self, source: str) -> float:
-        return self._tokens * (self.costs.prefill_s(source) or 0.0)
+        return self._unread * (self.costs.prefill_s(source) or 0.0) if source in READS_PROMPT else 0.0
 
-    def _probe(self, source: str, ready: bool) -> int:
+    def _probe(self, source: str) -> int:
         """PROBE_LENGTH if its time has been saved up, else 0."""
         k = min((k for k in self.lengths if k >= self.PROBE_LENGTH), default=0)
-        price = self._round_s(source, k) - self._round_s(source, 0) + (0.0 if ready else self._reading_s(source))
+        price = self._round_s(source, k) - self._round_s(source, 0) + self._reading_s(source)
         if not k or self._saved < price or not self._round_s(source, 0):
             return 0
         self._saved -= price

@@ -158,7 +158,7 @@ def _decode(
             stats.rounds.append(round)
             if draft.prefill_s:
                 stats.draft_prefill_s += draft.prefill_s
-                controller.read_prompt(draft.source, draft.prefill_s)
+                controller.read(draft.source, draft.prefill_s)
             if drafted:
                 drafter.observe(accepted)
             controller.update(round)

@@ -77,6 +77,13 @@ def test_all_that_read_the_prompt_count():
     assert Combined(first).propose([1], None).prefill_s == 0.25
 
 
+def test_reading_without_a_draft_is_told_of_who_read():
+    """Else entering a prompt into the lookup's index would pass for the model's reading of it."""
+    prompt = list(range(10))
+    draft = Combined(PromptLookup(), ModelDrafter(build_pair(0, 0.0)[1], GREEDY)).propose(prompt, upto(0))
+    assert draft.source == "lookup" and draft.prefill_s > 0 and not draft.tokens
+
+
 # -------------------------------------------------------------------------------------------------- the loop
 class BySource(FixedDraftLength):
     """A length for each source of drafts."""

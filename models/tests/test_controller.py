@@ -31,7 +31,7 @@ class World:
             if k and not read:
                 read = True
                 seconds += self.prefill_s
-                controller.read_prompt("model", self.prefill_s)
+                controller.read("model", self.prefill_s)
             accepted = 0
             while accepted < k and self.random.random() < self.chance:
                 accepted += 1
@@ -134,7 +134,7 @@ def test_rounds_of_one_program_decide_the_length():
     controller, draw = AutoDraftLength([1, 3, 7, 15]), random.Random(0)
     controller.costs.add("verify", 1, PLAIN_S)
     controller.begin(10, 10_000)
-    controller.read_prompt("model", 0.0)
+    controller.read("model", 0.0)
     for _ in range(300):
         k = controller.draft_length("model")
         accepted = 0
@@ -296,7 +296,7 @@ def test_probes_find_out_that_drafting_pays_again():
     controller.begin(10, 10_000)
     for _ in range(300):
         k = controller.draft_length("model")
-        controller.read_prompt("model", 0.0)
+        controller.read("model", 0.0)
         controller.update(Round(k, 0, 1, k * 0.001, PLAIN_S))
     probes = sum(k > 0 for k in controller.chosen[50:])
     world.chance = 1.0
@@ -315,7 +315,7 @@ def test_probes_cost_at_most_one_percent():
     for _ in range(30):
         k = controller.draft_length("model")
         controller.update(Round(k, 0, 1, k * 0.004, PLAIN_S))
-    controller.read_prompt("model", 0.0)
+    controller.read("model", 0.0)
     spent = total = 0.0
     for _ in range(3000):
         k = controller.draft_length("model")
@@ -323,6 +323,23 @@ def test_probes_cost_at_most_one_percent():
         controller.update(done)
         spent, total = spent + done.draft_s, total + done.draft_s + done.verify_s
     assert 0 < spent <= 0.01 * total
+
+
+def test_trials_pay_for_what_the_draft_has_to_catch_up_with():
+    controller = AutoDraftLength()
+    per_token_s, unread, spent, total = 0.0005, 100, 0.0, 0.0
+    controller.begin(unread, 100_000)
+    for _ in range(3000):
+        k = controller.draft_length("model")
+        reading = unread * per_token_s if k else 0.0
+        if k:
+            controller.read("model", reading)
+        controller.update(Round(k, 0, 1, k * 0.004, PLAIN_S))
+        unread = 0 if k else unread + 1
+        spent += reading + k * 0.004
+        total += reading + k * 0.004 + PLAIN_S
+    assert controller.chosen.count(0) > 2950
+    assert 0.001 * total < spent <= 0.014 * total  # the first drafts, before anything was known, included
 
 
 def test_a_long_prompt_is_not_read_for_a_few_tokens():
@@ -399,7 +416,7 @@ def taught(chance, draft_s=0.002, extra_row_s=0.0005, rounds=200):
     world = World(controller, chance, draft_s, extra_row_s)
     world.generate(rounds)
     controller.begin(10, 1000)
-    controller.read_prompt("model", 0.0)
+    controller.read("model", 0.0)
     controller.update(Round(2, 1, 2, 2 * draft_s, PLAIN_S + 2 * extra_row_s))
     return controller
 
@@ -428,7 +445,7 @@ def test_probabilities_that_have_proved_too_high_count_for_less():
 def test_a_source_leaves_the_round_to_one_that_promises_more():
     controller = AutoDraftLength()
     controller.begin(10, 10_000)
-    controller.read_prompt("model", 0.0)
+    controller.read("model", 0.0)
     for _ in range(40):
         controller.update(Round(0, 0, 1, verify_s=PLAIN_S))
         controller.update(Round(4, 4, 5, 0.004, PLAIN_S, source="model"))
@@ -460,7 +477,7 @@ def test_it_tries_again_in_a_later_text_though_the_draft_has_yet_to_read_it():
 def test_levels_of_a_tree_are_chosen_with_the_rows_that_it_verifies():
     controller = AutoDraftLength()
     controller.begin(10, 10_000)
-    controller.read_prompt("tree", 0.0)
+    controller.read("tree", 0.0)
     for rows, seconds in ((1, PLAIN_S), (16, 2 * PLAIN_S)):
         controller.costs.add("verify", rows, seconds)
     parents = (-1, 0, -1, 0, 1, -1, 2, -1)

@@ -39,7 +39,8 @@ class Draft(NamedTuple):
     """Proposed continuation, at most as long as asked for; empty means that the next token is decoded plainly.
 
     probs[k, V]: the law each token was drawn from (temperature, top-k and top-p applied); None when tokens were
-    chosen deterministically. Seconds spent on reading the prompt, once per generation, go into prefill_s.
+    chosen deterministically. Seconds spent on reading the prompt, and later what was emitted without this drafter, go
+    into prefill_s.
     source: what drafted, for costs and acceptance of their own.
     verified: where the target has already checked a greedy draft in the same device program, how many tokens it
     accepted and its own id after them.

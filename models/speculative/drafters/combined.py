@@ -14,15 +14,18 @@ class Combined:
         self._proposer: Drafter | None = None  # of the latest draft
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
-        """The first draft that has tokens, if any. Its prefill_s is the time of all that have read the prompt now."""
-        prefill_s = 0.0
+        """The first draft that has tokens, if any. Its prefill_s is the time of all that have read the prompt now;
+        where none has tokens, its source is the first that has read."""
+        nothing, prefill_s = Draft([]), 0.0
         for drafter in self._drafters:
             draft = drafter.propose(tokens, limit)
+            if draft.prefill_s and not prefill_s:
+                nothing = draft
             prefill_s += draft.prefill_s
             if draft.tokens:
                 self._proposer = drafter
                 return draft._replace(prefill_s=prefill_s)
-        return Draft([], prefill_s=prefill_s)
+        return nothing._replace(prefill_s=prefill_s)
 
     def observe(self, accepted: int) -> None:
         """Tell the drafter whose tokens they were."""

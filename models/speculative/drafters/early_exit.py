@@ -38,7 +38,7 @@ class EarlyExit(ModelDrafter):
     ) -> None:
         super().__init__(target.first_layers(exit_layer), sampling, confident=confident)
 
-    def read_prompt(self, tokens: list[int]) -> float:
+    def read(self, tokens: list[int]) -> float:
         """The target has read all but the last token, and written rows for those that were accepted: no time."""
         self.cached = len(tokens) - 1
         return 0.0

@@ -45,10 +45,9 @@ class FusedDrafter:
         k = self._prepared(min(limit(self.source), model.max_seq_len - len(tokens) + 1))
         if k < 1 or not self._fused.draft_lengths or len(tokens) < 2:
             return alone.propose(tokens, Limit(lambda source: k))
-        prefill_s = alone.read_prompt(tokens)
-        position, pending = alone.catch_up(tokens)
-        if len(pending) > 2:
-            model.greedy(pending[:-2], position)
+        prefill_s = alone.read(tokens)
+        if len(tokens) - alone.cached > 2:
+            model.greedy(tokens[alone.cached : -2], alone.cached)
         drafted, verified, accepted = self._fused.run(tokens[-2:], len(tokens) - 2, k)
         alone.fed(tokens, k)
         return Draft(drafted, None, prefill_s, (accepted, verified[accepted]), self.source)

@@ -38,8 +38,8 @@ class ModelDrafter:
         k = min(limit(self.source), self.model.max_seq_len - len(tokens) + 1)  # the last one drafted is not written
         if k < 1:
             return Draft([])
-        prefill_s = self.read_prompt(tokens)
-        position, pending = self.catch_up(tokens)
+        prefill_s = self.read(tokens)
+        position, pending = self.cached, tokens[self.cached :]
         if self.sampling.greedy and not (self._confident and limit.priced):
             self.fed(tokens, k)
             return Draft(self.model.draft_greedy(pending, position, k), None, prefill_s, source=self.source)
@@ -53,22 +53,21 @@ class ModelDrafter:
         """Note that the cache now holds all of `tokens`, and of k tokens drafted after them all but the last."""
         self.cached, self._ahead = len(tokens), k - 1
 
-    def read_prompt(self, tokens: list[int]) -> float:
-        """Before the first draft: read all but the last token, which every round feeds itself. Returns seconds."""
-        if self.cached:
+    def read(self, tokens: list[int]) -> float:
+        """Before the first draft read all but the last token, which every round feeds itself; later, what one forward
+        does not take at once. Returns seconds."""
+        rows = self.model.max_rows
+        if self.cached and len(tokens) - self.cached <= rows:
             return 0.0
         began = time.perf_counter()
-        if len(tokens) > 1:
-            self.model.prefill(tokens[:-1])[0].item()  # reading a number waits for the device
-        self.cached = len(tokens) - 1
+        if not self.cached:
+            if len(tokens) > 1:
+                self.model.prefill(tokens[:-1])[0].item()  # reading a number waits for the device
+            self.cached = len(tokens) - 1
+        while len(tokens) - self.cached > rows:
+            self.model.greedy(tokens[self.cached : self.cached + rows], self.cached)
+            self.cached += rows
         return time.perf_counter() - began
-
-    def catch_up(self, tokens: list[int]) -> tuple[int, list[int]]:
-        """Feed what the cache lacks until the rest fits one forward: (the rest's position, the rest)."""
-        while len(tokens) - self.cached > self.model.max_rows:
-            self.model.greedy(tokens[self.cached : self.cached + self.model.max_rows], self.cached)
-            self.cached += self.model.max_rows
-        return self.cached, tokens[self.cached :]
 
     def _step_by_step(self, tokens, pending, position, k, prefill_s, limit) -> Draft:
         drafted: list[int] = []

@@ -31,7 +31,7 @@ class PromptLookup:
         prefill_s = time.perf_counter() - began if began else 0.0
         start, matched = self._find(tokens)
         if not matched:
-            return Draft([], prefill_s=prefill_s)
+            return Draft([], prefill_s=prefill_s, source="lookup")
         source = "lookup" if matched >= TELLING else "lookup-short"
         copied: list[int] = []
         for position in range(start, start + limit(source)):

@@ -55,10 +55,9 @@ class TreeDrafter(ModelDrafter):
         depth = min(limit(self.source), self.model.max_seq_len - len(tokens) + 1)  # the last level is not written
         if depth < 1:
             return Draft([])
-        prefill_s = self.read_prompt(tokens)
         self._keep_path(tokens)
-        position, pending = self.catch_up(tokens)
-        logits = self.model.forward(pending, position)[-1:]
+        prefill_s = self.read(tokens)
+        logits = self.model.forward(tokens[self.cached :], self.cached)[-1:]
         self.cached, self._fed = len(tokens), [-1]
         grow = self._likeliest if self.sampling.greedy else self._drawn
         return grow(logits, depth, limit).draft(prefill_s)
