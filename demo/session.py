@@ -1,6 +1,7 @@
 """The models and prompts of one demo run, and the runs over them."""
 
 import random
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -52,6 +53,7 @@ class Session:
         self.rows: list[Row] = []
         self.under_way: list[Run] = []
         self.exit: ExitChoice | None = None  # of early exit, where its layers were chosen by measurement
+        self.exit_s = 0.0  # that the choice took
         if settings.threads:
             torch.set_num_threads(settings.threads)
         target = open_model(settings.target)
@@ -226,11 +228,13 @@ class Session:
 
     def choose_exit(self) -> None:
         """How many layers draft best, by what the target itself writes after the first prompt."""
+        began = time.perf_counter()
         model, prompt = self.target.model, self.prompts[0].ids
         written = generate(model, None, prompt, max_new_tokens=min(EXIT_TOKENS, self.max_seq_len - len(prompt)))
         tokens = prompt + [token.id for token in written]
         longest = max(1, min(self.settings.longest_draft, self.max_seq_len - 1))
         self.exit = choose_exit(model, tokens, len(prompt), range(1 if self.settings.auto else longest, longest + 1))
+        self.exit_s = time.perf_counter() - began
         chosen = self.exit
         expected = "" if self.mock else f"{chosen.speed_up:.2f}x expected with {chosen.draft_length} draft tokens, "
         logger.info(

@@ -18,13 +18,15 @@ class Category:
 
     about: for the reader of the report. file: of the prompts' texts, in the format of the demos; None: random ids.
     new_tokens: at most so many; None: as the suite is told. unrelated_draft: the draft model is replaced by one of
-    random weights, and drafts alone.
+    random weights, and drafts alone. passes: over the prompts in one repetition, more where little is written or
+    little is to be told apart.
     """
 
     about: str
     file: str | None
     new_tokens: int | None = None
     unrelated_draft: bool = False
+    passes: int = 1
 
 
 CATEGORIES = {
@@ -33,9 +35,12 @@ CATEGORIES = {
     "summarising": Category("what was said is said again in other words", "summarising.txt"),
     "docstring-prose": Category("new prose, nothing of which stands in the prompt", "docstring-prose.txt"),
     "random-tokens": Category("random token ids as prompts, nothing to be right about", None),
-    "short-output": Category("8 new tokens: hardly time to earn anything", "short-output.txt", new_tokens=8),
+    "short-output": Category("8 new tokens: hardly time to earn anything", "short-output.txt", 8, passes=4),
     "unrelated-draft": Category(
-        "a draft model of random weights alone, of whose tokens none can be right", "code-completion.txt", None, True
+        "a draft model of random weights alone, of whose tokens none can be right",
+        "code-completion.txt",
+        unrelated_draft=True,
+        passes=3,
     ),
 }
 

@@ -89,7 +89,8 @@ class Compare:
         if not self.categories:
             raise UserError(f"--categories {options.categories[0]} needs a drafter with a draft model: add model")
         self.ways: dict[str, list[Way]] = {}  # by category
-        # [category][repetition][way]: a sample for each prompt; complete repetitions only
+        self.first: dict[str, dict[str, Sample]] = {}  # by category and way: the uncounted text of its warm-up
+        # [category][repetition][way]: a sample for each prompt and pass; complete repetitions only
         self.samples: dict[str, list[dict[str, list[Sample]]]] = {name: [] for name in self.categories}
 
     def prepare(self) -> None:
@@ -115,7 +116,8 @@ class Compare:
 
         own, unrelated = self._own_ways(), self._unrelated_ways()
         self.ways = {name: unrelated if CATEGORIES[name].unrelated_draft else own for name in self.prompts}
-        total = sum(len(self.prompts[name]) * len(self.ways[name]) for name in self.prompts)
+        texts = {name: CATEGORIES[name].passes * prompts for name, prompts in self.prompts.items()}
+        total = sum(len(texts[name]) * len(self.ways[name]) for name in texts)
         every = [ids for prompts in self.prompts.values() for ids in prompts]
         progress.begin(total * self.options.repeats, "warm-up")
         for session in filter(None, (self.session, self.unrelated)):
@@ -124,12 +126,12 @@ class Compare:
         for name in self.prompts:
             first |= {id(way): (name, way) for way in self.ways[name] if id(way) not in first}
         for name, way in first.values():
-            self._write(name, way, self.prompts[name][0])
+            self.first.setdefault(name, {})[way.name] = self._write(name, way, self.prompts[name][0])
         for repeat in range(self.options.repeats):
-            for name, prompts in self.prompts.items():
+            for name, ids in texts.items():
                 runs: dict[str, list[Sample]] = {way.name: [] for way in self.ways[name]}
-                for prompt, way in turns(repeat, len(prompts), self.ways[name]):
-                    runs[way.name].append(self._write(name, way, prompts[prompt]))
+                for text, way in turns(repeat, len(ids), self.ways[name]):
+                    runs[way.name].append(self._write(name, way, ids[text]))
                     progress.step(f"{name}, repetition {repeat + 1} of {self.options.repeats}")
                 self.samples[name].append(runs)
 
@@ -169,9 +171,23 @@ class Compare:
             "mean_best_fixed_speedup": _mean([each["best_fixed_speedup"] for each in categories.values()]),
             "auto_drafter": self.options.auto_drafter,
             "categories": categories,
+            "overall": self._overall(),
             "models": describe_models(self.session),
             "settings": describe_settings(self.session, self.options),
         }
+
+    def _overall(self) -> Results:
+        """The ways over all categories with the pair's own draft, in the repetitions that all of them completed."""
+        from scripts.suites.summary import summarise
+        from scripts.suites.ways import PLAIN
+
+        own = [name for name in self.samples if not CATEGORIES[name].unrelated_draft]
+        repetitions = list(zip(*(self.samples[name] for name in own), strict=False))
+        if not repetitions:
+            return {}
+        ways = self.ways[own[0]]
+        runs = {way.name: [[s for runs in some for s in runs[way.name]] for some in repetitions] for way in ways}
+        return {way.name: summarise(way, runs[way.name], runs[PLAIN]) for way in ways}
 
     def _category(self, name: str) -> Results:
         from scripts.suites.summary import rate, summarise
@@ -180,13 +196,15 @@ class Compare:
         category, repetitions = CATEGORIES[name], self.samples[name]
         runs = {way.name: [runs[way.name] for runs in repetitions] for way in self.ways[name]}
         ways = {way.name: summarise(way, runs[way.name], runs[PLAIN]) for way in self.ways[name]}
+        first = self.first.get(name, {}).items()
         rates = {way: [rate(samples) or 0.0 for samples in some] for way, some in runs.items()}
         drafter = "model" if category.unrelated_draft else self.options.auto_drafter
         auto, fixed = f"{drafter} {AUTO}", [f"{drafter} {length}" for length in self.options.lengths]
         best_fixed = max(fixed, key=lambda way: _median(ways[way]["speedup"]) or 0.0)
         by_drafter: dict[str, list[float]] = {}
         for way in self.ways[name]:
-            who = way.drafter if way.verification == "batched" and way.drafter else way.name
+            who = way.drafter if way.verification == "batched" and way.length else way.name
+            who = PLAIN if way.length == 0 else who
             by_drafter[who] = list(map(max, rates[way.name], by_drafter.get(who, rates[way.name])))
         return {
             "about": category.about,
@@ -200,6 +218,7 @@ class Compare:
             "winner": winner(rates),
             "winner_speedup": _median(ways[winner(rates)["name"]]["speedup"]),
             "winner_drafter": winner(by_drafter),
+            "drafted_in_first_text": {way: [round.drafted for round in each.stats.rounds] for way, each in first},
             "ways": ways,
         }
 
@@ -237,8 +256,12 @@ class Compare:
             "known only afterwards. Wait: what the reader of the stream waits for a token; no wait: tokens that came "
             "in one block with the one before.\n\n"
         )
+        if results["overall"]:
+            text += "## All kinds of text together\n\n" + table(OVERALL, overall_rows(results["overall"]))
         for name, each in results["categories"].items():
             text += f"## {name}\n\n{each['about']}; {each['prompts']} prompts\n\n" + table(_HEAD, _rows(each["ways"]))
+            if CATEGORIES[name].unrelated_draft:
+                text += _learning(each)
         return text + _models(results["models"])
 
     @staticmethod
@@ -252,6 +275,58 @@ class Compare:
             bars["best fixed length"].append(ways[each["best_fixed"]]["speedup"])
             bars["fastest of all ways"].append(ways[each["winner"]["name"]]["speedup"])
         return grouped_bars(list(results["categories"]), bars, "speed-up over plain decoding", line=1.0)
+
+
+OVERALL = (
+    "configuration",
+    "TTFT ms",
+    "tok/s",
+    "accepted",
+    "init s",
+    "total s",
+    "speed-up",
+    "use it when",
+)
+ADVICE = {
+    (None, "batched"): "there is nothing to draft from",
+    ("model", "sequential"): "never: it is the mistake to compare with",
+    ("model", "batched"): "the text is new",
+    ("prompt-lookup", "batched"): "the answer repeats its prompt, or no draft model fits",
+    ("combined", "batched"): "texts are mixed",
+    ("tree", "batched"): "the draft is unsure, and rows are cheap",
+    ("early-exit", "batched"): "the target was trained to be left early",
+}
+
+
+def overall_rows(ways: Results) -> list[tuple[str, ...]]:
+    """Cells of OVERALL. init: loading the models of the way and measuring what it goes by; total: all texts of a
+    repetition, whole calls."""
+    return [
+        (
+            name,
+            number(_median(way["ttft_ms"])),
+            number(_median(way["tok_s"]), 0),
+            percent(way["acceptance_rate"]),
+            number(way["init_s"], 2),
+            number(_median(way["total_s"]), 2),
+            ranged(way["speedup"]),
+            "only to compare" if way["draft_length"] == 0 else ADVICE[way["drafter"], way["verification"]],
+        )
+        for name, way in ways.items()
+    ]
+
+
+def _learning(category: Results) -> str:
+    """How soon an automatic length found out that drafting does not pay."""
+    name = f"{category['auto_drafter']} {AUTO}"
+    drafted, auto = category["drafted_in_first_text"].get(name), category["ways"][name]
+    if not drafted:
+        return ""
+    when = f"decoded plainly first in round {drafted.index(0) + 1}" if 0 in drafted else "never decoded plainly"
+    return (
+        f"{name} knew nothing in its first, uncounted text and {when} of {len(drafted)}; in the counted ones "
+        f"{auto['plain_rounds']} of {auto['rounds']} rounds were plain.\n\n"
+    )
 
 
 _HEAD = (

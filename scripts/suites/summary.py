@@ -21,8 +21,9 @@ def rate(samples: Sequence[Sample]) -> float | None:
 def summarise(way: Way, runs: Repetitions, plain: Repetitions) -> dict[str, Any]:
     """Of the complete repetitions; `plain` are those of plain decoding. Keys of times end with their unit.
 
-    Rates and speed-ups: median, min, max and one value a repetition. Waits, acceptance and the parts of a round: over
-    all repetitions. texts_equal: how many texts are plain decoding's; None where they are drawn at random.
+    Rates, speed-ups and total_s (whole calls, prefill included): median, min, max and one value a repetition. Waits,
+    acceptance and the parts of a round: over all repetitions. texts_equal: how many texts are plain decoding's; None
+    where they are drawn at random.
     """
     rates = [rate(samples) for samples in runs]
     samples = [sample for samples in runs for sample in samples]
@@ -38,6 +39,8 @@ def summarise(way: Way, runs: Repetitions, plain: Repetitions) -> dict[str, Any]
         "verification": way.verification,
         "tok_s": spread(rates),
         "speedup": spread(ratios(rates, [rate(samples) for samples in plain])),
+        "init_s": way.init_s,
+        "total_s": spread([sum(sample.seconds for sample in run) for run in runs]),
         "ttft_ms": spread([1000 * statistics.median(sample.stats.ttft_s for sample in run) for run in runs]),
         **latency(samples),
         "tokens": stats.tokens,

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from demo.arguments import AUTO, DRAFT_TOKENS
+from demo.arguments import AUTO, DRAFT_TOKENS, MODEL_DRAFTERS
 from demo.session import Session
 from models.llama.loading import LoadedModel
 from models.llama.torch_llama import TorchLlama
@@ -19,13 +19,17 @@ PLAIN, SEQUENTIAL = "plain", "sequential"
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to write text. ``controller`` lives as long as the way does, so that an automatic one learns."""
+    """One way to write text. ``controller`` lives as long as the way does, so that an automatic one learns.
+
+    init_s: seconds before it can write: loading its models, and what it measures.
+    """
 
     name: str
     drafter: str | None  # as --drafter names it
     length: int | str | None  # tokens drafted a round, or AUTO
     session: Session
     controller: Controller | None
+    init_s: float
     verification: str = "batched"
 
 
@@ -41,24 +45,34 @@ class Sample:
 
 def plain_way(session: Session) -> Way:
     """Plain decoding."""
-    return Way(PLAIN, None, None, session, None)
+    return Way(PLAIN, None, None, session, None, session.target.load_s)
 
 
 def drafting_way(session: Session, drafter: str, length: int | str) -> Way:
     """A drafter, as --drafter names it, with a draft length. What the demo measures before a run is measured now: the
     costs for a length of AUTO, the layers of early exit."""
-    if drafter == "early-exit" and session.settings.exit_layer == AUTO and session.exit is None:
-        session.choose_exit()
+    init_s = _load_s(session, drafter)
+    if drafter == "early-exit" and session.settings.exit_layer == AUTO:
+        if session.exit is None:
+            session.choose_exit()
+        init_s += session.exit_s
     controller = session.make_controller(length)
     if length == AUTO:
+        began = time.perf_counter()
         session.measure_costs(controller)
-    return Way(f"{drafter} {length}", drafter, length, session, controller)
+        init_s += time.perf_counter() - began
+    return Way(f"{drafter} {length}", drafter, length, session, controller, init_s)
 
 
 def sequential_way(session: Session) -> Way:
     """The draft model, verified token by token."""
     name = f"model {DRAFT_TOKENS} {SEQUENTIAL}"
-    return Way(name, "model", DRAFT_TOKENS, session, session.make_controller(DRAFT_TOKENS), SEQUENTIAL)
+    controller, init_s = session.make_controller(DRAFT_TOKENS), _load_s(session, "model")
+    return Way(name, "model", DRAFT_TOKENS, session, controller, init_s, SEQUENTIAL)
+
+
+def _load_s(session: Session, drafter: str) -> float:
+    return session.target.load_s + (session.draft.load_s if drafter in MODEL_DRAFTERS else 0.0)
 
 
 def write(way: Way, ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] = ()) -> Sample:
