@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 
@@ -62,22 +63,44 @@ class Acceptance:
 
 
 class Trust:
-    """What a draft's own probabilities are worth: accepted tokens for each one it expected to have accepted."""
+    """What a draft's own probabilities are worth: to the power of `power` they expect as many accepted tokens as there
+    were. Below 1: it is right more often than it says, as where its second choices are nobody's. Above 1: too sure.
 
+    A power, since no factor does: of what the embedded draft gives 14 %, 30 % were accepted, of what it gives 96 %, all.
+    """
+
+    POWERS = tuple(2 ** (i / 2) for i in range(-4, 4))  # 1/4 to 2.8
     DECAY = 0.98
-    PRIOR_WEIGHT = 5.0  # tokens
+    PRIOR = (0.75, 0.5, 0.25) * 3  # as if these had been proposed, and accepted as often as they say
 
     def __init__(self) -> None:
-        self._expected = self._accepted = self.PRIOR_WEIGHT
+        self._expected = [sum(reach**power for reach in self.PRIOR) for power in self.POWERS]  # tokens, by power
+        self._accepted = sum(self.PRIOR)
+        self.power = 1.0
 
     def add(self, reach: Iterable[float], accepted: int) -> None:
         """A round: the draft's probability of each proposed token and those before it, and how many were kept."""
-        self._expected = self._expected * self.DECAY + sum(reach)
+        logs = [math.log(each) for each in reach if each > 0]
         self._accepted = self._accepted * self.DECAY + accepted
+        exp = math.exp
+        self._expected = [
+            expected * self.DECAY + sum([exp(power * log) for log in logs])
+            for expected, power in zip(self._expected, self.POWERS, strict=True)
+        ]
+        self.power = self._fitting()
 
-    @property
-    def factor(self) -> float:
-        return self._accepted / self._expected if self._expected else 1.0
+    def chance(self, reach: float) -> float:
+        """How likely a token is accepted to which the draft gives this probability."""
+        return reach**self.power
+
+    def _fitting(self) -> float:
+        """Between the powers that expect a little more and a little less than was accepted, in proportion."""
+        above = next((i for i, expected in enumerate(self._expected) if expected <= self._accepted), len(self.POWERS))
+        if above in (0, len(self.POWERS)):
+            return self.POWERS[min(above, len(self.POWERS) - 1)]
+        more, less = self._expected[above - 1], self._expected[above]
+        share = (more - self._accepted) / (more - less) if more > less else 0.0
+        return self.POWERS[above - 1] * (self.POWERS[above] / self.POWERS[above - 1]) ** share
 
 
 def expected_tokens(chances: Iterable[float]) -> float:

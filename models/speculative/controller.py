@@ -10,7 +10,7 @@ a_i is the chance that token i is accepted once those before it are. K = 0 is pl
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from models.errors import UserError
 from models.speculative.chances import Acceptance, Trust, expected_tokens
@@ -63,6 +63,17 @@ class FixedDraftLength:
         pass
 
 
+class _Outlook(NamedTuple):
+    """What a source promises: tokens per second without it and with its best draft length, seconds of one more step,
+    the chance of one more token."""
+
+    plain: float
+    best: float
+    length: int
+    step_s: float
+    next_chance: float
+
+
 class AutoDraftLength:
     """The draft length with the highest expected rate (see the module), learnt while it runs; one object for a run.
 
@@ -70,7 +81,7 @@ class AutoDraftLength:
       shown so far.
     - A draft that knows its own probabilities stops, or grows as a tree, only as far as a further token pays (`pays`):
       the tokens it is expected to add against those that its time would give otherwise. How far its probabilities can
-      be trusted is measured.
+      be trusted is measured. It may go on to the longest length, as it stops by itself.
     - Of several sources that could draft, one with a lower expected rate than another leaves the round to that one.
     - A draft model has to read the prompt before its first draft, and later what was emitted without it. If what is
       still to be emitted could not earn that back, none is made.
@@ -109,30 +120,34 @@ class AutoDraftLength:
     def _reset(self, prompt_tokens: int, remaining: int) -> None:
         self._unread, self._remaining = prompt_tokens, remaining  # tokens a draft has to read, still to be emitted
         self._acceptance: dict[str, Acceptance] = {}
+        self._drafted: set[str] = set()  # sources, in this text
         self._read = False  # the draft has read the prompt
         self._wait, self._probing = 1, False
         self._asked = 0
-        self._best: dict[str, tuple[float, int]] = {}  # by source: rate and length, until a round changes them
+        self._outlooks: dict[str, _Outlook] = {}  # by source, until a round changes them
 
     def draft_length(self, source: str) -> int:
-        _, k = self._best_length(source)
+        outlook = self._outlook(source)
+        k = outlook.length
         self._probing = False
         if k and self._better_elsewhere(source):
             k = 0
-        elif not k or not self._earns_its_reading(source, k):
+        elif not k or not self._earns_its_reading(source, outlook):
             k = self._probe(source)
+        elif source in self._trust:
+            k = self.lengths[-1]
         self._asked = k
         return k
 
     def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
         if self._probing:
             return True
-        costs = self.costs
-        seconds = steps * costs.draft_step_s(source) + costs.verify_s(rows) - costs.verify_s(rows - 1)
-        gained = reach * self._trust_of(source)
+        outlook, verify_s = self._outlook(source), self.costs.verify_s
+        seconds, gained = verify_s(rows) - verify_s(rows - 1), self._trust_in(source, reach)
         if steps:
-            gained *= self._of(source).next_chance()
-        return gained >= seconds * max(self.rate(source, 0), self._best_length(source)[0])
+            seconds += steps * outlook.step_s
+            gained *= outlook.next_chance
+        return gained >= seconds * outlook.best
 
     def read(self, source: str, seconds: float) -> None:
         if source in READS_PROMPT:
@@ -148,7 +163,7 @@ class AutoDraftLength:
         self._remaining -= round.emitted
         drafted_by_model = round.drafted and round.source in READS_PROMPT
         self._unread = 0 if drafted_by_model else self._unread + round.emitted
-        self._best.clear()
+        self._outlooks.clear()
         if not round.drafted:
             self._saved += self.PROBE_SHARE / self._wait * round.verify_s
             return
@@ -156,8 +171,9 @@ class AutoDraftLength:
         # The first draft in a text prepares things that the others need not.
         if one_program:
             self.costs.add("round", depth, round.draft_s)
-        elif source in self._acceptance:
+        elif source in self._drafted:
             self.costs.add("draft", (source, depth), round.draft_s)
+        self._drafted.add(source)
         if round.parents is not None:
             self._nodes[source] = 0.9 * self._nodes.get(source, round.drafted) + 0.1 * round.drafted
         stopped = depth < self._asked and not round.cut
@@ -195,7 +211,7 @@ class AutoDraftLength:
             "prefill_token_ms": milliseconds("prefill"),
             "break_even": self.break_even(source) if source else None,
             "acceptance": {name: each.chances(self.lengths[-1]) for name, each in self._acceptance.items()},
-            "trust": {name: trust.factor for name, trust in self._trust.items()},
+            "trust": {name: trust.power for name, trust in self._trust.items()},
         }
 
     def _of(self, source: str) -> Acceptance:
@@ -205,8 +221,8 @@ class AutoDraftLength:
             return self._acceptance.setdefault(source, Acceptance(self.PRIOR, parent=self._run[source]))
         return self._acceptance[source]
 
-    def _trust_of(self, source: str) -> float:
-        return self._trust[source].factor if source in self._trust else 1.0
+    def _trust_in(self, source: str, reach: float) -> float:
+        return self._trust[source].chance(reach) if source in self._trust else reach
 
     def _round_s(self, source: str, k: int) -> float:
         """A round that drafts k tokens, or k levels, from this source."""
@@ -215,32 +231,43 @@ class AutoDraftLength:
         nodes = max(k, self._nodes.get(source, 0)) if k else 0
         return self.costs.draft_s(source, k) + self.costs.verify_s(1 + round(nodes))
 
-    def _best_length(self, source: str) -> tuple[float, int]:
-        if source not in self._best:
-            self._best[source] = max((self.rate(source, k), -k) for k in self.lengths)
-        rate, k = self._best[source]
-        return rate, -k
+    def _outlook(self, source: str) -> _Outlook:
+        if source in self._outlooks:
+            return self._outlooks[source]
+        acceptance, reached, tokens, emitted = self._of(source), 1.0, 1.0, [1.0]
+        for chance in acceptance.chances(self.lengths[-1]):
+            reached *= chance
+            tokens += reached
+            emitted.append(tokens)
+        plain, best, length = 0.0, 0.0, 0
+        for k in self.lengths:
+            seconds = self._round_s(source, k)
+            rate = emitted[k] / seconds if seconds else 0.0
+            plain = plain if k else rate
+            if rate > best:
+                best, length = rate, k
+        step_s, next_chance = self.costs.draft_step_s(source), acceptance.next_chance()
+        return self._outlooks.setdefault(source, _Outlook(plain, best, length, step_s, next_chance))
 
     def _better_elsewhere(self, source: str) -> bool:
         """Whether a draft model promises more than a source that is asked before it; it can always draft, while
         whether those before it find anything shows only when they are asked."""
-        rate, _ = self._best_length(source)
+        best = self._outlook(source).best
         models = [other for other in READS_PROMPT if other in self._acceptance] if self._read else []
-        return source not in READS_PROMPT and any(self._best_length(other)[0] > rate for other in models)
+        return source not in READS_PROMPT and any(self._outlook(other).best > best for other in models)
 
     def _chance_left_out(self, round: Round) -> float:
         """Of the token that a draft looked at and left out, or stopped before."""
         if len(round.reach) > round.drafted and round.reach[-1]:
             before = round.reach[-2] if round.drafted else 1.0
-            return min(1.0, self._trust_of(round.source) * round.reach[-1] / before)
+            return self._trust_in(round.source, min(1.0, round.reach[-1] / before))
         return self._of(round.source).next_chance()
 
-    def _earns_its_reading(self, source: str, k: int) -> bool:
+    def _earns_its_reading(self, source: str, outlook: _Outlook) -> bool:
         """Whether what is still to be emitted saves more time than the draft takes to read what it has not read."""
-        plain, drafted = self.rate(source, 0), self.rate(source, k)
-        if not plain or not drafted:
+        if not outlook.plain:
             return True
-        return self._remaining * (1 / plain - 1 / drafted) > self._reading_s(source)
+        return self._remaining * (1 / outlook.plain - 1 / outlook.best) > self._reading_s(source)
 
     def _reading_s(self, source: str) -> float:
         return self._unread * (self.costs.prefill_s(source) or 0.0) if source in READS_PROMPT else 0.0

@@ -29,7 +29,7 @@ class Costs:
     def __init__(self, computed_rows: Callable[[int], int] = lambda n: n) -> None:
         self._computed_rows = computed_rows
         self._times: dict[tuple[str, object], deque[float]] = {}
-        self._medians: dict[tuple[str, object], float] = {}
+        self._medians: dict[str, dict] = {}  # seconds, by what and which
         self._lines: dict[str, tuple[float, float]] = {}  # by source: seconds to begin a draft, and for each step
         self._verify: list[tuple[int, float]] = []  # rows, seconds; made anew after a measurement
 
@@ -38,9 +38,10 @@ class Costs:
         token, or ("round", k) where drafting k tokens and verifying them is one device program."""
         if what == "verify":
             which = self._computed_rows(which)
-        times = self._times.setdefault((what, which), deque(maxlen=self.KEPT))
+        if (times := self._times.get((what, which))) is None:
+            times = self._times[what, which] = deque(maxlen=self.KEPT)
         times.append(seconds)
-        self._medians[what, which] = statistics.median(times)
+        self._medians.setdefault(what, {})[which] = statistics.median(times)
         if what == "verify":
             self._verify = []
         elif what == "draft":
@@ -63,7 +64,7 @@ class Costs:
 
     def known(self, what: str) -> dict:
         """Median seconds by rows or source."""
-        return {which: seconds for (kind, which), seconds in sorted(self._medians.items()) if kind == what}
+        return dict(sorted(self._medians.get(what, {}).items()))
 
     def draft_s(self, source: str, k: float = 1) -> float:
         """Drafting k tokens, or levels of a tree; 0 if nothing is known.
@@ -72,8 +73,8 @@ class Costs:
         target has meanwhile driven the draft's weights out of the caches. One length alone: in proportion.
         """
         if source not in self._lines:
-            points = [(which[1], seconds, len(self._times["draft", which])) for which, seconds in self._drafts(source)]
-            self._lines[source] = _line(points)
+            drafts = [each for each in self._medians.get("draft", {}).items() if each[0][0] == source]
+            self._lines[source] = _line([(which[1], s, len(self._times["draft", which])) for which, s in drafts])
         begin, step = self._lines[source]
         return begin + k * step if k else 0.0
 
@@ -81,20 +82,17 @@ class Costs:
         """One more token, or level, of a draft that has begun; 0 if nothing is known."""
         return self.draft_s(source, 2) - self.draft_s(source, 1)
 
-    def _drafts(self, source: str) -> list[tuple[tuple, float]]:
-        return [(which, seconds) for which, seconds in self.known("draft").items() if which[0] == source]
-
     def prefill_s(self, source: str) -> float | None:
         """Reading one token of a prompt into the draft."""
-        return self._medians.get(("prefill", source))
+        return self._medians.get("prefill", {}).get(source)
 
     def verify_s(self, rows: int) -> float:
         """A target forward of so many rows: measured, or between the nearest measured; 0 if nothing is known."""
         rows = self._computed_rows(rows)
         if not self._verify:
             bound = math.inf  # by forwards of more rows
-            for known in sorted((which for what, which in self._medians if what == "verify"), reverse=True):
-                bound = min(bound, self._medians["verify", known])
+            for known, seconds in sorted(self._medians.get("verify", {}).items(), reverse=True):
+                bound = min(bound, seconds)
                 self._verify.append((known, bound))
         above = None
         for known, seconds in self._verify:  # from many rows to few
@@ -108,10 +106,9 @@ class Costs:
     def whole_round_s(self, k: int) -> float | None:
         """A round of k drafted tokens as one program: measured, or on the line through those next to it, a plain step
         being the round of none; None where no such round was measured."""
-        known = self.known("round")
-        if not known:
+        if "round" not in self._medians:
             return None
-        known = {0: self.verify_s(1), **known}
+        known = {0: self.verify_s(1), **self.known("round")}
         if k in known:
             return known[k]
         above = min((length for length in known if length > k), default=max(known))

@@ -1,6 +1,7 @@
 """The controller's rules, on rounds and times made up here; how it does on real models is scripts/benchmark.py's."""
 
 import random
+import statistics
 
 import pytest
 
@@ -222,12 +223,33 @@ def test_a_draft_that_stops_by_itself_does_not_make_later_tokens_look_easy():
     assert corrected.chance(1) == pytest.approx(0.5, abs=0.05)
 
 
-def test_trust_is_what_is_accepted_of_what_was_expected():
+@pytest.mark.parametrize("power", [0.3, 0.65, 1.0, 2.2])
+def test_trust_is_the_power_that_makes_a_drafts_probabilities_true(power):
+    trust, draw, powers = Trust(), random.Random(0), []
+    assert trust.power == 1.0
+    for _ in range(4000):
+        reach = [draw.random()]
+        while len(reach) < 4:
+            reach.append(reach[-1] * draw.random())
+        chance = draw.random()
+        trust.add(reach, sum(chance < each**power for each in reach))
+        powers.append(trust.power)
+    assert statistics.median(powers[1000:]) == pytest.approx(power, rel=0.1)
+    assert trust.chance(0.5) == pytest.approx(0.5**trust.power)
+
+
+@pytest.mark.parametrize(("accepted", "power"), [(0, Trust.POWERS[-1]), (2, Trust.POWERS[0])])
+def test_trust_has_bounds(accepted, power):
     trust = Trust()
-    assert trust.factor == 1.0
-    for i in range(2000):
-        trust.add([0.8, 0.4], accepted=i % 2)  # expects 1.2, gets 0.5
-    assert trust.factor == pytest.approx(0.5 / 1.2, rel=0.05)
+    for _ in range(500):
+        trust.add([0.5, 0.25], accepted)
+    assert trust.power == power
+
+
+def test_trust_moves_slowly_at_first():
+    trust = Trust()
+    trust.add([0.9, 0.8], 0)
+    assert 1.0 < trust.power < 2.0
 
 
 def test_expected_tokens_against_simulation():
@@ -434,7 +456,7 @@ def test_a_further_token_pays_from_the_chance_at_which_its_time_would_give_as_mu
 
 def test_probabilities_that_have_proved_too_high_count_for_less():
     controller = taught(0.6)
-    reach = 1.5 * (controller.costs.verify_s(4) - controller.costs.verify_s(3)) * controller._best_length("model")[0]
+    reach = 1.5 * (controller.costs.verify_s(4) - controller.costs.verify_s(3)) * controller._outlook("model").best
     assert controller.pays("model", reach, 0, 4)
     for _ in range(100):
         controller.update(Round(2, 1, 2, 0.004, PLAIN_S + 0.001, reach=(0.99, 0.98)))

@@ -99,6 +99,5 @@ class ModelDrafter:
         if not params.greedy:
             law = distribution(logits, params.temperature, params.top_k, params.top_p)
             return law, law.max().item() if priced else 1.0, 0
-        logits = logits.float()
-        best, token = logits.max(-1)
-        return None, (best - logits.logsumexp(-1)).exp().item(), token.item()
+        chance, token = torch.softmax(logits, -1, dtype=torch.float32).max(-1)
+        return None, chance.item(), token.item()
