@@ -66,7 +66,7 @@ class Trust:
     """What a draft's own probabilities are worth: to the power of `power` they expect as many accepted tokens as there
     were. Below 1: it is right more often than it says, as where its second choices are nobody's. Above 1: too sure.
 
-    A power, since no factor does: of what the embedded draft gives 14 %, 30 % were accepted, of what it gives 96 %, all.
+    A power, since no factor does: of tokens the embedded draft gives 14 %, 30 % were accepted, of those at 96 %, all.
     """
 
     POWERS = tuple(2 ** (i / 2) for i in range(-4, 4))  # 1/4 to 2.8
