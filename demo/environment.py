@@ -1,5 +1,6 @@
 """What a result was measured with (versions, machine), and the JSON file it goes to."""
 
+import datetime
 import json
 import os
 import platform
@@ -24,6 +25,11 @@ def project_version() -> str:
     text = project.read_text(encoding="utf-8") if project.is_file() else ""
     match = re.search(r'^version\s*=\s*"([^"]+)"', text, re.MULTILINE)
     return match[1] if match else "unknown"
+
+
+def date() -> str:
+    """Now, in UTC, as ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str | None]:

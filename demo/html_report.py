@@ -76,7 +76,7 @@ def _facts(session: Session, results: Results) -> Markup:
         *about(session),
         ("machine", f"{device}, {machine['threads']} threads, {machine['platform']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
-        ("date", datetime.now().astimezone().isoformat(" ", "minutes")),
+        ("date", datetime.fromisoformat(results["date"]).astimezone().isoformat(" ", "minutes")),
         ("command", shlex.join(results["command"])),
     ]
     made = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts)

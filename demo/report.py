@@ -10,7 +10,7 @@ import statistics
 import sys
 from typing import Any
 
-from demo.environment import machine, peak_memory, versions
+from demo.environment import date, machine, peak_memory, versions
 from demo.runs import Row, Run
 from demo.session import Session
 from demo.settings import BOARD_FLAGS, DRAFT_FLAGS, TORCH_FLAGS, describe_source
@@ -57,6 +57,7 @@ def _results(session: Session, interrupted: bool, total_s: float) -> Results:
         "warm_up_s": session.warm_up_s,
         "memory": _memory(session),
         "settings": describe_settings(session),
+        "date": date(),
         "versions": versions(),
         "machine": machine(settings.device, session.board and session.board.board, session.mock),
         "command": sys.argv,

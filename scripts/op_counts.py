@@ -201,7 +201,7 @@ def command(argv: Sequence[str] | None) -> int:
     forms = [(n, tree) for tree, counts in ((False, options.rows), (True, options.trees)) for n in counts]
     if not all(1 <= n <= MAX_ROWS for n, _ in forms) or not 0 <= options.position <= 100_000:
         raise UserError(f"--rows and --trees must be within 1..{MAX_ROWS} and --position within 0..100000")
-    from demo.environment import check_writable, versions, write_json
+    from demo.environment import check_writable, date, versions, write_json
 
     if options.json:
         check_writable(options.json)
@@ -213,7 +213,8 @@ def command(argv: Sequence[str] | None) -> int:
         entries.sort(key=lambda entry: options.sizes.index(entry["model"]))
     show(entries, options)
     if options.json:
-        write_json(options.json, {"entries": entries, "versions": versions(), "settings": vars(options)})
+        circumstances = {"date": date(), "versions": versions(), "command": sys.argv, "settings": vars(options)}
+        write_json(options.json, {"entries": entries} | circumstances)
     return 0
 
 

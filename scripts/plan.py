@@ -246,14 +246,15 @@ def command(argv: Sequence[str] | None) -> int:
     if options.capture:
         return capture_all()
     acceptance = check(options)
-    from demo.environment import check_writable, versions, write_json
+    from demo.environment import check_writable, date, versions, write_json
 
     if options.json:
         check_writable(options.json)
     shipped, family, fit = fitted()
     plan = build(options, acceptance, recounted(options) if options.recount else shipped, family, fit)
     if options.json:
-        write_json(options.json, plan | {"versions": versions(), "command": ["scripts/plan.py", *arguments]})
+        circumstances = {"date": date(), "versions": versions(), "command": ["scripts/plan.py", *arguments]}
+        write_json(options.json, plan | circumstances)
     if options.markdown:
         print(report.markdown(plan), end="")
     else:

@@ -39,7 +39,7 @@ SPECULATIVE_KEYS = PATH_KEYS | {
 TOP_KEYS = {
     *("controller", "early_exit"),
     *("baseline", "speculative", "speedup", "ttft_ratio", "outputs_identical"),
-    *("settings", "versions", "machine", "prompts", "total_s", "warm_up_s"),
+    *("settings", "date", "versions", "machine", "prompts", "total_s", "warm_up_s"),
 }
 
 
@@ -170,7 +170,7 @@ def test_on_a_mock_board_nothing_that_is_told_depends_on_time(mode, on_terminal,
     for _ in range(2):
         code, results = run("--mode", mode, *FOUR, "--prompt", "def", "--prompt", "self", max_new_tokens=6)
         assert code == 0
-        del results["memory"]["peak_process_bytes"]
+        del results["memory"]["peak_process_bytes"], results["date"]
         out, err = capsys.readouterr()
         told.append((results, re.sub("peak memory: .*", "", out), err))
     assert told[0] == told[1]

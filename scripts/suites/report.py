@@ -1,12 +1,11 @@
 """What a suite leaves behind: JSON with its circumstances, Markdown, a picture."""
 
-import datetime
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo.environment import check_writable, machine, versions, write_json, write_text
+from demo.environment import check_writable, date, machine, versions, write_json, write_text
 from models.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ def document(suite: str, results: dict[str, Any], *, device: str, repeats: int, 
     """The JSON document of a run: the suite's results behind where, when and how they were measured."""
     return {
         "suite": suite,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": date(),
         "command": sys.argv,
         "repeats": repeats,
         "interrupted": interrupted,

@@ -1,0 +1,299 @@
+"""Write the tables of README.md and docs/comparison.md anew from the files in docs/results.
+
+    python scripts/tables.py            # after a benchmark, the demo or the planner has written its results there
+    python scripts/tables.py --check    # change nothing, name the tables that are not what the results say
+
+A table stands between `<!-- table NAME -->` and `<!-- /table -->`. What stands between them is replaced.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.command_line import Parser, run_command
+from models.errors import UserError
+from scripts.suites.report import number, percent, ranged, table, times
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+DOCUMENTS = ("README.md", "docs/comparison.md")
+MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+OUTPUT_FLAGS = ("--json", "--markdown", "--png", "--html")  # with a file behind them
+BOARDS = ("N150", "N300", "T3K", "P150")
+LEVERS = ("draft in bfp4", "early exit")  # of the planner, to be shown; of several alike the best
+DRAFTERS = ("model", "prompt-lookup", "combined", "tree", "early-exit")
+ASSUMED = (0.6, 0.7, 0.8)  # acceptance of a drafted token, where random weights have none
+Results = dict[str, Any]
+
+
+def read(name: str) -> Results:
+    """A results file."""
+    path = RESULTS / f"{name}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): write it with the command beside its table") from error
+
+
+def source(results: Results) -> str:
+    """The command that wrote results, where and when, to stand above a table."""
+    words, given = [], iter(results["command"])
+    for word in given:
+        if word in OUTPUT_FLAGS:
+            next(given, None)
+        elif word != "--quiet":
+            words.append(word)
+    machine, versions = results["machine"], results["versions"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
+    return f"`{shlex.join(words)}`; {where}, {results['date'][:10]}"
+
+
+def median(values: Results | None) -> float | None:
+    return values and values["median"]
+
+
+# ---- measured on this kind of machine -------------------------------------------------------------------------------
+
+
+def demo() -> str:
+    """The demo's own table, from its JSON file."""
+    from demo.wording import closing_lines, summary_sections
+
+    results = read("demo-embedded-pair")
+    rows = [("", "baseline", "speculative", "ratio"), *(row for part in summary_sections(results) for row in part)]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]).rstrip() for row in rows
+    ]
+    return (
+        f"{source(results)}\n\n```\n" + "\n".join([*lines, *(line for line, _ in closing_lines(results))]) + "\n```\n"
+    )
+
+
+def compare() -> str:
+    """Speed-ups over plain decoding by kind of text."""
+    results = read("compare")
+    rows = []
+    for name, each in results["categories"].items():
+        auto = [each["ways"].get(f"{drafter} auto") for drafter in DRAFTERS]
+        fixed = f"{times(each['best_fixed_speedup'])} ({each['best_fixed']})"
+        over = times(median(each["auto_over_best_fixed"]))
+        rows.append((name, *(times(way and median(way["speedup"])) for way in auto), fixed, over))
+    mean_auto, mean_fixed = results["mean_auto_speedup"], results["mean_best_fixed_speedup"]
+    head = ("auto with", *DRAFTERS, "best fixed length", "auto / best fixed")
+    means = f"auto {times(mean_auto)}, best fixed {times(mean_fixed)}"
+    text = f"{source(results)}; {results['repeats']} repetitions\n\n{table(head, rows)}"
+    return (
+        text + f"Mean of the categories with {results['auto_drafter']} (model where the draft is unrelated): {means}.\n"
+    )
+
+
+def configurations() -> str:
+    """Every configuration over all kinds of text."""
+    from scripts.suites.compare import OVERALL, overall_rows
+
+    results = read("compare")
+    return f"{source(results)}; {results['repeats']} repetitions\n\n" + table(OVERALL, overall_rows(results["overall"]))
+
+
+def sweep() -> str:
+    """Fixed lengths beside the formula."""
+    results = read("sweep")
+    rows = []
+    for k, each in results["lengths"].items():
+        deviation = median(each["deviation"])
+        apart = number(None) if deviation is None else f"{deviation:+.0%}"
+        abc = (number(median(each[key]), 2) for key in ("a", "c", "v"))
+        rows.append((k, ranged(each["speedup"]), times(median(each["formula"])), apart, *abc))
+    auto, best = results["auto"], results["best"]
+    text = table(("K", "measured", "formula", "apart", "a", "c", "v"), rows)
+    return f"{source(results)}\n\n{text}auto: {ranged(auto['speedup'])}; best fixed length: {best}.\n"
+
+
+def verify_cost() -> str:
+    """Forwards by number of rows, of the published sizes."""
+    results = read("verify-cost")
+    rows_asked, lines = [str(n) for n in results["settings"]["rows"]], []
+    for name, model in results["models"].items():
+        for way, contexts in model["ms"].items():
+            for context, cells in contexts.items():
+                ms = [f"{cells[n]['median']:.0f} ({cells[n]['ratio']:.2f})" if n in cells else "" for n in rows_asked]
+                lines.append((f"{name}, {way}", context, *ms))
+    skipped = "".join(f" {each['model']} did not fit into memory." for each in results["skipped"])
+    return (
+        f"{source(results)}\n\n" + table(("ms (ratio to one row)", "context", *rows_asked), lines)
+        + f"The machine reads {results['read_gb_s']:.1f} GB/s at best." + skipped + "\n"
+    )  # fmt: skip
+
+
+def pairs() -> str:
+    """What the measured costs of random weights make of the real pairs, at assumed acceptance.
+
+    A forward of n rows may be padded to more rows where that is faster, plain decoding and drafting included: else
+    speculation would look better than it is.
+    """
+    from scripts.suites import formula
+
+    results = read("verify-cost")
+    context = str(min(results["settings"]["contexts"]))
+    ms = {name: model["ms"]["any rows"][context] for name, model in results["models"].items()}
+    cost = {
+        name: {int(n): min(cells[m]["median"] for m in cells if int(m) >= int(n)) for n in cells}
+        for name, cells in ms.items()
+    }
+    rows = []
+    for target in ("3b", "8b"):
+        if not {"1b", target} <= cost.keys():
+            continue
+        step = cost[target][1]
+        c = cost["1b"][1] / step
+        costs = {n - 1: cost[target][n] / step for n in cost[target] if 1 < n <= 8}
+        cells = []
+        for a in ASSUMED:
+            best = max(costs, key=lambda k: formula.speedup(a, k, c, costs[k]))
+            cells.append(f"{formula.speedup(a, best, c, costs[best]):.2f}x (K = {best})")
+        least = min((b for k, v in costs.items() if (b := formula.break_even(k, c, v)) is not None), default=None)
+        pair = f"1B -> {target.upper()}"
+        rows.append((pair, number(step, 0), number(c, 2), number(costs.get(4), 2), percent(least), *cells))
+    head = ("pair", "step ms", "c", "v at K = 4", "pays from", *(f"predicted at {percent(a)}" for a in ASSUMED))
+    return f"{source(results)}, context {context}, bf16\n\n" + table(head, rows)
+
+
+def peers() -> str:
+    """Beside transformers and llama.cpp."""
+    results = read("peers")
+    rows = []
+    for name, way in results["ways"].items():
+        same = f"{way['same_text_as_own_baseline']} of {results['prompts']}"
+        own = f"{ranged(way['own_over_this'])} {way['counterpart']}" if way["counterpart"] else ""
+        rows.append((name, ranged(way["tok_s"], number), same, own))
+    head = ("", "tok/s", "same text as own baseline", "own counterpart / this")
+    return f"{source(results)}; transformers {results['versions']['transformers']}\n\n" + table(head, rows)
+
+
+def bottleneck() -> str:
+    """What bounds a forward, and from which acceptance drafting pays."""
+    results = read("bottleneck")
+    shares = ", ".join(f"{part} {percent(results[f'{part}_share'])}" for part in ("matmuls", "attention", "rest"))
+    rows = [
+        (k, number(each["c"], 2), number(each["v"], 2), percent(each["break_even"]), times(each["predicted_speedup"]))
+        for k, each in results["lengths"].items()
+    ]
+    text = table(("K", "c", "v", "pays from acceptance", "by formula"), rows)
+    forward, acceptance = results["ms"]["forward 1"]["median"], percent(results["acceptance"])
+    bound = f"Bound by {results['bound']} ({shares} of {forward:.1f} ms); acceptance measured: {acceptance}."
+    return f"{source(results)}\n\n{bound}\n\n{text}"
+
+
+# ---- counted and predicted for boards -------------------------------------------------------------------------------
+
+
+def op_counts() -> str:
+    """Operations and bytes of a forward, from ttnn's graph."""
+    results = read("op-counts")
+    entries = {(each["model"], each["board"], each["rows"]): each for each in results["entries"]}
+    rows = []
+    for size, board in (("1B", "N150"), ("3B", "N150"), *(("8B", board) for board in BOARDS)):
+        one, five = entries[size, board, 1], entries[size, board, 5]
+        reduces = " + 2 all-reduce" if one["layer"]["collectives"] else ""
+        mb = (f"{each['dram_bytes'] / 1e6:.0f}" for each in (one, five))
+        rows.append(
+            (
+                f"{size} {board}",
+                f"{one['layer']['ops']}{reduces}",
+                " / ".join(mb),
+                f"{one['bound_ms']:.1f} / {five['bound_ms']:.1f}",
+            )
+        )
+    head = ("", "ops a layer, 1 to 16 rows", "MB read and written, 1 / 5 rows", "ms at published bandwidth, 1 / 5 rows")
+    return f"`scripts/op_counts.py`; ttnn {results['versions']['ttnn']}, {results['date'][:10]}\n\n" + table(head, rows)
+
+
+def plan(target: str) -> str:
+    """Predicted speed-ups of a published pair on boards."""
+    rows = []
+    for board in BOARDS:
+        results = read(f"plan-{target}-1B-{board}")
+        best = results["best"]
+        at = next(row for row in results["table"] if row["k"] == best["k"])
+        cells = [_banded(best["speedup"], best["speedup_band"], 2), _banded(best["tok_s"], best["tok_s_band"], 1)]
+        others = [_lever(results["levers"], name) for name in LEVERS]
+        rows.append((board, str(best["k"]), *cells, percent(at["break_even"]), *others))
+    assumed = f"acceptance {results['acceptance']['chances'][0]:g}, context {results['settings']['context']}"
+    head = (f"{target} + 1B: **predicted**", "best K", "speed-up (band)", "tok/s (band)", "break-even", *LEVERS)
+    return (
+        f"`scripts/plan.py --target {target} --draft 1B --board BOARD`; {assumed}, {results['date'][:10]}\n\n"
+        + table(head, rows)
+    )
+
+
+def _lever(levers: Sequence[Results], name: str) -> str:
+    best = max((each for each in levers if each["name"].startswith(name)), key=lambda each: each["speedup"])
+    detail = best["name"].removeprefix(name)
+    return _banded(best["speedup"], best["speedup_band"], 2) + f",{detail}" * bool(detail)
+
+
+def _banded(value: float, band: Sequence[float], digits: int) -> str:
+    return f"{value:.{digits}f} ({band[0]:.{digits}f}-{band[1]:.{digits}f})"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "compare": compare,
+    "configurations": configurations,
+    "sweep": sweep,
+    "verify-cost": verify_cost,
+    "pairs": pairs,
+    "peers": peers,
+    "bottleneck": bottleneck,
+    "op-counts": op_counts,
+    "plan-8B": lambda: plan("8B"),
+    "plan-3B": lambda: plan("3B"),
+}
+
+
+def filled(text: str) -> str:
+    """The document with every table as the results have it. Raises UserError for a name that has no table."""
+
+    def fill(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in TABLES:
+            raise UserError(f"there is no table {name}: choose from {', '.join(TABLES)}")
+        return begin + TABLES[name]().rstrip("\n") + "\n" + end
+
+    return MARKED.sub(fill, text)
+
+
+def stale(old: str, new: str) -> list[str]:
+    """Names of the tables that differ."""
+    return [a[2] for a, b in zip(MARKED.finditer(old), MARKED.finditer(new), strict=True) if a[0] != b[0]]
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    """Fill in all documents; with --check only compare, exit code 1 if one is not up to date."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is not up to date")
+    options = parser.parse_args(argv)
+    code = 0
+    for name in DOCUMENTS:
+        old = (ROOT / name).read_text(encoding="utf-8")
+        new = filled(old)
+        changed = stale(old, new)
+        if changed and options.check:
+            print(f"{name}: not what docs/results says: {', '.join(changed)}; run scripts/tables.py", file=sys.stderr)
+            code = 1
+        elif changed:
+            (ROOT / name).write_text(new, encoding="utf-8")
+            print(f"{name}: {', '.join(changed)}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))
