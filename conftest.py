@@ -37,3 +37,12 @@ def fixed_seeds():
     torch.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules of very small models, which threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

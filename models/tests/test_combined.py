@@ -19,14 +19,7 @@ from models.tests.test_fused_drafter import ComposedRound
 from models.tests.test_generate_sampling import P_VALUE
 from models.tests.test_prompt_lookup import VOCAB, WARM, joint_law, p_values, tiny_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only slow models this small down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -------------------------------------------------------------------------------------------------- the rule

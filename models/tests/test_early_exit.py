@@ -40,13 +40,7 @@ TINY_TARGET = Path(__file__).parents[1] / "checkpoints" / "tiny-target"
 EXITS = [(2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (4, 3)]  # (layers, exit layer): every one
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only slow models this small down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weak_tail(layers: int, exit_layer: int, seed: int, scale: float = 0.2, vocab_size: int = 64, **options) -> SpyLlama:

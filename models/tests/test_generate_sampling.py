@@ -26,13 +26,7 @@ TEXTS = 900
 PROMPT = [3]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only slow models this small down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_model(noise: float):

@@ -19,14 +19,7 @@ from models.tests.engine_fixtures import build, build_pair, engine_config, pertu
 from models.tests.llama_fixtures import random_tensors
 from models.tests.test_generate_sampling import P_VALUE, chi_square_p_value
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only slow models this small down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -------------------------------------------------------------------------------------------------- the rule

@@ -38,13 +38,7 @@ WARM = SamplingParams(temperature=0.8, top_k=12, top_p=0.95, seed=3)
 VOCAB = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only slow models this small down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draft_model(seed=5, **options) -> SpyLlama:

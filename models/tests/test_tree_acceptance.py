@@ -24,13 +24,7 @@ from models.tests.test_generate_sampling import P_VALUE, PROMPT, VOCAB, p_values
 WORDS = 3  # vocabulary of the enumerations
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only slow models this small down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------- enumeration
