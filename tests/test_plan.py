@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from demo.harness import main
 from models.command_line import run_command
 from models.errors import UserError
 from models.llama.ttnn_llama.boards import BOARDS
@@ -209,9 +210,22 @@ def test_a_free_draft_takes_no_time():
     assert nothing.ms() == pytest.approx(chain(times, acceptance, 4).ms() - times.drafting(4))
 
 
-def test_acceptance_by_position_is_read_as_chances_and_goes_on_as_at_the_last():
-    measured = json.loads(DEMO_RUN.read_text())["speculative"]["acceptance_by_position"]
-    acceptance = Acceptance.of_run(str(DEMO_RUN))
+@pytest.fixture(scope="module")
+def fixed_run(tmp_path_factory):
+    """The JSON file of a run of the embedded pair that always drafted 4 tokens."""
+    file = tmp_path_factory.mktemp("run") / "run.json"
+    assert main(["--num-draft-tokens", "4", "--max-prompts", "3", "--quiet", "--json", str(file)]) == 0
+    return file
+
+
+def test_lengths_chosen_while_it_ran_are_said_to_favour_later_positions(fixed_run):
+    assert "chosen by auto" in Acceptance.of_run(str(DEMO_RUN)).source
+    assert "chosen by auto" not in Acceptance.of_run(str(fixed_run)).source
+
+
+def test_acceptance_by_position_is_read_as_chances_and_goes_on_as_at_the_last(fixed_run):
+    measured = json.loads(fixed_run.read_text())["speculative"]["acceptance_by_position"]
+    acceptance = Acceptance.of_run(str(fixed_run))
     assert acceptance.known == len(measured) == 4
     chances = acceptance.chances(6)
     assert np.cumprod(chances[:4]) == pytest.approx(measured)
@@ -360,9 +374,9 @@ def test_more_acceptance_is_faster_and_a_longer_context_makes_a_verification_dea
     assert far[8]["verify_ms"] / far[0]["verify_ms"] > near[8]["verify_ms"] / near[0]["verify_ms"] > 1
 
 
-def test_acceptance_of_a_recorded_run_decides_the_plan(plan, tmp_path, capsys):
-    result = planned(plan, tmp_path, f"--target 8B --draft 1B --board N150 --acceptance-from {DEMO_RUN}")
-    run = json.loads(DEMO_RUN.read_text())["speculative"]
+def test_acceptance_of_a_run_decides_the_plan(plan, fixed_run, tmp_path, capsys):
+    result = planned(plan, tmp_path, f"--target 8B --draft 1B --board N150 --acceptance-from {fixed_run}")
+    run = json.loads(fixed_run.read_text())["speculative"]
     assert result["acceptance"]["measured"] and result["acceptance"]["known_positions"] == 4
     assert result["table"][4]["expected_tokens"] == pytest.approx(run["mean_acceptance_length"])
     assert "* acceptance beyond position 4 was not measured" in capsys.readouterr().out

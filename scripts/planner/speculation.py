@@ -53,6 +53,8 @@ class Acceptance:
         whose = f" by {' and '.join(pair)}" if pair else ""
         if settings.get("drafter") not in (None, "model"):
             whose += f", drafter {settings['drafter']}"  # a plan prices drafts of a model
+        if settings.get("num_draft_tokens") == "auto":
+            whose += " (lengths chosen by auto, so that later positions are easy places: better --num-draft-tokens 6)"
         return cls(tuple(map(float, reached)), f"measured{whose} at positions 1 to {len(reached)}, {Path(file).name}")
 
     @property
