@@ -103,10 +103,10 @@ class Trust:
         return self.POWERS[above - 1] * (self.POWERS[above] / self.POWERS[above - 1]) ** share
 
 
-def expected_tokens(chances: Iterable[float]) -> float:
-    """Tokens that a round emits on average: accepted ones and the target's own."""
-    product = total = 1.0
+def expected_tokens(chances: Iterable[float]) -> list[float]:
+    """Tokens that a round emits on average, accepted ones and the target's own, if it drafts 0, 1, 2, .. tokens."""
+    reached, tokens = 1.0, [1.0]
     for chance in chances:
-        product *= chance
-        total += product
-    return total
+        reached *= chance
+        tokens.append(tokens[-1] + reached)
+    return tokens

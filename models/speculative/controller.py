@@ -185,11 +185,6 @@ class AutoDraftLength:
         if self._probing:
             self._wait = 1 if round.accepted else min(2 * self._wait, self.LONGEST_WAIT)
 
-    def rate(self, source: str, k: int) -> float:
-        """Expected tokens per second with drafts of k tokens, or k levels; 0 before any time was measured."""
-        seconds = self._round_s(source, k)
-        return expected_tokens(self._of(source).chances(k)) / seconds if seconds else 0.0
-
     def break_even(self, source: str = "model") -> float | None:
         """The acceptance, equal at all positions, from which drafting one token pays; None before it is known."""
         plain = self._round_s(source, 0)
@@ -234,15 +229,12 @@ class AutoDraftLength:
     def _outlook(self, source: str) -> _Outlook:
         if source in self._outlooks:
             return self._outlooks[source]
-        acceptance, reached, tokens, emitted = self._of(source), 1.0, 1.0, [1.0]
-        for chance in acceptance.chances(self.lengths[-1]):
-            reached *= chance
-            tokens += reached
-            emitted.append(tokens)
+        acceptance = self._of(source)
+        tokens = expected_tokens(acceptance.chances(self.lengths[-1]))
         plain, best, length = 0.0, 0.0, 0
         for k in self.lengths:
             seconds = self._round_s(source, k)
-            rate = emitted[k] / seconds if seconds else 0.0
+            rate = tokens[k] / seconds if seconds else 0.0
             plain = plain if k else rate
             if rate > best:
                 best, length = rate, k

@@ -49,7 +49,7 @@ def plain_seconds(tokens):
 
 def fixed_seconds(k, chance, tokens, draft_s=0.001, extra_row_s=0.0):
     """On average."""
-    rounds = (tokens - 1) / expected_tokens([chance] * k)
+    rounds = (tokens - 1) / expected_tokens([chance] * k)[-1]
     return rounds * (PLAIN_S + k * (draft_s + extra_row_s))
 
 
@@ -261,8 +261,9 @@ def test_expected_tokens_against_simulation():
             if draw.random() >= chance:
                 break
             total += 1
-    assert expected_tokens(chances) == pytest.approx(total / 20000, rel=0.02)
-    assert expected_tokens([]) == 1
+    assert expected_tokens(chances)[-1] == pytest.approx(total / 20000, rel=0.02)
+    assert expected_tokens(chances)[:2] == [1, 1.8]
+    assert expected_tokens([]) == [1]
 
 
 # ---- decisions ------------------------------------------------------------------------------------------------------
@@ -445,7 +446,7 @@ def taught(chance, draft_s=0.002, extra_row_s=0.0005, rounds=200):
 
 def test_a_further_token_pays_from_the_chance_at_which_its_time_would_give_as_much_otherwise():
     controller = taught(0.6)
-    pace = max(controller.rate("model", k) for k in controller.lengths)
+    pace = controller._outlook("model").best
     row_s = controller.costs.verify_s(4) - controller.costs.verify_s(3)
     assert not controller.pays("model", 0.98 * row_s * pace, 0, 4)
     assert controller.pays("model", 1.02 * row_s * pace, 0, 4)
@@ -506,6 +507,8 @@ def test_levels_of_a_tree_are_chosen_with_the_rows_that_it_verifies():
     for _ in range(60):
         controller.update(Round(8, 1, 2, 0.003, 1.5 * PLAIN_S, source="tree", parents=parents))
     assert controller.costs.draft_s("tree") == pytest.approx(0.001)  # three levels
-    assert controller.rate("tree", 1) == pytest.approx(
-        expected_tokens(controller._of("tree").chances(1)) / (0.001 + controller.costs.verify_s(9))
+    outlook = controller._outlook("tree")
+    assert outlook.best == pytest.approx(
+        expected_tokens(controller._of("tree").chances(outlook.length))[-1]
+        / (0.001 * outlook.length + controller.costs.verify_s(9))
     )
