@@ -18,22 +18,51 @@ _NUCLEUS = 1024
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits[n, V] -> fp32 probabilities[n, V] in which masked tokens are exactly 0. temperature > 0."""
+    """Logits[n, V] -> fp32 probabilities[n, V] in which masked tokens are exactly 0. temperature > 0.
+
+    A row's probabilities depend on that row alone, to the last bit: a drafted token must not change the distribution
+    that it is checked against. Of equally likely tokens the lower id counts as the likelier one. The likeliest token
+    always stays.
+    """
     probs = torch.softmax(logits.float() / temperature, -1)
     vocab = probs.shape[-1]
     top_k = min(top_k, vocab) or vocab
     if top_k == vocab and top_p >= 1:
         return probs
-    kept, ids = probs.topk(top_k if top_k < vocab else min(_NUCLEUS, vocab))
-    if top_k == vocab and bool((kept.sum(-1) < top_p).any()):
-        kept, ids = probs.sort(-1, descending=True)
-    if top_k < vocab:
-        kept = kept / kept.sum(-1, keepdim=True)
-    if top_p < 1:
-        before = kept.cumsum(-1) - kept  # the mass of all likelier tokens: 0 for the first, which always stays
-        kept = kept.masked_fill(before >= top_p, 0)
-        kept = kept / kept.sum(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(-1, ids, kept)
+    n = top_k if top_k < vocab else min(_NUCLEUS, vocab)
+    top, ids = probs.topk(min(n + 1, vocab))
+    rows = [_likeliest(*row, n) for row in zip(probs, top, ids, strict=True)]
+    if top_k == vocab:
+        wide = [i for i, (kept, _) in enumerate(rows) if float(kept.sum()) < top_p]
+        for i, kept, ids in zip(wide, *probs[wide].sort(descending=True, stable=True), strict=True):
+            rows[i] = kept, ids
+    truncated = torch.zeros_like(probs)
+    for row, (kept, ids) in zip(truncated, rows, strict=True):  # by row: a sum's last bits depend on its neighbours
+        if top_k < vocab:
+            kept = kept / kept.sum()
+        if top_p < 1:
+            masked = kept.cumsum(-1) - kept >= top_p  # by the mass of all likelier tokens
+            masked[0] = False  # also for a top_p that is 0 in fp32
+            kept = kept.masked_fill(masked, 0)
+            kept = kept / kept.sum()
+        row[ids] = kept
+    return truncated
+
+
+def _likeliest(probs: Tensor, top: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """(probabilities, ids) of the n likeliest tokens of probs[V], likeliest first, equal ones by id.
+
+    top, ids: by `topk`, one more than n where there is one. `topk` orders equal values by chance, and chooses by chance
+    among those that its end cuts apart.
+    """
+    if len(top) > n and top[n - 1] == top[n]:
+        above = ids[top > top[n]]
+        ids = torch.cat((above, (probs == top[n]).nonzero().flatten()[: n - len(above)]))
+    else:
+        ids = ids[:n]
+    ids = ids.sort().values
+    kept, order = probs[ids].sort(descending=True, stable=True)
+    return kept, ids[order]
 
 
 def sample(probs: Tensor, generator: torch.Generator) -> int:

@@ -209,3 +209,48 @@ def test_distribution_takes_bf16_and_the_smallest_temperature():
     assert int(distribution(logits, 1e-4)[0].argmax()) == int(logits[0].argmax())
     assert distribution(100 * logits, 1e-4)[0].isfinite().all()
     torch.testing.assert_close(distribution(logits, 1.0), distribution(logits.float(), 1.0))
+
+
+# ---------------------------------------------------------------------------------- a row depends on itself alone
+MASKS = [{"top_p": 0.95}, {"top_p": 0.6}, {"top_k": 40}, {"top_k": 3000, "top_p": 0.9}, {"top_p": 1e-46}]
+
+
+def tied_logits(rows: int, vocab: int = 5000) -> torch.Tensor:
+    """bf16 logits as a model has them: many are equal, and rows have nuclei on both sides of 1024 tokens."""
+    spread = torch.linspace(0.5, 6.0, rows)[:, None]
+    return (spread * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3)) + 12).bfloat16()
+
+
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+def test_a_rows_distribution_is_the_same_alone_and_in_any_company(masks):
+    logits = tied_logits(24)
+    together = distribution(logits, 0.8, **masks)
+    sizes = (together > 0).sum(-1)
+    if masks == {"top_p": 0.95}:
+        assert sizes.min() < 1024 < sizes.max()  # or the test shows nothing
+    for i in range(len(logits)):
+        assert torch.equal(distribution(logits[i : i + 1], 0.8, **masks)[0], together[i])
+    backwards = distribution(logits.flip(0), 0.8, **masks).flip(0)
+    assert torch.equal(backwards, together)
+
+
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+def test_of_equally_likely_tokens_the_lower_ids_stay(masks):
+    logits = tied_logits(24)
+    probs = distribution(logits, 0.8, **masks)
+    whole = torch.softmax(logits.float() / 0.8, -1)
+    cut = 0
+    for row, all_of_row in zip(probs, whole, strict=True):
+        kept = row.nonzero().flatten()
+        least = all_of_row[kept].min()
+        assert (row[all_of_row > least] > 0).all()
+        tied = (all_of_row == least).nonzero().flatten()
+        stayed = int((row[tied] > 0).sum())
+        assert stayed and (row[tied[:stayed]] > 0).all()
+        cut += stayed < len(tied)
+    assert cut > 0  # or no tie was cut apart
+
+
+def test_the_likeliest_token_always_stays():
+    probs = distribution(random_logits(0), 1.0, top_p=1e-46)
+    assert probs[0, random_logits(0)[0].argmax()] == 1
