@@ -45,7 +45,7 @@ class FirstLayers:
         if model._early is not self or position != self.start + sum(map(len, self.ids)):
             self.start, self.ids, self.hidden = position, [], []
         model._early = None  # an interruption leaves rows of the cache that do not belong to what is kept here
-        hidden = model._layers(model._pad_ids(ids), [position], stop=self.layers)
+        hidden = model._layers(model._pad_ids(ids), [position], n, stop=self.layers)
         self.ids.append(ids[0])
         self.hidden.append(hidden[:n])
         model._early = self

@@ -6,8 +6,9 @@ Row-invariant arithmetic
     In bf16 (and in the last bits of fp32) the result of a row depends on how many rows are computed with it, because
     another row count selects another kernel. Speculative decoding would then differ from plain decoding wherever two
     logits nearly tie. With `fixed_rows` = R every decode and every verification runs the same kernels on exactly R
-    rows (padded), and reads the KV cache in whole blocks of 128 rows, so that the bits of a row depend on its own
-    history alone. A Tenstorrent tile does the same by nature: it has 32 rows whatever n is.
+    rows (padded), and each row reads the KV cache up to the end of the block of 128 rows that it stands in, so that
+    the bits of a row depend on its own history alone. Where the rows of one forward stand in two blocks, attention is
+    computed once for each. A Tenstorrent tile does the same by nature: it has 32 rows whatever n is.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class TorchLlama:
             return made
 
         rows = self.fixed_rows or MAX_ROWS
-        length = -(-(self.max_seq_len + rows) // KV_BLOCK) * KV_BLOCK
+        length = _block_end(self.max_seq_len + rows)
         shape = (config.num_hidden_layers, self.batch, length, 2 * config.num_key_value_heads * config.head_dim)
         self.kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
         # On the CPU the table stays as stored (a memory-mapped file costs no memory of its own): it is only ever
@@ -189,7 +190,7 @@ class TorchLlama:
         self._check(n, [0] * len(ids))
         for start in range(0, n, PREFILL_CHUNK):
             chunk = ids[:, start : start + PREFILL_CHUNK]
-            hidden = self._layers(chunk, [start] * len(ids))
+            hidden = self._layers(chunk, [start] * len(ids), chunk.shape[1])
         last = hidden.view(len(ids), chunk.shape[1], -1)[:, -1]
         logits = self._head(self._padded(last, self.max_rows if self.fixed_rows else 1))[: len(ids)]
         return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
@@ -215,7 +216,7 @@ class TorchLlama:
         else:
             self._check_tree(position, parents)
             self._early = None
-            hidden = self._layers(self._pad_ids(ids), [position + len(parents) - n], tree=(position, parents))
+            hidden = self._layers(self._pad_ids(ids), [position + len(parents) - n], n, tree=(position, parents))
         logits = self._head(hidden).view(batch, -1, self.vocab_size)[:, :n]
         return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
 
@@ -314,17 +315,18 @@ class TorchLlama:
         """Hidden states [B R, H] of R rows, n of them tokens; goes on from what `FirstLayers` has computed of them."""
         early, self._early = self._early, None
         if early is None or not len(x := early.computed(ids[:, :n], positions)):
-            return self._layers(ids, positions)
+            return self._layers(ids, positions, n)
         done = len(x)
         if done < n:
-            rest = self._layers(self._pad_ids(ids[:, done:n]), [positions[0] + done], stop=early.layers)
+            rest = self._layers(self._pad_ids(ids[:, done:n]), [positions[0] + done], n - done, stop=early.layers)
             x = torch.cat((x, rest[: n - done]))
-        return self._layers(ids, positions, first=early.layers, x=self._padded(x, ids.shape[1]))
+        return self._layers(ids, positions, n, first=early.layers, x=self._padded(x, ids.shape[1]))
 
     def _layers(
         self,
         ids: torch.Tensor,
         positions: list[int],
+        used: int,
         *,
         tree: tuple[int, Sequence[int]] | None = None,
         first: int = 0,
@@ -333,6 +335,7 @@ class TorchLlama:
     ) -> torch.Tensor:
         """Hidden states [B R, H] before the final norm; writes the KV of all R rows at each position.
 
+        used: rows of each sequence that are tokens; the others are padding, whose results mean nothing.
         tree: where its row 0 stands, and the parents of all its rows. first, stop: layers to run, from x [R, H].
         """
         config = self.config
@@ -340,16 +343,22 @@ class TorchLlama:
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         rotated, q_width, fold = heads + kv_heads, heads * dim, self.fold
         streams = heads // fold
-        length = -(-(max(positions) + n) // KV_BLOCK) * KV_BLOCK
+        length = _block_end(max(positions) + n)
         if len(set(positions)) == 1:  # one span of the cache serves all sequences
             spans, positions = [(slice(batch), positions[0])], positions[:1]
         else:
             spans = [(slice(index, index + 1), position) for index, position in enumerate(positions)]
+        attention = []  # (cache rows that are read, mask, first row that reads so many), shortest first
         if tree is None:
-            mask = self._mask(positions, n, length)
+            lengths = [length]
+            if self.fixed_rows and used <= self.fixed_rows and len(positions) == 1:
+                lengths = sorted({_block_end(positions[0] + i) for i in (1, used)})
+            for length in lengths:
+                attention.append((length, self._mask(positions, n, length), max(0, length - KV_BLOCK - positions[0])))
             cos, sin = (self._rows(table, positions, n) for table in (self.cos, self.sin))  # [1 or B, n, 1, D]
         else:
             mask, stands = self._tree(*tree, positions[0], n, length)
+            attention.append((length, mask, 0))
             cos, sin = (table[None, stands] for table in (self.cos, self.sin))
         eps, shape, half = config.rms_norm_eps, (config.hidden_size,), dim // 2
 
@@ -363,15 +372,22 @@ class TorchLlama:
             new = qkv[:, q_width:].view(batch, n, -1)
             for sequences, start in spans:
                 layer.kv[sequences, start : start + n] = new[sequences]
-            cached = layer.kv[:batch, :length].view(batch, length, 2, kv_heads, dim)
             queries = qkv[:, :q_width].view(batch, n, streams, fold, dim).transpose(1, 2)
-            attended = F.scaled_dot_product_attention(
-                queries.reshape(batch, streams, n * fold, dim),
-                cached[:, :, 0].transpose(1, 2),
-                cached[:, :, 1].transpose(1, 2),
-                attn_mask=mask,
-                enable_gqa=streams != kv_heads,
-            )
+            folded = queries.reshape(batch, streams, n * fold, dim)
+            attended = None
+            for length, mask, row in attention:
+                cached = layer.kv[:batch, :length].view(batch, length, 2, kv_heads, dim)
+                result = F.scaled_dot_product_attention(
+                    folded,
+                    cached[:, :, 0].transpose(1, 2),
+                    cached[:, :, 1].transpose(1, 2),
+                    attn_mask=mask,
+                    enable_gqa=streams != kv_heads,
+                )
+                if attended is None:
+                    attended = result
+                else:
+                    attended[:, :, row * fold :] = result[:, :, row * fold :]
             attended = attended.view(queries.shape).transpose(1, 2).reshape(batch * n, q_width)
             x = x + layer.output(attended)
             gate, up = layer.gate_up(F.rms_norm(x, shape, layer.mlp_norm, eps)).chunk(2, dim=-1)
@@ -380,6 +396,11 @@ class TorchLlama:
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps))
+
+
+def _block_end(rows: int) -> int:
+    """Rows of the KV cache that are read to see so many: whole blocks."""
+    return -(-rows // KV_BLOCK) * KV_BLOCK
 
 
 def tree_depths(parents: Sequence[int]) -> list[int]:

@@ -15,10 +15,8 @@ from typing import NamedTuple, Protocol
 from models.errors import UserError
 from models.speculative.chances import Acceptance, Trust, expected_tokens
 from models.speculative.costs import Costs
-from models.speculative.drafters import READS_PROMPT, always
+from models.speculative.drafters import MAX_DRAFT_LENGTH, READS_PROMPT, always
 from models.speculative.stats import Round
-
-MAX_DRAFT_LENGTH = 31  # with the token before them, drafted tokens fill one tile of 32 rows
 
 
 class Controller(Protocol):

@@ -110,7 +110,7 @@ def _decode(
     def allowed(source: str) -> int:
         nonlocal wanted
         wanted = controller.draft_length(source)
-        return min(wanted, remaining - 1, verifier.max_draft(tokens))
+        return min(wanted, remaining - 1, ask.rows)
 
     ask = Limit(allowed, controller.pays)
     try:
@@ -128,6 +128,7 @@ def _decode(
             remaining, wanted = limit - stats.tokens, 0
             draft, draft_s = _NO_DRAFT, 0.0
             if drafter is not None:
+                ask.rows = verifier.max_draft(tokens)
                 began = clock()
                 draft = drafter.propose(tokens, ask)
                 draft_s = clock() - began

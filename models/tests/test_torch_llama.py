@@ -216,6 +216,24 @@ def test_each_row_has_the_same_bits_whatever_n_is():
                 assert torch.equal(torch.cat(pieces), reference), (fixed_rows, position, sizes)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 1), (3, 1), (4, 2)])
+def test_each_row_has_the_same_bits_on_both_sides_of_a_block_of_the_cache(dtype, heads, kv_heads):
+    """Where plain decoding reads one block less than a verification that goes on into the next."""
+    sizes = {"hidden_size": 64 * heads, "head_dim": 64, "intermediate_size": 128, "max_position_embeddings": 1024}
+    config = tiny_config(**sizes, num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=1)
+    model, _ = build(config, dtype=dtype, fixed_rows=7, max_seq_len=1000)
+    ids = random_ids(config, 920)
+    for border in (128, 256, 384, 768, 896):
+        begin = border - 7
+        model.prefill(ids[:begin])
+        plain = [model.forward([ids[begin + i]], begin + i)[0] for i in range(14)]
+        for start in range(1, 7):  # the cache now holds the rows of plain decoding
+            rows = model.forward(ids[begin + start : begin + start + 7], begin + start)
+            for i, row in enumerate(rows):
+                assert torch.equal(row, plain[start + i]), (border, start, i)
+
+
 def _cuts(total):
     """Ways to cut `total` rows into consecutive forwards, seeded."""
     generator = torch.Generator().manual_seed(total)

@@ -25,6 +25,7 @@ from models.tests.engine_fixtures import (
     build,
     build_pair,
     engine_config,
+    perturbed,
     plain,
     random_prompt,
     speculate,
@@ -462,3 +463,29 @@ def test_the_embedded_pair_accepts_more_with_trees():
 def test_sizes_that_no_verification_holds_are_refused(nodes):
     with pytest.raises(UserError, match=f"a tree of {nodes} tokens: must be between 1 and 31"):
         TreeDrafter(draft_model(), GREEDY, nodes)
+
+
+class InPlace(SpyLlama):
+    """Keeps, as a board does, only the rows of a tree that lie where the sequence wants them."""
+
+    def keep(self, position, rows):
+        return next((i for i, row in enumerate(rows) if row != i), len(rows))
+
+
+@pytest.mark.parametrize("nodes", [29, 30, 31])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.8)], ids=["greedy", "sampled"])
+def test_a_large_tree_leaves_room_for_the_tokens_that_are_fed_again(nodes, params):
+    config = engine_config(VOCAB)
+    tensors = random_tensors(config, 3)
+    target, draft = (
+        InPlace(config, each, dtype="fp32", max_seq_len=128) for each in (tensors, perturbed(tensors, 0.1, 4))
+    )
+    fed, stats = [], GenerationStats()
+    check = target._check_tree
+    target._check_tree = lambda position, parents: (fed.append(len(parents)), check(position, parents))
+    drafter = TreeDrafter(draft, params, nodes)
+    controller, options = FixedDraftLength(8), {"max_new_tokens": 90, "sampling": params, "stats": stats}
+    ids = [token.id for token in generate(target, drafter, [1, 2, 3], controller=controller, **options)]
+    assert len(ids) == 90 and max(fed) == 32
+    if params.greedy:
+        assert ids == plain(target, [1, 2, 3], max_new_tokens=90)

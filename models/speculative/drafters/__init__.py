@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:  # command lines import this and answer at once
     from torch import Tensor
 
+MAX_DRAFT_LENGTH = 31  # with the token before them, drafted tokens fill one tile of 32 rows
 READS_PROMPT = ("model", "tree")  # sources that have to read the prompt before they can draft
 
 
@@ -24,12 +25,19 @@ class Limit:
     verify a token as row `rows` (counted from 1, the text's last token being row 1), where `reach` is the draft's
     probability of the token and all before it; with steps = 1 the token is still to be drafted, by one more step, and
     reach is that of those before it. Not `priced`: everything does, and probabilities need not be found out.
+    `rows`: drafted tokens that the verification has room for; a tree may have more of them than levels.
     """
 
-    def __init__(self, length: Callable[[str], int], pays: Callable[[str, float, int, int], bool] = always) -> None:
+    def __init__(
+        self,
+        length: Callable[[str], int],
+        pays: Callable[[str, float, int, int], bool] = always,
+        rows: int = MAX_DRAFT_LENGTH,
+    ) -> None:
         self._length = length
         self.pays = pays
         self.priced = pays is not always
+        self.rows = rows
 
     def __call__(self, source: str) -> int:
         return self._length(source)

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from models.errors import UserError
 from models.speculative.acceptance import distribution, sample
-from models.speculative.controller import MAX_DRAFT_LENGTH
-from models.speculative.drafters import Draft, Limit
+from models.speculative.drafters import MAX_DRAFT_LENGTH, Draft, Limit
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.language_model import LanguageModel
 from models.speculative.sampling import SamplingParams
@@ -20,7 +19,8 @@ ONE_MIND = 0.4
 
 
 class TreeDrafter(ModelDrafter):
-    """A LanguageModel that drafts trees of at most `nodes` tokens; limit("tree") bounds their levels.
+    """A LanguageModel that drafts trees of at most `nodes` tokens; limit("tree") bounds their levels, limit.rows too
+    their tokens.
 
     A tree grows level by level, each by one forward of the draft over the tokens that are worth it. A token's reach is
     the chance, as far as the draft knows, that the text gets there.
@@ -46,6 +46,7 @@ class TreeDrafter(ModelDrafter):
             raise UserError(f"a tree of {nodes} tokens: must be between 1 and {MAX_DRAFT_LENGTH}")
         super().__init__(model, sampling)
         self.nodes = nodes
+        self._most = nodes  # of this round
         self._fed: list[int] = []  # parent of each of the tree's rows in the model's cache, from the text's last token
         self._row: dict[tuple[int, int], int] = {}  # row of a parent and a token -> row of the token
         self._threshold = 0.5 / nodes
@@ -53,7 +54,8 @@ class TreeDrafter(ModelDrafter):
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """Draft a tree as deep as allowed and as the model's own context has room for, after catching up."""
         depth = min(limit(self.source), self.model.max_seq_len - len(tokens) + 1)  # the last level is not written
-        if depth < 1:
+        self._most = min(self.nodes, limit.rows)
+        if min(depth, self._most) < 1:
             return Draft([])
         self._keep_path(tokens)
         prefill_s = self.read(tokens)
@@ -93,7 +95,7 @@ class TreeDrafter(ModelDrafter):
 
     # --------------------------------------------------------------------------------------------------- greedy
     def _likeliest(self, logits: Tensor, depth: int, limit: Limit) -> "_Tree":
-        nodes, width = self.nodes, min(WIDTH, self.nodes, logits.shape[-1])
+        nodes, width = self._most, min(WIDTH, self._most, logits.shape[-1])
         # (-reach, number, token, number of the parent): in order, parents come before their children.
         pool: list[tuple[float, int, int, int]] = []
         frontier, row_of = [(-1.0, -1, 0, 0)], {-1: 0}
@@ -126,9 +128,9 @@ class TreeDrafter(ModelDrafter):
 
     def _level_pays(self, frontier: list[tuple], pool: list[tuple], limit: Limit) -> bool:
         """Whether to feed these tokens: at most their reach is added, less that of what leaves a full pool for it."""
-        leaving = [0.0] * (self.nodes - len(pool)) + [node[0] for node in reversed(pool)]
+        leaving = [0.0] * (self._most - len(pool)) + [node[0] for node in reversed(pool)]
         gain = sum(max(0.0, leaves - node[0]) for node, leaves in zip(frontier, leaving, strict=False))
-        return limit.pays(self.source, gain, 1, 1 + min(self.nodes, len(pool) + 1))
+        return limit.pays(self.source, gain, 1, 1 + min(self._most, len(pool) + 1))
 
     # ------------------------------------------------------------------------------------------------- sampling
     def _drawn(self, logits: Tensor, depth: int, limit: Limit) -> "_Tree":
@@ -147,7 +149,7 @@ class TreeDrafter(ModelDrafter):
             new = tree.draw(law, frontier, [i for _, i in places[:count]], self._generator)
             passed += sum(reach >= threshold for reach, _ in places[:count])
             frontier = [] if last else sorted(new, key=lambda node: -tree.reach[node])[: self._room]
-            left = self.nodes - len(tree.tokens)
+            left = self._most - len(tree.tokens)
             if not left or not frontier:
                 break
             gain = sum(tree.reach[node] for node in frontier[:left])
@@ -160,13 +162,13 @@ class TreeDrafter(ModelDrafter):
         left_out = [reach for reach, _ in places[count:]] + [tree.reach[node] for node in frontier]
         if not left and max(left_out, default=0.0) >= threshold:
             self._threshold = min(1.0, 1.25 * threshold)
-        elif passed < self.nodes and not unpaid:
-            self._threshold = max(0.01 / self.nodes, 0.8 * threshold)
+        elif passed < self._most and not unpaid:
+            self._threshold = max(0.01 / self._most, 0.8 * threshold)
         return tree
 
     def _open(self, places: list[tuple[float, int]], size: int, last: bool, limit: Limit) -> tuple[int, bool]:
         """(how many of these places to open in a tree that has `size` tokens, False if a further one did not pay)."""
-        places = places[: self.nodes - size]
+        places = places[: self._most - size]
         for count, (reach, _) in enumerate(places):
             if reach < self._threshold and count and not last:
                 return count, True
