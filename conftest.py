@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from models.ttnn_mock import cluster
+from models.board_mock import cluster
 
 BOARD = os.environ.get("MESH_DEVICE")  # tt-metal's way to say which board a test runs on
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never waits for a network

@@ -4,10 +4,10 @@ import argparse
 import re
 from collections.abc import Mapping
 
-from models.command_line import Parser
-from models.llama.ttnn_llama.boards import PLACEMENTS
-from models.llama.ttnn_llama.precision import PRECISIONS
-from models.speculative.controller import MAX_DRAFT_LENGTH
+from models.boards import PLACEMENTS
+from models.cli.command import Parser
+from models.speculative.control.policy import MAX_DRAFT_LENGTH
+from models.ttnn_llama.weights.precision import PRECISIONS
 
 MODES = ("compare", "speculative", "baseline")
 DRAFTERS = ("model", "prompt-lookup", "combined", "tree", "early-exit", "none")

@@ -14,7 +14,7 @@ from demo.settings import ROOT
 from models.errors import UserError
 
 if TYPE_CHECKING:
-    from models.llama.ttnn_llama.boards import Board
+    from models.boards import Board
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "ttnn")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from demo.prompt_files import read_prompts
 from demo.settings import Settings, parse_settings
-from models.command_line import BROKEN_PIPE, INTERRUPTED, discard_stdout, run_command
+from models.cli.command import BROKEN_PIPE, INTERRUPTED, discard_stdout, run_command
 
 if TYPE_CHECKING:
     from demo.session import Session
@@ -89,7 +89,7 @@ def _run(session: "Session", start: float) -> int:
 def _check_early(settings: Settings) -> None:
     """Whatever can be found wrong without loading a model."""
     from demo.environment import check_writable
-    from models.llama.device import check_device
+    from models.device import check_device
     from models.speculative.sampling import SamplingParams
 
     if settings.json:

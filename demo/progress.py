@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from models.llama.ttnn_llama.boards import Board
-from models.llama.ttnn_llama.memory import COLUMNS, MemoryPlan, rows
+from models.boards import Board
+from models.ttnn_llama.weights.memory import COLUMNS, MemoryPlan, rows
 
 
 def memory_table(board: Board, plans: Mapping[str, MemoryPlan]) -> Table:

@@ -14,9 +14,10 @@ from demo.drafting import DRAFTING
 from demo.progress import loading_bar, show_memory
 from demo.runs import Prompt, Row, Run, Viewer
 from demo.settings import EMBEDDED_DRAFT, Settings, describe_source
+from models.board_mock import cluster
 from models.errors import UserError
-from models.llama.first_layers import check_exit_layer
-from models.llama.loading import (
+from models.llama.tokenizer import LlamaTokenizer
+from models.loading import (
     LoadedModel,
     OpenedModel,
     check_opened_pair,
@@ -25,17 +26,16 @@ from models.llama.loading import (
     load_model,
     open_model,
 )
-from models.llama.tokenizer import LlamaTokenizer
-from models.speculative.controller import AutoDraftLength, Controller, FixedDraftLength
-from models.speculative.costs import Costs
+from models.speculative.control.costs import Costs
+from models.speculative.control.policy import AutoDraftLength, Controller, FixedDraftLength
 from models.speculative.drafters import Drafter
 from models.speculative.drafters.early_exit import ExitChoice, choose_exit
 from models.speculative.generate import Token, generate
 from models.speculative.sampling import SamplingParams
-from models.ttnn_mock import cluster
+from models.torch_llama.first_layers import check_exit_layer
 
 if TYPE_CHECKING:
-    from models.llama.ttnn_llama.pair import BoardModels
+    from models.ttnn_llama.board_models import BoardModels
 
 EXIT_TOKENS = 64  # that the target writes for the choice of an exit layer
 
@@ -107,8 +107,8 @@ class Session:
         return load_model(opened, device=self.settings.device, dtype=dtype, max_seq_len=self.max_seq_len, **rows)
 
     def _load_on_board(self, target: OpenedModel, draft: OpenedModel | None) -> None:
-        from models.llama.ttnn_llama.options import DRAFT_LENGTHS, BoardOptions
-        from models.llama.ttnn_llama.pair import BoardModels
+        from models.ttnn_llama.board_models import BoardModels
+        from models.ttnn_llama.programs.options import DRAFT_LENGTHS, BoardOptions
 
         settings = self.settings
         options = BoardOptions(

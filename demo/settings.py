@@ -18,8 +18,8 @@ from demo.arguments import (
     TREE_NODES_FIXED,
     build_parser,
 )
+from models.boards import PLACEMENTS
 from models.errors import UserError
-from models.llama.ttnn_llama.boards import PLACEMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED_TARGET = ROOT / "models" / "checkpoints" / "tiny-target"

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.command_line import INTERRUPTED, Parser, run_command
+from models.cli.command import INTERRUPTED, Parser, run_command
 from scripts.suites.bottleneck import Bottleneck
 from scripts.suites.compare import Compare
 from scripts.suites.peers import Peers

@@ -28,16 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo.arguments import PRECISION
 from demo.progress import memory_table
-from models.command_line import Parser, run_command
+from models.board_mock import cluster
+from models.boards import BOARDS, PLACEMENTS, Board, board_named
+from models.cli.command import Parser, run_command
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES, LlamaConfig, named_config
-from models.llama.ttnn_llama import memory
-from models.llama.ttnn_llama.boards import BOARDS, PLACEMENTS, Board, board_named
-from models.llama.ttnn_llama.mesh import first_line, open_mesh, target_chips
-from models.llama.ttnn_llama.precision import PRECISIONS, Precision, precision_named
-from models.llama.ttnn_llama.shapes import MAX_ROWS
-from models.llama.ttnn_llama.weights import check_split
-from models.ttnn_mock import cluster
+from models.ttnn_llama.device.mesh import first_line, open_mesh, target_chips
+from models.ttnn_llama.shapes import MAX_ROWS
+from models.ttnn_llama.weights import memory
+from models.ttnn_llama.weights.precision import PRECISIONS, Precision, precision_named
+from models.ttnn_llama.weights.tensors import check_split
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONTEXT = 2048
@@ -172,8 +172,8 @@ def question(options: argparse.Namespace) -> Question:
 
 def memory_plans(asked: Question) -> dict[str, memory.MemoryPlan]:
     """What the demo would plan for these models, by "target" and "draft"; imports ttnn."""
-    from models.llama.ttnn_llama import pair
-    from models.llama.ttnn_llama.options import BoardOptions
+    from models.ttnn_llama import board_models as pair
+    from models.ttnn_llama.programs.options import BoardOptions
 
     options = BoardOptions(
         precision=asked.precisions["target"].name,
@@ -225,7 +225,7 @@ def try_out(what: str, mesh_device, body: Callable[[], object]) -> Check:
     """Run one thing on a mesh, and note whether it was legal and what it took."""
     import ttnn
 
-    from models.ttnn_mock import graph
+    from models.board_mock import graph
 
     check = Check(what, True, 0.0)
     l1_before = ttnn.get_memory_view(mesh_device, ttnn.BufferType.L1).total_bytes_allocated_per_bank
@@ -277,10 +277,10 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
     """Each check when it is done; the last item is the memory in use, by whose mesh it is."""
     import ttnn  # noqa: F401  first, under the mock
 
-    from models.llama.ttnn_llama.fused import FusedRound
-    from models.llama.ttnn_llama.model import TtnnLlama
-    from models.llama.ttnn_llama.runner import Runner
-    from models.llama.ttnn_llama.weights import EmptySource
+    from models.ttnn_llama.device.runner import Runner
+    from models.ttnn_llama.model import TtnnLlama
+    from models.ttnn_llama.programs.fused import FusedRound
+    from models.ttnn_llama.weights.tensors import EmptySource
 
     own_chip = asked.placement == "own-chip"
     with open_mesh(asked.board, trace_region_bytes=trace_bytes, own_chip_for_draft=own_chip) as meshes:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.command_line import Parser, run_command  # noqa: E402
+from models.cli.command import Parser, run_command  # noqa: E402
 from models.errors import UserError  # noqa: E402
 from models.llama.checkpoint import SHARD_BYTES, CheckpointWriter  # noqa: E402
 from models.llama.config import DTYPES, NAMED_SIZES, LlamaConfig, named_config  # noqa: E402

@@ -6,7 +6,7 @@ Counted in ttnn's own graph of the model with one and with two layers, on mock b
 remains is outside the layers. The time is a bound computed from bytes: these bytes at the published DRAM bandwidth of
 a chip, nothing else counted. It is no measurement: with this traffic a forward cannot be faster, and it will be slower.
 Weights and most of the rest are exact, what attention reads of the cache and what collectives move is estimated: see
-models/ttnn_mock/graph.py.
+models/board_mock/graph.py.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo.arguments import PRECISION
-from models.command_line import Parser, run_command
+from models.board_mock import cluster
+from models.boards import BOARDS, Board, board_named
+from models.cli.command import Parser, run_command
 from models.errors import UserError
 from models.llama.config import LlamaConfig, named_config
-from models.llama.ttnn_llama.boards import BOARDS, Board, board_named
-from models.llama.ttnn_llama.precision import PRECISIONS, Precision, precision_named
-from models.llama.ttnn_llama.shapes import MAX_ROWS, padded_rows
-from models.ttnn_mock import cluster
+from models.ttnn_llama.shapes import MAX_ROWS, padded_rows
+from models.ttnn_llama.weights.precision import PRECISIONS, Precision, precision_named
 
 SIZES = ("1B", "3B", "8B")
 ROWS = (1, 5, 32)
@@ -66,9 +66,9 @@ def counted(
     config: LlamaConfig, mesh_device, precision: Precision, forms: Sequence[tuple[int, bool]], position: int
 ) -> Iterator:
     """(whether q and k are rotated together, Cost) of greedy forwards from a position: rows, and if they are a tree."""
-    from models.llama.ttnn_llama.model import TtnnLlama
-    from models.llama.ttnn_llama.weights import EmptySource
-    from models.ttnn_mock import graph
+    from models.board_mock import graph
+    from models.ttnn_llama.model import TtnnLlama
+    from models.ttnn_llama.weights.tensors import EmptySource
 
     source = Recorder(EmptySource(mesh_device))
     most = max(n for n, _ in forms)
@@ -87,8 +87,8 @@ def measure(
     board: Board, sizes: Sequence[str], precision: Precision, forms: Sequence[tuple[int, bool]], position: int
 ) -> list[dict]:
     """One entry for each size and form of rows on a board; this process must be on the board's mock."""
-    from models.llama.ttnn_llama.mesh import open_mesh
-    from models.ttnn_mock import graph
+    from models.board_mock import graph
+    from models.ttnn_llama.device.mesh import open_mesh
 
     entries = []
     with open_mesh(board, trace_region_bytes=0) as meshes:

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from models.command_line import Parser, run_command
+from models.board_mock import cluster
+from models.boards import BOARDS, Board, board_named
+from models.cli.command import Parser, run_command
 from models.errors import UserError
 from models.llama.config import named_config
-from models.llama.ttnn_llama import memory
-from models.llama.ttnn_llama.boards import BOARDS, Board, board_named
-from models.llama.ttnn_llama.precision import PRECISIONS, precision_named
-from models.ttnn_mock import cluster
+from models.ttnn_llama.weights import memory
+from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
 from scripts.planner import counts as counting
 from scripts.planner import describe, report
 from scripts.planner.counts import SIZES, Counts

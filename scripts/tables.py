@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.command_line import Parser, run_command
+from models.cli.command import Parser, run_command
 from models.errors import UserError
 from scripts.suites.report import number, percent, ranged, table, times
 

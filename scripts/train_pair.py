@@ -41,10 +41,10 @@ from transformers.utils import logging as hf_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.command_line import Parser, run_command
+from models.cli.command import Parser, run_command
 from models.errors import UserError
 from models.llama.config import LlamaConfig as CheckpointConfig
-from models.llama.torch_llama import TorchLlama
+from models.torch_llama.model import TorchLlama
 
 VOCAB_SIZE = 4096
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"

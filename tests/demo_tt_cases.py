@@ -1,6 +1,6 @@
 """Runs the demo several times in this process, on the board it finds; prints what came of each run as JSON.
 
-    python -m models.ttnn_mock N150 tests/demo_tt_cases.py <cases.json
+    python -m models.board_mock N150 tests/demo_tt_cases.py <cases.json
 
 A case: argv; mode (of the demo, null for simple_text_demo.py); environ, on top of this process's; and interrupt, a
 number of tokens after which Ctrl-C is pressed in the last run of a prompt.

@@ -15,13 +15,13 @@ import torch
 from demo.arguments import DRAFTERS, MODEL_DRAFTERS
 from demo.session import Session
 from demo.settings import parse_settings
-from models.command_line import INTERRUPTED, run_command
+from models.cli.command import INTERRUPTED, run_command
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES
 from models.llama.rope import rope_tables
-from models.llama.torch_llama import TorchLlama
 from models.speculative.stats import GenerationStats, Round
 from models.tests.llama_fixtures import tiny_config, write_tiny_checkpoint
+from models.torch_llama.model import TorchLlama
 from scripts import benchmark
 from scripts.suites import (
     bottleneck,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from models.command_line import run_command
-from models.llama.ttnn_llama.precision import tile_bytes
+from models.board_mock import cluster
+from models.cli.command import run_command
 from models.tests.llama_fixtures import tiny_config
-from models.ttnn_mock import cluster
+from models.ttnn_llama.weights.precision import tile_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "check_board.py"
@@ -26,7 +26,7 @@ real = names["run_checks"]
 
 def run_checks(*arguments):
     import ttnn
-    from models.llama.ttnn_llama.layout import Layout
+    from models.ttnn_llama.modules.layout import Layout
     program = Layout.attention_program
     Layout.attention_program = lambda self, q_chunk: program(self, q_chunk) if q_chunk == 32 else (
         ttnn.SDPAProgramConfig(
@@ -143,7 +143,7 @@ def test_an_illegal_op_is_named_with_its_place_and_reason_and_the_rest_goes_on(d
     assert [what for what, fine in legal.items() if not fine] == [f"target: prefill of {n} tokens" for n in (1, 200)]
     assert legal["target: verify 5 rows"] and not results["legal"]
     (line, _) = [line for line in done.stdout.splitlines() if line.startswith("NOT LEGAL  ")]
-    assert "ttnn.transformer.chunked_scaled_dot_product_attention (models/llama/ttnn_llama/attention.py:" in line
+    assert "ttnn.transformer.chunked_scaled_dot_product_attention (models/ttnn_llama/modules/attention.py:" in line
     assert "Got 900 cores, expected at most 56" in line
     assert f"NOT LEGAL: {directory} on T3K, context 1024: 2 of 9 checks failed" in done.stdout
 

@@ -17,7 +17,7 @@ import pytest
 from demo.harness import main
 from demo.settings import EMBEDDED_TARGET
 from demo.wording import MOCK
-from models.ttnn_mock import cluster
+from models.board_mock import cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = str(ROOT / "demo" / "simple_text_demo.py")
@@ -41,7 +41,7 @@ def on_mock(board, *command, **options):
     environ = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "COLUMNS": "200"}
     for name in ("MESH_DEVICE", "HF_MODEL", "DRAFT_MODEL", "TT_CACHE_PATH"):
         environ.pop(name, None)
-    command = [sys.executable, "-m", "models.ttnn_mock", board, *command]
+    command = [sys.executable, "-m", "models.board_mock", board, *command]
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, **options)
 
 

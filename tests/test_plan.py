@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from demo.harness import main
-from models.command_line import run_command
+from models.board_mock import cluster
+from models.boards import BOARDS
+from models.cli.command import run_command
 from models.errors import UserError
-from models.llama.ttnn_llama.boards import BOARDS
-from models.ttnn_mock import cluster
 from scripts.planner import fit, published
 from scripts.planner.counts import ROWS, SIZES, Counts, Place, Work
 from scripts.planner.levers import free, levers, memory_of, tree
@@ -512,13 +512,13 @@ def test_counting_without_ttnn_is_refused(plan, monkeypatch, capsys):
 
 FRESH = """
 import json, sys
-from models.ttnn_mock import cluster
+from models.board_mock import cluster
 cluster.activate("N150")
 from types import SimpleNamespace as Some
 from models.llama.config import named_config
-from models.llama.ttnn_llama import pair
-from models.llama.ttnn_llama.boards import BOARDS
-from models.llama.ttnn_llama.mesh import open_mesh
+from models.ttnn_llama import board_models as pair
+from models.boards import BOARDS
+from models.ttnn_llama.device.mesh import open_mesh
 from scripts.planner.capture import forward_entries, round_entries
 with open_mesh(BOARDS["N150"], trace_region_bytes=0) as meshes:
     found = {

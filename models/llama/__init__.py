@@ -5,7 +5,7 @@
 - `tokenizer`: encoding, the chat template, streaming text, the check that two models share a vocabulary
 - `torch_llama`: `TorchLlama`, the network on CPU and CUDA
 
-Every network fulfils `models.speculative.language_model.LanguageModel`; none knows a drafter.
+Every network fulfils `models.speculative.model.LanguageModel`; none knows a drafter.
 
 Shape letters, used in names and comments throughout: B sequences, n rows of one forward, K drafted tokens, S cache
 positions, H hidden size, Q and KV heads, D head_dim, V vocabulary.

@@ -13,9 +13,9 @@ from models.speculative.acceptance import (
     distribution,
     sample,
 )
-from models.speculative.controller import Controller, FixedDraftLength
+from models.speculative.control.policy import Controller, FixedDraftLength
 from models.speculative.drafters import Draft, Drafter, Limit
-from models.speculative.language_model import LanguageModel
+from models.speculative.model import LanguageModel
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats, Round
 

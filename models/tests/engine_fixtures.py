@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 
 from models.llama.config import LlamaConfig
-from models.llama.torch_llama import TorchLlama
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import Limit
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
 from models.tests.llama_fixtures import random_tensors, tiny_config
+from models.torch_llama.model import TorchLlama
 
 GREEDY = SamplingParams()
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import Draft
 from models.speculative.drafters.combined import Combined
 from models.speculative.drafters.fused import FusedDrafter

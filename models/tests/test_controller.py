@@ -6,9 +6,9 @@ import statistics
 import pytest
 
 from models.errors import UserError
-from models.speculative.chances import Acceptance, Trust, expected_tokens
-from models.speculative.controller import AutoDraftLength
-from models.speculative.costs import Costs
+from models.speculative.control.costs import Costs
+from models.speculative.control.estimates import Acceptance, Trust, expected_tokens
+from models.speculative.control.policy import AutoDraftLength
 from models.speculative.stats import Round
 from models.tests.engine_fixtures import build_pair
 

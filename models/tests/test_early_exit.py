@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from models.errors import UserError
-from models.llama.loading import load_model, open_model
-from models.llama.torch_llama import TorchLlama
+from models.loading import load_model, open_model
 from models.speculative.acceptance import distribution
-from models.speculative.controller import AutoDraftLength, FixedDraftLength
+from models.speculative.control.policy import AutoDraftLength, FixedDraftLength
 from models.speculative.drafters import early_exit
 from models.speculative.drafters.combined import Combined
 from models.speculative.drafters.early_exit import (
@@ -35,6 +34,7 @@ from models.speculative.stats import GenerationStats
 from models.tests.engine_fixtures import GREEDY, SpyLlama, build, engine_config, plain, random_prompt, upto
 from models.tests.llama_fixtures import random_tensors
 from models.tests.test_generate_sampling import P_VALUE, PROMPT, VOCAB, p_values
+from models.torch_llama.model import TorchLlama
 
 TINY_TARGET = Path(__file__).parents[1] / "checkpoints" / "tiny-target"
 EXITS = [(2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (4, 3)]  # (layers, exit layer): every one

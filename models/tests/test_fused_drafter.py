@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.early_exit import EarlyExit
 from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.drafters.model import ModelDrafter

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from models.errors import UserError
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.stats import GenerationStats

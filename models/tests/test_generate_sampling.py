@@ -12,7 +12,7 @@ import torch
 
 from models.speculative import acceptance
 from models.speculative.acceptance import distribution
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams

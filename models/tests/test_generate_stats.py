@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.stats import GenerationStats

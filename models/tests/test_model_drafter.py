@@ -5,9 +5,8 @@ import random
 import pytest
 import torch
 
-from models.llama.torch_llama import TorchLlama
 from models.speculative.acceptance import distribution
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import Limit
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
@@ -18,6 +17,7 @@ from models.tests.engine_fixtures import plain as plain_text
 from models.tests.llama_fixtures import random_tensors
 from models.tests.test_generate_sampling import P_VALUE
 from models.tests.test_prompt_lookup import VOCAB, WARM, joint_law, p_values, tiny_model
+from models.torch_llama.model import TorchLlama
 
 CONFIG = engine_config(layers=2)
 WEIGHTS = random_tensors(CONFIG, seed=5)

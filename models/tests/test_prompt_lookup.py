@@ -9,7 +9,7 @@ import torch
 
 from models.speculative import acceptance
 from models.speculative.acceptance import distribution
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import Limit
 from models.speculative.drafters.prompt_lookup import LONGEST, SHORTEST, PromptLookup
 from models.speculative.generate import generate

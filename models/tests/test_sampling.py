@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.errors import UserError
-from models.speculative.controller import MAX_DRAFT_LENGTH, FixedDraftLength
+from models.speculative.control.policy import MAX_DRAFT_LENGTH, FixedDraftLength
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import Round
 

@@ -7,10 +7,10 @@ import torch
 
 from models.errors import UserError
 from models.llama.config import RopeScaling
-from models.llama.linear import Int8Linear, PackedLinear, PlainLinear, packing_works
 from models.llama.rope import inverse_frequencies, rope_tables
-from models.llama.torch_llama import TorchLlama
 from models.tests.llama_fixtures import hf_model, random_tensors, tiny_config
+from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, packing_works
+from models.torch_llama.model import TorchLlama
 
 TOLERANCE = 1e-4
 
@@ -110,7 +110,7 @@ def test_positions_beyond_8192_equal_hf(layout):
 
 
 def test_prefill_in_chunks_equals_hf(monkeypatch):
-    monkeypatch.setattr("models.llama.torch_llama.PREFILL_CHUNK", 48)
+    monkeypatch.setattr("models.torch_llama.model.PREFILL_CHUNK", 48)
     config = tiny_config()
     model, tensors = build(config)
     ids = random_ids(config, 131)

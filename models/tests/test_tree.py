@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from models.errors import UserError
-from models.llama.loading import load_model, open_model
+from models.loading import load_model, open_model
 from models.speculative.acceptance import distribution
-from models.speculative.controller import AutoDraftLength, FixedDraftLength
+from models.speculative.control.policy import AutoDraftLength, FixedDraftLength
 from models.speculative.drafters import Limit
 from models.speculative.drafters.combined import Combined
 from models.speculative.drafters.prompt_lookup import PromptLookup

@@ -12,7 +12,7 @@ import torch
 
 from models.speculative import acceptance
 from models.speculative.acceptance import accept_tree_greedy, accept_tree_sampled
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import tree as tree_module
 from models.speculative.drafters.tree import TreeDrafter
 from models.speculative.generate import generate

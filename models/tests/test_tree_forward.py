@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from models.errors import UserError
-from models.llama.torch_llama import TorchLlama, tree_depths
 from models.tests.engine_fixtures import random_prompt
 from models.tests.llama_fixtures import random_tensors, tiny_config
+from models.torch_llama.model import TorchLlama, tree_depths
 
 CONTEXT = 256
 LAYOUTS = {

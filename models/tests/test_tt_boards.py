@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from loguru import logger
 
+from models import device
+from models.board_mock import cluster
+from models.boards import BOARDS, board_named, board_of_environment
 from models.errors import UserError
-from models.llama import device
-from models.llama.ttnn_llama import mesh
-from models.llama.ttnn_llama.boards import BOARDS, board_named, board_of_environment
-from models.ttnn_mock import cluster
+from models.ttnn_llama.device import mesh
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,7 +134,7 @@ def test_chips_that_form_no_known_board_are_not_guessed_about(monkeypatch, found
 def test_boards_and_device_need_no_ttnn_and_no_torch():
     code = (
         "import sys; sys.modules['ttnn'] = sys.modules['torch'] = None\n"
-        "import models.llama.device, models.llama.ttnn_llama.mesh as mesh\n"
+        "import models.device, models.ttnn_llama.device.mesh as mesh\n"
         "from models.errors import UserError\n"
         "try: mesh.detect_board({})\n"
         "except UserError as error: print(error)"
@@ -203,7 +203,7 @@ def test_the_ttnn_that_is_expected_is_the_one_that_is_pinned():
 
 
 def test_a_single_model_is_not_loaded_onto_a_board():
-    from models.llama.loading import OpenedModel, load_model
+    from models.loading import OpenedModel, load_model
 
     with pytest.raises(UserError, match="--device tt: only the demos run on a board"):
         load_model(OpenedModel("somewhere", None, None, 0.0), device="tt")

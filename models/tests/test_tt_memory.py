@@ -5,12 +5,12 @@ import re
 
 import pytest
 
+from models.boards import BOARDS, Board
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES
-from models.llama.ttnn_llama.boards import BOARDS, Board
-from models.llama.ttnn_llama.memory import COLUMNS, MemoryPlan, check_fit, plan, rows, weight_bytes
-from models.llama.ttnn_llama.precision import PRECISIONS, precision_named
-from models.llama.ttnn_llama.weights import weight_specs
+from models.ttnn_llama.weights.memory import COLUMNS, MemoryPlan, check_fit, plan, rows, weight_bytes
+from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
+from models.ttnn_llama.weights.tensors import weight_specs
 
 ONE_B, THREE_B, EIGHT_B = NAMED_SIZES.values()
 TRACES = 50_000_000
@@ -139,7 +139,7 @@ def test_another_board_is_judged_by_its_own_banks(monkeypatch):
     n150, p150 = BOARDS["N150"], BOARDS["P150"]
     need = planned(ONE_B, "accuracy", p150, 2048).total  # less than with the padding to twelve banks
     boards = {b.name: dataclasses.replace(b, dram_bytes=size) for b, size in ((n150, need // 2), (p150, need))}
-    monkeypatch.setattr("models.llama.ttnn_llama.memory.BOARDS", boards)
+    monkeypatch.setattr("models.ttnn_llama.weights.memory.BOARDS", boards)
     assert "a board like P150" in refusal(boards["N150"], {"target": planned(ONE_B, "accuracy", n150, 2048)})
 
 

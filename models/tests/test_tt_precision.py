@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from models.errors import UserError
-from models.llama.ttnn_llama.precision import PRECISIONS, bytes_per_value, precision_named, tile_bytes
+from models.ttnn_llama.weights.precision import PRECISIONS, bytes_per_value, precision_named, tile_bytes
 
 FORMATS = ("bf16", "bfp8", "bfp4")
 MATRICES = ("attention", "gate_up", "down", "head")
@@ -54,5 +54,5 @@ def test_block_formats_pay_for_one_exponent_per_sixteen_values():
 
 def test_precisions_and_plans_are_there_without_importing_ttnn():
     modules = "precision, weights, weight_cache, memory"
-    code = f"import sys; from models.llama.ttnn_llama import {modules}; sys.exit('ttnn' in sys.modules)"
+    code = f"import sys; from models.ttnn_llama import {modules}; sys.exit('ttnn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

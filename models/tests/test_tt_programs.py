@@ -4,13 +4,10 @@ import dataclasses
 
 import pytest
 
+from models.boards import BOARDS
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES
-from models.llama.ttnn_llama.boards import BOARDS
-from models.llama.ttnn_llama.memory import check_fit, plan
-from models.llama.ttnn_llama.options import DRAFT_LENGTHS, DRAFTERS, BoardOptions
-from models.llama.ttnn_llama.precision import precision_named
-from models.llama.ttnn_llama.programs import (
+from models.ttnn_llama.programs.needed import (
     TRACE_BYTES_PER_LAYER,
     TYPICAL_LENGTH,
     Program,
@@ -19,7 +16,10 @@ from models.llama.ttnn_llama.programs import (
     trace_bytes,
     usable_lengths,
 )
-from models.llama.ttnn_llama.shapes import ROW_COUNTS
+from models.ttnn_llama.programs.options import DRAFT_LENGTHS, DRAFTERS, BoardOptions
+from models.ttnn_llama.shapes import ROW_COUNTS
+from models.ttnn_llama.weights.memory import check_fit, plan
+from models.ttnn_llama.weights.precision import precision_named
 
 TARGET, DRAFT = 32, 16  # layers
 EXTRAS = {"early-exit": {"exit_layer": 8}, "tree": {"tree_nodes": 15}}

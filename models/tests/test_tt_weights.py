@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES
 from models.llama.rope import inverse_frequencies
-from models.llama.ttnn_llama import weights
-from models.llama.ttnn_llama.precision import PRECISIONS, precision_named
-from models.llama.ttnn_llama.weights import check_split, head_parts, interleave_pairs, weight_specs
 from models.tests.llama_fixtures import hf_model, random_tensors, tiny_config
+from models.ttnn_llama.weights import tensors as weights
+from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
+from models.ttnn_llama.weights.tensors import check_split, head_parts, interleave_pairs, weight_specs
 
 BF16 = precision_named("bf16")
 MODEL = tiny_config(

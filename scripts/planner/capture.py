@@ -17,12 +17,12 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from models.board_mock import cluster
+from models.boards import BOARDS, board_named
 from models.llama.config import named_config
-from models.llama.ttnn_llama.boards import BOARDS, board_named
-from models.llama.ttnn_llama.mesh import open_mesh
-from models.llama.ttnn_llama.precision import PRECISIONS, precision_named
-from models.llama.ttnn_llama.shapes import padded_rows
-from models.ttnn_mock import cluster
+from models.ttnn_llama.device.mesh import open_mesh
+from models.ttnn_llama.shapes import padded_rows
+from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
 from scripts.op_counts import Recorder
 from scripts.planner.counts import POSITIONS, ROWS, SIZES, Work
 
@@ -34,7 +34,7 @@ _EXCHANGES = ("reducescatter", "allgather", "allreduce", "allbroadcast", "alltoa
 
 def work_of(ops: Sequence, weights: Iterable[int] = (), cache: Iterable[int] = ()) -> Work:
     """The sum of device ops (`graph.DeviceOp`); ``weights`` and ``cache`` are addresses of buffers."""
-    from models.ttnn_mock import graph
+    from models.board_mock import graph
 
     cost = graph.cost(ops, set(weights), set(cache))
     exchanges = sum(op.operation.lower().startswith(_EXCHANGES) for op in ops)
@@ -43,9 +43,9 @@ def work_of(ops: Sequence, weights: Iterable[int] = (), cache: Iterable[int] = (
 
 def forwards(config, mesh_device, precision, rows: Sequence[int], positions: Sequence[int]) -> dict:
     """(rows, position) -> Work of a greedy forward of that many rows from there."""
-    from models.llama.ttnn_llama.model import TtnnLlama
-    from models.llama.ttnn_llama.weights import EmptySource
-    from models.ttnn_mock import graph
+    from models.board_mock import graph
+    from models.ttnn_llama.model import TtnnLlama
+    from models.ttnn_llama.weights.tensors import EmptySource
 
     gc.collect()  # the model before: its programs and it refer to each other, and its memory is wanted now
     source = Recorder(EmptySource(mesh_device))
@@ -101,11 +101,11 @@ def forward_entries(
 
 def round_entries(board: str, mesh_device, draft_lengths: Sequence[int] = DRAFT_LENGTHS) -> list[dict]:
     """Programs of a fused round beside its forwards: joining, comparing and counting ids, moving positions on."""
-    from models.llama.ttnn_llama.fused import FusedRound
-    from models.llama.ttnn_llama.model import TtnnLlama
-    from models.llama.ttnn_llama.runner import Runner
-    from models.llama.ttnn_llama.weights import EmptySource
-    from models.ttnn_mock import graph
+    from models.board_mock import graph
+    from models.ttnn_llama.device.runner import Runner
+    from models.ttnn_llama.model import TtnnLlama
+    from models.ttnn_llama.programs.fused import FusedRound
+    from models.ttnn_llama.weights.tensors import EmptySource
 
     config = dataclasses.replace(named_config("1B"), num_hidden_layers=1)
     runner = Runner(mesh_device, trace=False)

@@ -12,10 +12,10 @@ import json
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from models.boards import Board
 from models.errors import UserError
 from models.llama.config import read_json
-from models.llama.ttnn_llama.boards import Board
-from models.llama.ttnn_llama.shapes import KV_BLOCK
+from models.ttnn_llama.shapes import KV_BLOCK
 
 SIZES = ("1B", "3B", "8B")
 ROWS = (1, 2, 4, 8, 16, 32)

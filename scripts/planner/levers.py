@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from models.boards import Board
 from models.errors import UserError
 from models.llama.config import named_config
-from models.llama.ttnn_llama import memory
-from models.llama.ttnn_llama.boards import Board
-from models.llama.ttnn_llama.mesh import target_chips
-from models.llama.ttnn_llama.options import BoardOptions
-from models.llama.ttnn_llama.precision import PRECISIONS, precision_named
-from models.llama.ttnn_llama.programs import LEVEL_ROWS, programs, trace_bytes
+from models.ttnn_llama.device.mesh import target_chips
+from models.ttnn_llama.programs.needed import LEVEL_ROWS, programs, trace_bytes
+from models.ttnn_llama.programs.options import BoardOptions
+from models.ttnn_llama.weights import memory
+from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
 from scripts.planner import counts
 from scripts.planner.predict import Figure, Pair, Times
 from scripts.planner.speculation import (

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from models.boards import Board
 from models.llama.config import named_config
-from models.llama.ttnn_llama.boards import Board
 from scripts.planner import fit
 from scripts.planner.counts import Counts, Place, Work
 from scripts.planner.published import LAYER_PROGRAMS, LAYER_PROGRAMS_RANGE, POINTS, observation

@@ -7,8 +7,8 @@ host of those figures are older than ttnn 0.81.1. Newer figures exist for single
 
 from dataclasses import dataclass
 
+from models.boards import BOARDS
 from models.llama.config import named_config
-from models.llama.ttnn_llama.boards import BOARDS
 from scripts.planner.counts import Counts, Place, Work
 from scripts.planner.fit import Chip, Observation
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from demo.arguments import AUTO, AUTO_LONGEST_FIXED, DRAFT_TOKENS, DRAFTERS, MODEL_DRAFTERS
 from models.errors import UserError
-from models.speculative.controller import MAX_DRAFT_LENGTH
+from models.speculative.control.policy import MAX_DRAFT_LENGTH
 from models.speculative.sampling import SamplingParams
 from scripts.suites.categories import CATEGORIES, random_ids, read_texts
 from scripts.suites.measuring import ratios, spread, turns, winner

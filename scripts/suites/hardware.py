@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from models.llama.linear import PackedLinear, packing_works
+from models.torch_llama.linear import PackedLinear, packing_works
 
 READ_BYTES = 2**29  # far more than any cache holds
 GEMM_SIDE = 2048

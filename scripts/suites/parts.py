@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.llama.torch_llama import KV_BLOCK, TorchLlama
+from models.torch_llama.model import KV_BLOCK, TorchLlama
 
 
 def matmul_flops(model: TorchLlama, rows: int) -> int:

@@ -192,7 +192,7 @@ def hf_runners(session: "Session", k: int) -> dict[str, Generate]:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from models.llama.torch_llama import DTYPES
+    from models.torch_llama.model import DTYPES
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

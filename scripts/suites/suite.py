@@ -59,7 +59,7 @@ def model_settings(suite: str, rest: Sequence[str], own: Sequence[str] = (), ref
         raise UserError(f"--device tt: the suite {suite} measures on cpu and cuda, on a board use the demo")
     if given.drafter == "none":
         raise UserError(f"--drafter none drafts nothing, which is no use in the suite {suite}: leave it out")
-    from models.llama.device import check_device
+    from models.device import check_device
 
     check_device(given.device)
     return parse_settings([*rest, *own])

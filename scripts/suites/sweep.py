@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from demo.arguments import AUTO, AUTO_LONGEST_FIXED
 from demo.prompt_files import read_prompts
 from models.errors import UserError
-from models.speculative.controller import MAX_DRAFT_LENGTH
+from models.speculative.control.policy import MAX_DRAFT_LENGTH
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
 from scripts.suites import formula

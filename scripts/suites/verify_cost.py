@@ -70,7 +70,7 @@ class VerifyCost:
 
     def _find(self, name: str) -> "tuple[str, LlamaConfig, object]":
         """Name, configuration, and the opened checkpoint or None for random weights."""
-        from models.llama.loading import open_model
+        from models.loading import open_model
 
         if not Path(name).expanduser().exists() and "/" not in name:
             try:
@@ -127,7 +127,7 @@ class VerifyCost:
         return value * (weights + caches)
 
     def _measure_model(self, name: str, config: LlamaConfig, opened, progress: Progress) -> None:
-        from models.llama.torch_llama import TorchLlama
+        from models.torch_llama.model import TorchLlama
         from scripts.suites.random_weights import RandomWeights
 
         options = self.options
@@ -269,7 +269,7 @@ def hf_forwards(checkpoint, dtype: str, rows: Sequence[int], contexts: Sequence[
     from transformers import AutoModelForCausalLM, DynamicCache
     from transformers.utils import logging
 
-    from models.llama.torch_llama import DTYPES
+    from models.torch_llama.model import DTYPES
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

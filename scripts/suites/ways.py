@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from demo.arguments import AUTO, DRAFT_TOKENS, MODEL_DRAFTERS
 from demo.session import Session
-from models.llama.loading import LoadedModel
-from models.llama.torch_llama import TorchLlama
-from models.speculative.controller import Controller
+from models.loading import LoadedModel
+from models.speculative.control.policy import Controller
 from models.speculative.generate import generate
 from models.speculative.stats import GenerationStats
+from models.torch_llama.model import TorchLlama
 from scripts.suites.random_weights import RandomWeights
 
 PLAIN, SEQUENTIAL = "plain", "sequential"

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from models.errors import UserError
-from models.speculative.costs import Costs
+from models.speculative.control.costs import Costs
 from models.speculative.drafters.model import ModelDrafter
-from models.speculative.language_model import LanguageModel
+from models.speculative.model import LanguageModel
 from models.speculative.sampling import SamplingParams
 
 SHALLOW = 16  # a model of so many layers is tried at every one of them, deeper ones at SPREAD

@@ -5,12 +5,12 @@ from typing import Protocol
 
 from models.speculative.drafters import Draft, Limit
 from models.speculative.drafters.model import ModelDrafter
-from models.speculative.language_model import LanguageModel
+from models.speculative.model import LanguageModel
 from models.speculative.sampling import SamplingParams
 
 
 class FusedGreedy(Protocol):
-    """A greedy round of two models as one program, such as `models.llama.ttnn_llama.fused.FusedRound`."""
+    """A greedy round of two models as one program, such as `models.ttnn_llama.programs.fused.FusedRound`."""
 
     draft_lengths: Sequence[int]  # there is a program for, in rising order
 

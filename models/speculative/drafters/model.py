@@ -6,7 +6,7 @@ import torch
 
 from models.speculative.acceptance import distribution, sample
 from models.speculative.drafters import Draft, Limit
-from models.speculative.language_model import LanguageModel
+from models.speculative.model import LanguageModel
 from models.speculative.sampling import SamplingParams
 
 

@@ -7,7 +7,7 @@ from models.errors import UserError
 from models.speculative.acceptance import distribution, sample
 from models.speculative.drafters import MAX_DRAFT_LENGTH, Draft, Limit
 from models.speculative.drafters.model import ModelDrafter
-from models.speculative.language_model import LanguageModel
+from models.speculative.model import LanguageModel
 from models.speculative.sampling import SamplingParams
 
 WIDTH = 8  # children that a token may have

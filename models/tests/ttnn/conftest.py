@@ -6,7 +6,7 @@ fixture `shadow`.
 
 import pytest
 
-from models.ttnn_mock import cluster
+from models.board_mock import cluster
 
 MISSING = None if cluster.is_installed() else "ttnn is not installed"  # why the tests cannot run
 
@@ -136,10 +136,10 @@ def fresh_mesh_device(request, mesh_opener):
 
 @pytest.fixture
 def shadow():
-    """The module `models.ttnn_mock.shadow`, with shadow values for the tensors of this test; mock boards only."""
+    """The module `models.board_mock.shadow`, with shadow values for the tensors of this test; mock boards only."""
     if not cluster.is_mock():
         pytest.skip("shadow values are for a mock board")
-    from models.ttnn_mock import shadow
+    from models.board_mock import shadow
 
     with shadow.shadowed():
         yield shadow

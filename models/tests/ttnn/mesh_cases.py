@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 import ttnn
 
+from models.boards import BOARDS, Board
 from models.errors import UserError
-from models.llama.ttnn_llama.boards import BOARDS, Board
-from models.llama.ttnn_llama.mesh import Meshes, detect_board, open_mesh
+from models.ttnn_llama.device.mesh import Meshes, detect_board, open_mesh
 
 calls: list[str] = []
 after: dict[str, Callable[[], None]] = {}  # what to do once the real call is over, by the name of the call

@@ -1,6 +1,6 @@
 """Helpers for the tests of the TT-NN model: reduced Llamas, with the heads of the published ones.
 
-On a mock the values come from golden functions (`models.ttnn_mock.shadow`); on silicon the same tests read the chips.
+On a mock the values come from golden functions (`models.board_mock.shadow`); on silicon the same tests read the chips.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ import torch
 import ttnn
 
 import models
+from models.board_mock import cluster
 from models.llama.config import LlamaConfig, named_config
-from models.llama.ttnn_llama.model import TtnnLlama
-from models.llama.ttnn_llama.precision import precision_named, ttnn_dtype
-from models.llama.ttnn_llama.runner import Runner
-from models.llama.ttnn_llama.weights import CheckpointSource, interleave_pairs
 from models.tests.llama_fixtures import hf_model, random_tensors
-from models.ttnn_mock import cluster
+from models.ttnn_llama.device.runner import Runner
+from models.ttnn_llama.model import TtnnLlama
+from models.ttnn_llama.weights.precision import precision_named, ttnn_dtype
+from models.ttnn_llama.weights.tensors import CheckpointSource, interleave_pairs
 
 CHECKPOINTS = Path(models.__file__).parent / "checkpoints"
 SIZES = ("1B", "3B", "8B")  # D=64 Q:KV 4:1, D=128 3:1, D=128 4:1
@@ -40,7 +40,7 @@ def board(mesh_opener) -> Iterator[ttnn.MeshDevice]:
     if not cluster.is_mock():
         yield mesh
         return
-    from models.ttnn_mock import shadow
+    from models.board_mock import shadow
 
     with shadow.shadowed():
         yield mesh

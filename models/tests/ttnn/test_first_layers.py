@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from models.errors import UserError
-from models.llama.ttnn_llama.fused import FusedRound
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.early_exit import EarlyExit
 from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.generate import generate
@@ -15,6 +14,7 @@ from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
 from models.tests.engine_fixtures import plain
 from models.tests.ttnn.model_fixtures import Weights, board, cached, random_ids, reduced
+from models.ttnn_llama.programs.fused import FusedRound
 
 LAYERS, EXIT = 2, 1
 CONTEXT = 192

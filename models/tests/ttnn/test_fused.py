@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from models.errors import UserError
-from models.llama.ttnn_llama.fused import FusedRound
-from models.llama.ttnn_llama.runner import Runner
 from models.tests.engine_fixtures import perturbed
 from models.tests.ttnn.model_fixtures import Weights, board, cached, random_ids, reduced
+from models.ttnn_llama.device.runner import Runner
+from models.ttnn_llama.programs.fused import FusedRound
 
 LENGTHS = (1, 4, 9, 14, 31)  # 14 leaves one row over
 CONTEXT = 192

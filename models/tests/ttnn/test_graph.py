@@ -6,11 +6,11 @@ import pytest
 import torch
 import ttnn
 
-from models.llama.ttnn_llama.model import TtnnLlama
-from models.llama.ttnn_llama.precision import precision_named, tile_bytes
-from models.llama.ttnn_llama.weights import EmptySource
+from models.board_mock import graph
 from models.tests.ttnn.model_fixtures import reduced
-from models.ttnn_mock import graph
+from models.ttnn_llama.model import TtnnLlama
+from models.ttnn_llama.weights.precision import precision_named, tile_bytes
+from models.ttnn_llama.weights.tensors import EmptySource
 
 BFP8 = tile_bytes("bfp8")
 POSITION = 300  # chunks of 128: a row there attends to 384 positions

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from models.llama.ttnn_llama.boards import BOARDS
-from models.ttnn_mock import cluster
+from models.board_mock import cluster
+from models.boards import BOARDS
 
 ROOT = Path(__file__).parents[3]
 

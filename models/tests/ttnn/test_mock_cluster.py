@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from models.board_mock import cluster
 from models.errors import UserError
-from models.ttnn_mock import cluster
 
 ROOT = Path(__file__).parents[3]
 
 OPEN = """
 import sys
-from models.ttnn_mock import cluster
+from models.board_mock import cluster
 if len(sys.argv) > 1:
     cluster.activate(sys.argv[1])
 import ttnn
@@ -114,7 +114,7 @@ def test_missing_ttnn_is_a_user_error(monkeypatch, tmp_path):
 
 
 def test_cluster_needs_nothing_but_the_standard_library(home):
-    program = "import sys, models.ttnn_mock.cluster; print({'ttnn', 'torch', 'loguru'} & set(sys.modules))"
+    program = "import sys, models.board_mock.cluster; print({'ttnn', 'torch', 'loguru'} & set(sys.modules))"
     assert python(program, home=home).communicate(timeout=60)[0] == "set()\n"
 
 
@@ -148,10 +148,10 @@ def test_home_that_cannot_hold_the_runtime_root_is_avoided(monkeypatch, tmp_path
 
 def test_unusable_arguments_of_the_runner_are_one_line(home):
     for arguments, expected in (
-        (["N150"], "error: usage: python -m models.ttnn_mock"),
+        (["N150"], "error: usage: python -m models.board_mock"),
         (["N151", __file__], "error: unknown board 'N151'"),
         (["N150", "no_such_script.py"], "error: no such script: no_such_script.py"),
     ):
-        run = python("import runpy; runpy.run_module('models.ttnn_mock', run_name='__main__')", *arguments, home=home)
+        run = python("import runpy; runpy.run_module('models.board_mock', run_name='__main__')", *arguments, home=home)
         _, stderr = run.communicate(timeout=60)
         assert run.returncode == 2 and stderr.startswith(expected) and stderr.count("\n") == 1

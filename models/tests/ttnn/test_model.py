@@ -9,10 +9,6 @@ import torch
 from models.errors import UserError
 from models.llama.checkpoint import Checkpoint
 from models.llama.tokenizer import LlamaTokenizer
-from models.llama.torch_llama import TorchLlama
-from models.llama.ttnn_llama import rope as ttnn_rope
-from models.llama.ttnn_llama import rows as ttnn_rows
-from models.llama.ttnn_llama import weights as ttnn_weights
 from models.tests.ttnn.model_fixtures import (
     CHECKPOINTS,
     SIZES,
@@ -25,6 +21,10 @@ from models.tests.ttnn.model_fixtures import (
     reduced,
     row_pccs,
 )
+from models.torch_llama.model import TorchLlama
+from models.ttnn_llama.modules import rope as ttnn_rope
+from models.ttnn_llama.modules import rows as ttnn_rows
+from models.ttnn_llama.weights import tensors as ttnn_weights
 
 BOUND = 0.99
 LENGTHS = (1, 5, 127, 128, 129, 300)

@@ -9,10 +9,10 @@ import torch
 import ttnn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from models.llama.ttnn_llama import weights as ttnn_weights
-from models.llama.ttnn_llama.lm_head import LMHead
 from models.tests.llama_fixtures import hf_model
 from models.tests.ttnn.model_fixtures import SIZES, VOCAB, Weights, board, in_pairs, on_chips, put, reduced, row_pccs
+from models.ttnn_llama.modules.lm_head import LMHead
+from models.ttnn_llama.weights import tensors as ttnn_weights
 
 BOUND = 0.999
 PREFILL = 128

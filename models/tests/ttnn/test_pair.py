@@ -10,15 +10,11 @@ import pytest
 import torch
 import ttnn
 
+from models.board_mock import cluster
+from models.boards import BOARDS
 from models.errors import UserError
-from models.llama.loading import OpenedModel
-from models.llama.ttnn_llama.boards import BOARDS
-from models.llama.ttnn_llama.decoder import Decoder
-from models.llama.ttnn_llama.options import BoardOptions
-from models.llama.ttnn_llama.pair import BoardModels, memory_plans
-from models.llama.ttnn_llama.runner import Runner
-from models.llama.ttnn_llama.shapes import MAX_ROWS
-from models.speculative.controller import FixedDraftLength
+from models.loading import OpenedModel
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.combined import Combined
 from models.speculative.drafters.early_exit import EarlyExit
 from models.speculative.drafters.fused import FusedDrafter
@@ -30,7 +26,11 @@ from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
 from models.tests.engine_fixtures import perturbed
 from models.tests.ttnn.model_fixtures import Weights, random_ids, reduced
-from models.ttnn_mock import cluster
+from models.ttnn_llama.board_models import BoardModels, memory_plans
+from models.ttnn_llama.device.runner import Runner
+from models.ttnn_llama.modules.decoder import Decoder
+from models.ttnn_llama.programs.options import BoardOptions
+from models.ttnn_llama.shapes import MAX_ROWS
 
 K = 3
 CONTEXT = 96
@@ -110,7 +110,7 @@ def opened_and_closed(board):
 def values():
     """Numbers on a mock too."""
     if cluster.is_mock():
-        from models.ttnn_mock import shadow
+        from models.board_mock import shadow
 
         with shadow.shadowed():
             yield

@@ -8,14 +8,14 @@ import contextlib
 import pytest
 import ttnn
 
-from models.llama.ttnn_llama import rows
-from models.llama.ttnn_llama.fused import FusedRound
-from models.llama.ttnn_llama.model import TtnnLlama
-from models.llama.ttnn_llama.precision import precision_named
-from models.llama.ttnn_llama.runner import Runner
-from models.llama.ttnn_llama.weights import EmptySource
+from models.board_mock import cluster, graph
 from models.tests.ttnn.model_fixtures import reduced
-from models.ttnn_mock import cluster, graph
+from models.ttnn_llama.device.runner import Runner
+from models.ttnn_llama.model import TtnnLlama
+from models.ttnn_llama.modules import rows
+from models.ttnn_llama.programs.fused import FusedRound
+from models.ttnn_llama.weights.precision import precision_named
+from models.ttnn_llama.weights.tensors import EmptySource
 
 
 @pytest.fixture(scope="module")

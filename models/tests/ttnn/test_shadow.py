@@ -1001,7 +1001,7 @@ def test_script_runs_on_a_mock_board_with_numbers(tmp_path, pytestconfig, as_mod
     (tmp_path / "squares.py").write_text(SCRIPT)
     program = ["-m", "squares"] if as_module else [str(tmp_path / "squares.py")]
     run = subprocess.run(
-        [sys.executable, "-m", "models.ttnn_mock", "N150", *program, "--size", "1b"],
+        [sys.executable, "-m", "models.board_mock", "N150", *program, "--size", "1b"],
         capture_output=True,
         text=True,
         cwd=pytestconfig.rootpath,

@@ -6,9 +6,6 @@ That the whole model equals Hugging Face on these boards is `test_model`'s promi
 import pytest
 import torch
 
-from models.llama.torch_llama import TorchLlama
-from models.llama.ttnn_llama import weights as ttnn_weights
-from models.llama.ttnn_llama.collectives import Line
 from models.tests.ttnn.model_fixtures import (
     VOCAB,
     Weights,
@@ -20,6 +17,9 @@ from models.tests.ttnn.model_fixtures import (
     reduced,
     row_pccs,
 )
+from models.torch_llama.model import TorchLlama
+from models.ttnn_llama.device.collectives import Line
+from models.ttnn_llama.weights import tensors as ttnn_weights
 
 BOUND = 0.99
 LAYERS = 2

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from models.errors import UserError
-from models.llama.torch_llama import TorchLlama
-from models.llama.ttnn_llama.rows import TreeInputs, tree_shape
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.tree import TreeDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
@@ -23,6 +21,8 @@ from models.tests.ttnn.model_fixtures import (
     reduced,
     row_pccs,
 )
+from models.torch_llama.model import TorchLlama
+from models.ttnn_llama.modules.rows import TreeInputs, tree_shape
 
 CONTEXT = 352
 IDS = random_ids(340, seed=3)

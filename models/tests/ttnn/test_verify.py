@@ -7,8 +7,7 @@ import torch
 
 from models.llama.checkpoint import Checkpoint
 from models.llama.tokenizer import LlamaTokenizer
-from models.llama.ttnn_llama.shapes import ROW_COUNTS
-from models.speculative.controller import FixedDraftLength
+from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
@@ -27,6 +26,7 @@ from models.tests.ttnn.model_fixtures import (
     reduced,
     row_pccs,
 )
+from models.ttnn_llama.shapes import ROW_COUNTS
 
 LAYERS = 2
 IDS = random_ids(340, seed=3)

@@ -11,11 +11,11 @@ import ttnn
 from loguru import logger
 
 from models.llama.checkpoint import Checkpoint
-from models.llama.ttnn_llama import weight_cache
-from models.llama.ttnn_llama.precision import precision_named
-from models.llama.ttnn_llama.weight_cache import WeightCache, default_cache_dir
-from models.llama.ttnn_llama.weights import CheckpointSource, WeightSpec, weight_specs
 from models.tests.llama_fixtures import tiny_config, write_tiny_checkpoint
+from models.ttnn_llama.weights import weight_cache
+from models.ttnn_llama.weights.precision import precision_named
+from models.ttnn_llama.weights.tensors import CheckpointSource, WeightSpec, weight_specs
+from models.ttnn_llama.weights.weight_cache import WeightCache, default_cache_dir
 
 CONFIG = tiny_config(
     vocab_size=1024,

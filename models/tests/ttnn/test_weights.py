@@ -10,12 +10,12 @@ import ttnn
 
 from models.llama.checkpoint import Checkpoint
 from models.llama.config import NAMED_SIZES
-from models.llama.ttnn_llama import memory
-from models.llama.ttnn_llama.model import TtnnLlama
-from models.llama.ttnn_llama.precision import PRECISIONS, precision_named, tile_bytes, ttnn_dtype
-from models.llama.ttnn_llama.shapes import cache_length
-from models.llama.ttnn_llama.weights import CheckpointSource, EmptySource, weight_specs
 from models.tests.llama_fixtures import random_tensors, tiny_config, write_tiny_checkpoint
+from models.ttnn_llama.model import TtnnLlama
+from models.ttnn_llama.shapes import cache_length
+from models.ttnn_llama.weights import memory
+from models.ttnn_llama.weights.precision import PRECISIONS, precision_named, tile_bytes, ttnn_dtype
+from models.ttnn_llama.weights.tensors import CheckpointSource, EmptySource, weight_specs
 
 CONFIG = tiny_config(
     vocab_size=1024,
@@ -80,7 +80,7 @@ def test_each_chip_holds_the_queries_keys_and_values_of_its_own_heads(mesh_devic
 
 
 def test_head_pieces_of_all_chips_are_the_vocabulary_in_order(mesh_device, checkpoint, on_host, monkeypatch):
-    monkeypatch.setattr("models.llama.ttnn_llama.weights.HEAD_TILES", 2)
+    monkeypatch.setattr("models.ttnn_llama.weights.tensors.HEAD_TILES", 2)
     chips = mesh_device.get_num_devices()
     source = CheckpointSource(checkpoint, mesh_device, BF16)
     pieces = [s for s in weight_specs(CONFIG, chips, BF16) if s.name.startswith("head.")]

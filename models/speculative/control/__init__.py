@@ -1,0 +1,1 @@
+"""How many tokens to draft: policies, and the costs and chances that they go by."""

@@ -1,0 +1,1 @@
+"""Llama in torch: the network on CPU and CUDA."""

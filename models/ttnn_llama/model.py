@@ -1,0 +1,172 @@
+"""Llama in TT-NN on one mesh: weights, the KV cache of one sequence, and prefill; `decoder` has the other forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import ttnn
+
+from models.errors import UserError
+from models.llama.config import LlamaConfig
+from models.ttnn_llama.device.collectives import Line, OneChip, collectives
+from models.ttnn_llama.device.runner import Runner
+from models.ttnn_llama.modules.attention import Attention
+from models.ttnn_llama.modules.decoder import Decoder
+from models.ttnn_llama.modules.first_layers import FirstLayers
+from models.ttnn_llama.modules.kv_cache import LayerCache, make_cache
+from models.ttnn_llama.modules.layout import Layout
+from models.ttnn_llama.modules.lm_head import LMHead
+from models.ttnn_llama.modules.mlp import MLP
+from models.ttnn_llama.modules.norm import RMSNorm
+from models.ttnn_llama.modules.rope import RopeTables
+from models.ttnn_llama.modules.rows import RowInputs, RowPlan
+from models.ttnn_llama.shapes import PREFILL_CHUNK, padded_prompt
+from models.ttnn_llama.weights.memory import kv_cache_bytes, weight_bytes
+from models.ttnn_llama.weights.precision import Precision
+from models.ttnn_llama.weights.tensors import WeightSpec, weight_specs
+
+
+class WeightSource(Protocol):
+    """Where weights come from: see `weights.CheckpointSource` and `weights.EmptySource`."""
+
+    def tensor(self, spec: WeightSpec) -> ttnn.Tensor: ...
+
+
+class Layer:
+    """One decoder layer: x + attention(norm(x)), then that + mlp(norm(that))."""
+
+    def __init__(self, weights: dict[str, ttnn.Tensor], cache: LayerCache, layout: Layout, collectives: OneChip | Line):
+        self.attention_norm = RMSNorm(weights["attention_norm"], layout)
+        self.attention = Attention(weights["wqkv"], weights["wo"], cache, layout, collectives)
+        self.mlp_norm = RMSNorm(weights["mlp_norm"], layout)
+        self.mlp = MLP(weights["w1"], weights["w3"], weights["w2"], layout, collectives)
+        self.residual = layout.residual
+
+    def decode_forward(self, x: ttnn.Tensor, tables: list[ttnn.Tensor], inputs: RowInputs, plan: RowPlan):
+        """[1, 1, R, H] -> same."""
+        attended = self.attention.decode_forward(self.attention_norm.decode_forward(x), tables, inputs, plan)
+        x = ttnn.add(x, attended, memory_config=self.residual)
+        return ttnn.add(x, self.mlp.decode_forward(self.mlp_norm.decode_forward(x)), memory_config=self.residual)
+
+    def prefill_forward(self, x: ttnn.Tensor, tables: list[ttnn.Tensor], rotation: ttnn.Tensor, start: int):
+        """[1, 1, m, H] -> same."""
+        attended = self.attention.prefill_forward(self.attention_norm.prefill_forward(x), tables, rotation, start)
+        middle = ttnn.add(x, attended)
+        ttnn.deallocate(attended)
+        return ttnn.add(middle, self.mlp.prefill_forward(self.mlp_norm.prefill_forward(middle)))
+
+
+class TtnnLlama(Decoder):
+    """A Llama on all chips of a mesh. Implements `models.speculative.model.LanguageModel`.
+
+    Args:
+        config: the architecture.
+        mesh_device: an open mesh; heads, intermediate size and vocabulary are split over its chips.
+        source: the weights.
+        precision: formats of weights and cache.
+        max_seq_len: positions the cache holds (<= config.max_position_embeddings).
+        runner: of this mesh, shared by all models on it; None: one that runs everything eagerly.
+
+    Raises:
+        UserError: a context longer than the model's; sizes that the chips do not divide.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        mesh_device: ttnn.MeshDevice,
+        source: WeightSource,
+        *,
+        precision: Precision,
+        max_seq_len: int,
+        runner: Runner | None = None,
+    ):
+        if not 0 < max_seq_len <= config.max_position_embeddings:
+            raise UserError(
+                f"context of {max_seq_len} tokens is outside the model's 1..{config.max_position_embeddings}: "
+                "lower --max-seq-len"
+            )
+        super().__init__({})
+        specs = weight_specs(config, mesh_device.get_num_devices(), precision)
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.max_seq_len = max_seq_len
+        self.mesh_device = mesh_device
+        self.runner = runner or Runner(mesh_device, trace=False)
+        self.layout = Layout(config, mesh_device, precision, max_seq_len)
+        self.collectives = collectives(self.layout.chips, self.layout.residual)
+        self.rope = RopeTables(config, self.layout.cache_length, mesh_device)
+        self.cache = make_cache(self.layout)
+        weights = {spec.name: source.tensor(spec) for spec in specs}
+        self.embedding = weights["embedding"]
+        self.layers = [
+            Layer(_below(f"layers.{i}.", weights), cache, self.layout, self.collectives)
+            for i, cache in enumerate(self.cache)
+        ]
+        pieces = [weights[spec.name] for spec in specs if spec.name.startswith("head.")]
+        self.head = LMHead(RMSNorm(weights["norm"], self.layout), pieces, self.layout, self.collectives)
+        self.weight_bytes = sum(weight_bytes(spec, self.layout.chips, self.layout.banks) for spec in specs) * (
+            self.layout.chips
+        )
+        self.kv_cache_bytes = kv_cache_bytes(config, precision, self.layout.chips, max_seq_len, self.layout.banks) * (
+            self.layout.chips
+        )
+        self._first_layers: dict[int, FirstLayers] = {}
+
+    # ------------------------------------------------------------------------------------------------ prefill
+    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Fill the cache from position 0: logits [V] fp32 that follow the last token.
+
+        In chunks of at most 1024 positions, the last one rounded up to a multiple of 128: what the padding writes
+        lies beyond the prompt, where nothing is attended to before it is overwritten.
+        """
+        n = len(tokens)
+        self._check(n, 0)
+        for start in range(0, n, PREFILL_CHUNK):
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            x = self._prefill_chunk(chunk, start)
+        # The last row by a lookup: cut out at its place, it would need programs of its own for every length.
+        last = self._on_device([[(n - 1) % PREFILL_CHUNK]])
+        row = ttnn.embedding(last, ttnn.untilize(x, use_multicore=True), layout=ttnn.TILE_LAYOUT)
+        logits = self.head.logits(ttnn.interleaved_to_sharded(ttnn.unsqueeze_to_4D(row), self.layout.residual))
+        return self._logits_of(logits).view(-1)
+
+    def _prefill_chunk(self, tokens: Sequence[int], start: int) -> ttnn.Tensor:
+        """Hidden states [1, 1, m, H] of tokens at positions start.., padded to m."""
+        m = padded_prompt(len(tokens))
+        ids = self._on_device([[*tokens, *[0] * (m - len(tokens))]])
+        tables = self.rope.range(start, m)
+        x = ttnn.unsqueeze_to_4D(ttnn.embedding(ids, self.embedding, layout=ttnn.TILE_LAYOUT))
+        for layer in self.layers:
+            x = layer.prefill_forward(x, tables, self.rope.rotation, start)
+        return x
+
+    def _on_device(self, ids: list[list[int]]) -> ttnn.Tensor:
+        return ttnn.from_torch(
+            torch.tensor(ids, dtype=torch.int32),
+            dtype=ttnn.uint32,
+            layout=ttnn.ROW_MAJOR_LAYOUT,
+            device=self.mesh_device,
+            mesh_mapper=ttnn.ReplicateTensorToMesh(self.mesh_device),
+        )
+
+    # ---------------------------------------------------------------------------------------- trees, early exit
+    def keep(self, position: int, rows: Sequence[int]) -> int:
+        """How many of a tree's rows lie where the sequence wants them: the first ones, up to one that has to move.
+
+        Nothing is moved. The others are fed again with the next round, where rows are free.
+        """
+        return next((i for i, row in enumerate(rows) if row != i), len(rows))
+
+    def first_layers(self, count: int) -> FirstLayers:
+        """The first `count` layers with the norm and the head, as a model that drafts in this one's cache. Made once,
+        so that its programs can be prepared."""
+        if count not in self._first_layers:
+            self._first_layers[count] = FirstLayers(self, count)
+        return self._first_layers[count]
+
+
+def _below(prefix: str, weights: dict[str, ttnn.Tensor]) -> dict[str, ttnn.Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}

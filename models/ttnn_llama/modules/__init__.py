@@ -1,0 +1,1 @@
+"""The parts of a forward, one file each."""

@@ -1,0 +1,121 @@
+"""A whole greedy round on the device: K drafted tokens, their verification, and how many of them are right.
+
+Draft and target share a mesh; the draft may be the target's own first layers. The drafted ids go from the draft's
+argmax into the target's embedding without the host, which writes two tokens and a position, and reads one small tensor.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import ttnn
+
+from models.errors import UserError
+from models.ttnn_llama.model import TtnnLlama
+from models.ttnn_llama.modules.decoder import Decoder
+from models.ttnn_llama.shapes import MAX_ROWS, padded_rows
+
+
+class FusedRound:
+    """Greedy rounds of up to K drafted tokens, for the K that were prepared.
+
+    Args:
+        target, draft: models on the same mesh, with the same vocabulary and the same runner; or a model and its
+            `first_layers`.
+
+    Raises:
+        UserError: models on different meshes, or of different vocabularies.
+    """
+
+    def __init__(self, target: TtnnLlama, draft: Decoder):
+        if target.mesh_device is not draft.mesh_device or target.runner is not draft.runner:
+            raise UserError("a fused round needs target and draft on one mesh: use --draft-placement shared")
+        if target.vocab_size != draft.vocab_size:
+            raise UserError(
+                f"target vocab {target.vocab_size} != draft vocab {draft.vocab_size}: the pair must share one tokenizer"
+            )
+        self.target = target
+        self.draft = draft
+        self.runner = target.runner
+        self.draft_lengths: list[int] = []  # prepared, in rising order
+        self._inputs = {}
+        mapper = ttnn.ReplicateTensorToMesh(target.mesh_device)
+        self._padding = ttnn.from_torch(
+            torch.zeros(1, MAX_ROWS, dtype=torch.int32),
+            dtype=ttnn.uint32,
+            layout=ttnn.ROW_MAJOR_LAYOUT,
+            device=target.mesh_device,
+            mesh_mapper=mapper,
+        )
+
+    @property
+    def max_draft(self) -> int:
+        """The longest draft prepared; 0 before any was."""
+        return self.draft_lengths[-1] if self.draft_lengths else 0
+
+    def prepare(self, k: int) -> tuple:
+        """Register the round of k drafted tokens, 1 <= k <= 31; returns its key."""
+        if not 1 <= k < MAX_ROWS:
+            raise UserError(f"{k} drafted tokens are outside 1..{MAX_ROWS - 1}: use --num-draft-tokens in that range")
+        key = (id(self), "round", k)
+        if k not in self.draft_lengths:
+            first, step = self.draft.new_inputs(2), self.draft.new_inputs(1)
+            verify = self.target.new_inputs(padded_rows(k + 1))
+            self._inputs[k] = (first, step, verify)
+            self.runner.add(key, lambda: self._round(k, first, step, verify))
+            self.draft_lengths = sorted([*self.draft_lengths, k])
+        return key
+
+    def key(self, k: int) -> tuple:
+        """Key of the shortest prepared round that drafts at least k tokens."""
+        return (id(self), "round", self._prepared(k))
+
+    def run(self, tokens: Sequence[int], position: int, k: int) -> tuple[list[int], list[int], int]:
+        """Draft k tokens after the last two of the sequence and verify them.
+
+        tokens: the last two ids, at position and position + 1; the draft's cache holds all before them, the target's
+        all before the last. Returns (drafted ids [k], the target's ids [k + 1], accepted <= k). Both caches then hold
+        the drafted tokens too, except the draft's the last. Raises UserError where one of the caches has no room, or
+        no round of so many tokens was prepared.
+        """
+        longest = self._prepared(k)
+        first, step, verify = self._inputs[longest]
+        context = min(self.target.max_seq_len, self.draft.max_seq_len + 1)  # the draft does not write the last one
+        if len(tokens) != 2 or position < 0 or position + 2 + k > context:
+            raise UserError(
+                f"{len(tokens)} tokens and {k} drafted ones at position {position} do not fit a fused round in the "
+                f"context of {context}: draft fewer tokens or raise --max-seq-len"
+            )
+        first.fill(tokens, position)
+        step.place(position + 2)
+        verify.fill([tokens[-1]] * (longest + 1), position + 1)
+        result = self.target.read(self.runner.run(self.key(k)))
+        accepted, drafted, verified = result[0], result[1 : 1 + longest], result[1 + longest :]
+        return drafted[:k], verified[: k + 1], min(accepted, k)
+
+    def _prepared(self, k: int) -> int:
+        if not 1 <= k <= self.max_draft:
+            raise UserError(
+                f"{k} drafted tokens are outside 1..{self.max_draft}, what this fused round was prepared for"
+            )
+        return next(length for length in self.draft_lengths if length >= k)
+
+    def _round(self, k: int, first, step, verify) -> ttnn.Tensor:
+        """[1, 1 + k + R] uint32: accepted, the k drafted ids, the target's ids of R >= k + 1 rows."""
+        drafted = self.draft.chain(first, step, 2, k)
+        rows = verify.rows
+        parts = [ttnn.slice(first.ids, [0, 1], [1, 2]), *drafted]
+        if rows > k + 1:
+            parts.append(ttnn.slice(self._padding, [0, 0], [1, rows - k - 1]))
+        plan = self.target.plan(rows)
+        verified = self.target.head.argmax(self.target.decode(verify, plan, ttnn.concat(parts, dim=1)))
+        proposed = ttnn.concat(drafted, dim=1)
+        accepted = _leading_matches(proposed, ttnn.slice(verified, [0, 0], [1, k]))
+        return ttnn.concat([accepted, proposed, verified], dim=1)
+
+
+def _leading_matches(a: ttnn.Tensor, b: ttnn.Tensor) -> ttnn.Tensor:
+    """[1, k] and [1, k] uint32 row-major -> [1, 1] uint32: in how many leading places they agree."""
+    a, b = (ttnn.to_layout(ids, ttnn.TILE_LAYOUT) for ids in (a, b))
+    agree = ttnn.typecast(ttnn.eq(a, b), ttnn.bfloat16)  # exact: counts stay below 32
+    count = ttnn.sum(ttnn.cumprod(agree, dim=1), dim=1, keepdim=True)
+    return ttnn.to_layout(ttnn.typecast(count, ttnn.uint32), ttnn.ROW_MAJOR_LAYOUT)

@@ -1,0 +1,115 @@
+"""Which programs a generation runs, so that all of them can be prepared, compiled and captured before it.
+
+A program that comes later would end all traces (see `runner`). Importable where ttnn is not installed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models.ttnn_llama.programs.options import BoardOptions
+from models.ttnn_llama.shapes import MAX_ROWS
+
+TREE = "tree-"  # before "ids" and "logits": of rows that are a tree
+# Rows of a draft model's forwards while it grows a tree: what it has not read yet, then level by level.
+READING_ROWS = (1, 2, 8, MAX_ROWS)
+LEVEL_ROWS = (1, 2, 4, 8)
+# Where several chips leave room for one trace of a round, the length of it: the one nearest to what suits most pairs.
+TYPICAL_LENGTH = 4
+# An upper estimate: tt_transformers reserves 25 MB for a trace of 32 layers with about 20 ops each.
+TRACE_BYTES_PER_LAYER = 800_000
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of "target" or "draft" (early exit: the target's first layers), or a "round" of both.
+
+    what: "ids", "logits", with TREE before them, "chain" or "round". n: tokens that it is given, k: tokens it drafts.
+    """
+
+    model: str
+    what: str
+    n: int = 1
+    k: int = 0
+
+    def layers(self, target: int, draft: int) -> int:
+        """Layers that it runs through, of models with so many."""
+        if self.what == "round":
+            return self.k * draft + target
+        return max(self.k, 1) * (draft if self.model == "draft" else target)
+
+
+def is_fused(options: BoardOptions, shared: bool) -> bool:
+    """Whether a round is one program. shared: the draft, if there is one, lies on the target's chips."""
+    return options.greedy and options.batched and shared and options.drafter in ("model", "combined", "early-exit")
+
+
+def reads_late(options: BoardOptions) -> bool:
+    """Whether a draft model may be asked for the first time, or again, after others have written a part of the text."""
+    return options.drafter == "combined" or (options.drafter in ("model", "tree") and len(options.lengths) > 1)
+
+
+def usable_lengths(options: BoardOptions, chips: int, shared: bool) -> list[int]:
+    """The draft lengths that rounds can have: on several chips only one trace lives at a time, so one."""
+    lengths = options.lengths
+    if options.trace and chips > 1 and is_fused(options, shared) and lengths:
+        return [min(lengths, key=lambda k: abs(k - TYPICAL_LENGTH))]
+    return lengths
+
+
+def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> list[Program]:
+    """Every program of a generation that drafts these lengths; the first is plain decoding's, the last the one that
+    a speculative round spends its time in."""
+    what = "ids" if options.greedy else "logits"
+    plain = Program("target", what)
+    if not lengths:
+        return [plain]
+    needed = [plain, *_drafting(options, lengths, shared)]
+    if is_fused(options, shared):
+        if options.drafter == "combined":
+            needed += [Program("target", what, k + 1) for k in lengths]
+        return needed + [Program("round", "round", k=k) for k in lengths]
+    if not options.batched:
+        return [*needed, plain]
+    if options.drafter != "tree":
+        return needed + [Program("target", what, k + 1) for k in lengths]
+    # What the cache could not keep of a tree, up to all its levels, comes before the next one, or without one.
+    again = max(lengths) + 1
+    rows = min(again + options.tree_nodes, MAX_ROWS)
+    return [*needed, Program("target", what, again), Program("target", TREE + what, rows)]
+
+
+def _drafting(options: BoardOptions, lengths: Sequence[int], shared: bool) -> list[Program]:
+    """What drafts by itself, apart from rounds."""
+    drafter = options.drafter
+    if drafter == "prompt-lookup":
+        return []
+    needed: list[Program] = []
+    if drafter == "tree":
+        needed += [Program("draft", "logits", n) for n in READING_ROWS]
+        needed += [Program("draft", TREE + "logits", n) for n in LEVEL_ROWS]
+    elif not is_fused(options, shared):
+        # After full acceptance two tokens are to be fed, but not to layers that share the target's cache.
+        fed = (1,) if drafter == "early-exit" else (1, 2)
+        if options.greedy:
+            needed += [Program("draft", "chain", n, k) for n in fed for k in lengths]
+        else:
+            needed += [Program("draft", "logits", n) for n in fed]
+    # What it has not read since it was last asked.
+    if reads_late(options) or drafter == "tree":
+        needed.append(Program("draft", "ids", MAX_ROWS))
+        if not options.greedy and drafter != "tree":
+            needed.append(Program("draft", "logits", MAX_ROWS))
+    return needed
+
+
+def trace_bytes(needed: Sequence[Program], target_layers: int, draft_layers: int, chips: dict[str, int]) -> int:
+    """What every chip reserves for traces. chips: of the mesh of "target" and of "draft"; one entry if they share it.
+
+    On one chip all programs are traces, on several one at a time.
+    """
+    most = 0
+    for name, count in chips.items():
+        own = [program for program in dict.fromkeys(needed) if len(chips) == 1 or program.model == name]
+        layers = [program.layers(target_layers, draft_layers) for program in own]
+        most = max(most, sum(layers) if count == 1 else max(layers, default=0))
+    return most * TRACE_BYTES_PER_LAYER

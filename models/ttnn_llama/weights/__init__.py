@@ -1,0 +1,1 @@
+"""A model's weights on a board: formats, layout, disk cache, memory."""
