@@ -14,7 +14,7 @@ from demo.html_texts import texts
 from demo.report import Results
 from demo.session import Run, Session
 from demo.wording import MOCK, about, closing_lines, summary_sections
-from models.speculative.drafters import READS_PROMPT
+from models.speculative.drafters.registry import reads_prompt
 
 TITLES = {
     "compare": "Speculative decoding beside its baseline",
@@ -215,7 +215,8 @@ def _acceptance_figure(results: Results) -> Markup | None:
     if break_even is not None and 0 <= break_even <= 1:
         limit = Limit(break_even, f"break-even {break_even:.0%}")
     if break_even is not None:
-        drafted = [name for name in READS_PROMPT if name in controller["draft_step_ms"]] or controller["draft_step_ms"]
+        known = controller["draft_step_ms"]
+        drafted = [name for name in known if reads_prompt(name)] or known
         source = SOURCES.get(name := next(iter(drafted)), name)  # as in the controller's own report
         when = "never pays" if break_even > 1 else f"pays if {place} 1 is above {max(break_even, 0):.0%}"
         mixed = " (the bars are of all sources together)" * (len(results["speculative"]["sources"]) > 1)

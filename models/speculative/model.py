@@ -1,50 +1,254 @@
-"""What the engine asks of a network: the one interface that every target and every draft fulfils."""
+"""What the engine asks of a network.
+
+`LanguageModel` is what every target and every draft model fulfils: one call, `extend`, computes rows of any number of
+sequences. `SequenceModel` is one slot of it, seen as a model of one sequence: what drafters work with. What only some
+networks can do has protocols of its own: `Chains`, `Trees`, `EarlyExit`, `FusedRounds`.
+
+Addresses are absolute: a call that is given n tokens and a position writes the cache at position .. position+n-1 and
+attends to everything before. Rollback needs no call: pass the position to go on from; what lies beyond it is stale,
+never attended to, and overwritten in time.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
-class LanguageModel(Protocol):
-    """One network with its own KV cache on one device, addressed by absolute position.
+class Rows(NamedTuple):
+    """One sequence's share of a forward: n tokens at position .. position+n-1 of a slot.
 
-    A call that is given n tokens and a position writes the cache at position .. position+n-1 and attends to
-    everything before. Rollback needs no call: pass the position to go on from; what lies beyond it is stale, never
-    attended to, and overwritten in time. V is the vocabulary, n a number of rows (tokens handed over at once).
+    n = 1 is decoding, n = K+1 is verification, a whole prompt (or a piece of one) is prefill.
+
+    parents makes it a tree, whose rows lie in the cache at position, position+1, .. while each stands one behind its
+    parent: the row of every token's parent, -1 for row 0. Tokens are the last n rows; those before them are in the
+    cache from earlier calls.
+    """
+
+    slot: int
+    tokens: Sequence[int]
+    position: int
+    parents: Sequence[int] | None = None
+
+
+class Want(NamedTuple):
+    """What a caller will read of a step.
+
+    logits: logits; else ids of the greatest logits, so that only ids have to leave the device.
+    last: only the last row of each sequence, as after a prompt, which may then have any number of rows.
+    taps: layers after which the hidden states are kept: 0 is the embedding, i the output of the i-th layer.
+    """
+
+    logits: bool = False
+    last: bool = False
+    taps: tuple[int, ...] = ()
+
+
+IDS, LOGITS, PROMPT = Want(), Want(logits=True), Want(logits=True, last=True)
+
+
+class Limits(NamedTuple):
+    """How much a model can hold and compute."""
+
+    rows: int  # of one sequence in a forward, prompts apart
+    slots: int  # sequences
+    positions: int  # of each sequence
+    vocabulary: int
+
+
+class Step:
+    """What a forward gave, by the order of its `Rows`. The device's work may still be under way: reading waits for it.
+
+    Args:
+        results: for each sequence logits [n, V] or, where only ids were wanted, n ids.
+        features: for each sequence the hidden states [n, taps x H] that were wanted, those of one layer after another.
+    """
+
+    def __init__(self, results: Sequence[list[int] | Tensor], features: Sequence[Tensor] = ()) -> None:
+        self._results = results
+        self._features = features
+
+    def ids(self) -> list[list[int]]:
+        """The id of the greatest logit of each row, by sequence; of equal logits the lowest id."""
+        return [each.argmax(-1).tolist() if isinstance(each, Tensor) else each for each in self._results]
+
+    def logits(self, i: int) -> Tensor:
+        """Logits [n, V] of sequence i, of any floating type, on the model's device. Only if they were wanted."""
+        result = self._results[i]
+        if not isinstance(result, Tensor):
+            raise ValueError("these rows were computed for their ids alone: ask for logits")
+        return result
+
+    def features(self, i: int) -> Tensor:
+        """Hidden states [n, taps x H] of sequence i, on the model's device. Only if taps were wanted."""
+        return self._features[i]
+
+
+class SequenceModel(Protocol):
+    """One slot of a model: a network with a KV cache for one sequence. V vocabulary, n rows.
+
     Logits may be of any floating type and lie on the model's device, whose work may still be under way.
     """
 
     vocab_size: int
-    max_seq_len: int  # positions the cache has
-    max_rows: int  # largest n of forward, greedy and draft_greedy
+    max_seq_len: int  # positions that the cache has
+    max_rows: int  # largest n of forward and greedy
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
-        """Fill the cache from position 0 with at least one token, any number that fits: logits[V] of the last."""
+        """Fill the cache from position 0 with at least one token, any number that fits: logits [V] of the last."""
+        ...
 
     def forward(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> Tensor:
-        """Logits[n, V]: row i follows tokens[i]. n = 1 is decoding, n = K+1 is verification, in one pass.
-
-        parents makes it a tree, whose rows lie in the cache at position, position+1, .. while each stands one behind
-        its parent: the row of every token's parent, -1 for row 0. Tokens are the last n rows; those before them are
-        in the cache from earlier calls.
-        """
+        """Logits [n, V]: row i follows tokens[i]. parents: as of `Rows`, where the model has `Trees`."""
+        ...
 
     def greedy(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> list[int]:
         """The n ids of greatest logit, one for each row of `forward`; only ids leave the device."""
+        ...
+
+
+@runtime_checkable
+class Chains(Protocol):
+    """A model that chains greedy steps without the host."""
 
     def draft_greedy(self, tokens: Sequence[int], position: int, k: int) -> list[int]:
         """Feed m >= 1 tokens, then each id found in turn: the k >= 1 greedy ids that follow, by m + k-1 positions."""
+        ...
+
+
+@runtime_checkable
+class Trees(Protocol):
+    """A model whose forwards take trees."""
 
     def keep(self, position: int, rows: Sequence[int]) -> int:
         """Of a tree at position, make these rows (one below the other, row 0 first) the sequence itself.
 
         Returns how many of them the cache now holds as such; the others have to be fed again.
         """
+        ...
 
-    def first_layers(self, count: int) -> "LanguageModel":
+
+class DraftModel(SequenceModel, Chains, Trees, Protocol):
+    """What a draft model is asked for, in one slot."""
+
+
+@runtime_checkable
+class EarlyExit(Protocol):
+    """A model whose first layers draft for it."""
+
+    def first_layers(self, count: int) -> SequenceModel:
         """The model's first layers with its norm and head, as a model that drafts in this one's cache.
 
         What it writes there are this model's own keys and values. What it computed for tokens is not computed again
         when `forward` or `greedy` get them next. It has nothing to read at the start and no trees.
         """
+        ...
+
+
+@runtime_checkable
+class Tapped(Protocol):
+    """A model that can keep hidden states on their way."""
+
+    def tap(self, layers: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
+        """While it is entered, keep the states [n, H] of the rows computed; filled at the end, one tensor a layer."""
+        ...
+
+
+@runtime_checkable
+class FusedRounds(Protocol):
+    """Greedy rounds of two models as one program: k drafted tokens, their verification, the accepted count."""
+
+    draft_lengths: Sequence[int]  # there is a program for, in rising order
+
+    def run(self, tokens: Sequence[int], position: int, k: int) -> tuple[list[int], list[int], int]:
+        """Feed the sequence's last two tokens, draft k, verify: (drafted [k], the target's ids [k + 1], accepted).
+
+        k: up to the longest there is a program for.
+        """
+        ...
+
+
+class LanguageModel(Protocol):
+    """One network on one device with a KV cache for several sequences, a slot each."""
+
+    @property
+    def limits(self) -> Limits:
+        """What it can hold and compute."""
+        ...
+
+    def extend(self, rows: Sequence[Rows], want: Want = IDS) -> Step:
+        """Compute rows of any number of sequences, at most one `Rows` a slot, and write their keys and values."""
+        ...
+
+    def slot(self, index: int) -> SequenceModel:
+        """One slot as a model of one sequence; it has the capabilities that the model has."""
+        ...
+
+    def free(self, slot: int) -> None:
+        """A sequence has ended: what its slot holds is not needed any more."""
+        ...
+
+
+class SlotBySlot:
+    """The calls of `LanguageModel` for a network whose forwards take one sequence each: slot by slot.
+
+    A class that inherits it has the methods of `SequenceModel`; with more than one slot it overrides `slot`.
+    """
+
+    slots = 1
+
+    @property
+    def limits(self) -> Limits:
+        """What it can hold and compute."""
+        return Limits(self.max_rows, self.slots, self.max_seq_len, self.vocab_size)
+
+    def slot(self, index: int) -> SequenceModel:
+        """The model itself, which is its only slot."""
+        if index:
+            raise IndexError(f"slot {index} of a model with one")
+        return self
+
+    def extend(self, rows: Sequence[Rows], want: Want = IDS) -> Step:
+        """Compute rows of any number of sequences, one after the other."""
+        results: list[list[int] | Tensor] = []
+        features: list[Tensor] = []
+        for each in rows:
+            model = self.slot(each.slot)
+            if want.taps:
+                with model.tap(want.taps) as states:
+                    results.append(_computed(model, each, want))
+                features.append(torch.cat(states, -1))
+            else:
+                results.append(_computed(model, each, want))
+        return Step(results, features)
+
+    def free(self, slot: int) -> None:
+        """Nothing to give back: a slot's memory is its own."""
+
+
+class OneSlot(SlotBySlot):
+    """A model of one sequence as a `LanguageModel` of one slot."""
+
+    def __init__(self, model: SequenceModel) -> None:
+        self.model = model
+        self.vocab_size, self.max_seq_len, self.max_rows = model.vocab_size, model.max_seq_len, model.max_rows
+
+    def slot(self, index: int) -> SequenceModel:
+        """The model itself."""
+        super().slot(index)
+        return self.model
+
+
+def _computed(model: SequenceModel, rows: Rows, want: Want) -> list[int] | Tensor:
+    if want.last and rows.position == 0:
+        logits = model.prefill(rows.tokens)[None]
+        return logits if want.logits else logits.argmax(-1).tolist()
+    if rows.parents is None:  # a call that a model without trees has too
+        result = (model.forward if want.logits else model.greedy)(rows.tokens, rows.position)
+    else:
+        result = (model.forward if want.logits else model.greedy)(rows.tokens, rows.position, rows.parents)
+    return result[-1:] if want.last else result

@@ -8,7 +8,6 @@ import torch
 from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import Draft
 from models.speculative.drafters.combined import Combined
-from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.generate import generate
@@ -182,7 +181,9 @@ def test_verified_drafts_of_a_fused_round_stay_right_after_copies():
         target, draft = build_pair(seed, (0.0, 0.07)[seed % 2], vocab_size=12)
         fused = ComposedRound(target, draft)
         prompt = random_prompt(20, seed, vocab_size=12)
-        ids, stats = combined_text(target, FusedDrafter(fused, draft), prompt, lookup=4, draft=3, max_new_tokens=40)
+        ids, stats = combined_text(
+            target, ModelDrafter(draft, GREEDY, rounds=fused), prompt, lookup=4, draft=3, max_new_tokens=40
+        )
         assert ids == plain(target, prompt, max_new_tokens=40)
         by_model = [r for r in stats.rounds if r.drafted and r.source == "model"]
         assert len(fused.rounds) == len(by_model) and not any(r.verify_s for r in by_model)

@@ -4,7 +4,6 @@ import pytest
 
 from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.early_exit import EarlyExit
-from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
@@ -30,11 +29,11 @@ class ComposedRound:
         return drafted, verified, [*agree, False].index(False)
 
 
-class Spied(FusedDrafter):
+class Spied(ModelDrafter):
     """Keeps every draft it has made."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, fused, model):
+        super().__init__(model, GREEDY, rounds=fused)
         self.drafts = []
 
     def propose(self, tokens, limit):
@@ -43,7 +42,7 @@ class Spied(FusedDrafter):
 
 
 def fused_text(target, draft, prompt, k=4, lengths=range(1, 32), controller=None, **options):
-    """(ids, stats, drafter, fused) of a generation through a FusedDrafter."""
+    """(ids, stats, drafter, fused) of a generation in fused rounds."""
     fused, stats = ComposedRound(target, draft, lengths), GenerationStats()
     drafter = Spied(fused, draft)
     controller = controller or FixedDraftLength(k)
@@ -97,7 +96,7 @@ def test_a_verified_draft_costs_the_target_no_forward_of_the_loops(pair):
     target, _ = pair
     target.calls.clear()
     _, stats, drafter, fused = fused_text(*pair, random_prompt(6, seed=3), 3, max_new_tokens=40)
-    assert all(draft.verified for draft in drafter.drafts if draft.tokens)
+    assert not any(draft.tokens for draft in drafter.drafts)
     # one by the fused round itself, and one for each token that is decoded plainly
     assert len(target.calls) == 1 + len(stats.rounds)
     assert [r.verify_s for r in stats.rounds if r.drafted] == [0.0] * len(fused.rounds)
@@ -123,7 +122,7 @@ def test_of_the_lengths_that_there_are_programs_for_the_longest_allowed_is_draft
     prompt = random_prompt(6, seed=5)
     ids, stats, drafter, fused = fused_text(*pair, prompt, asked, lengths=(1, 3, 7), max_new_tokens=40)
     assert ids == plain(pair[0], prompt, max_new_tokens=40)
-    assert all(draft.verified for draft in drafter.drafts if draft.tokens)
+    assert not any(draft.tokens for draft in drafter.drafts)
     assert fused.rounds[0][1] == max(k for _, k in fused.rounds) == drafted
 
 
@@ -133,14 +132,14 @@ def test_a_length_below_all_programs_uses_part_of_the_shortest(pair):
     ids, _, drafter, fused = fused_text(*pair, prompt, 2, lengths=(4,), max_new_tokens=30)
     assert ids == plain(pair[0], prompt, max_new_tokens=30)
     assert {k for _, k in fused.rounds[:-1]} == {2}
-    assert all(draft.verified for draft in drafter.drafts if draft.tokens)
+    assert not any(draft.tokens for draft in drafter.drafts)
 
 
 def test_without_a_program_the_loop_verifies(pair):
     prompt = random_prompt(6, seed=5)
     ids, stats, drafter, fused = fused_text(*pair, prompt, 5, lengths=(), max_new_tokens=30)
     assert ids == plain(pair[0], prompt, max_new_tokens=30)
-    assert fused.rounds == [] and not any(draft.verified for draft in drafter.drafts)
+    assert fused.rounds == [] and not any(draft.fused for draft in drafter.drafts)
     assert outcomes(stats) == outcomes(speculate(*pair, prompt, 5, max_new_tokens=30)[2])
 
 
@@ -152,7 +151,7 @@ def test_the_end_of_the_drafts_context_shortens_then_ends_its_help(context):
     ids, stats, drafter, fused = fused_text(target, draft, prompt, max_new_tokens=40)
     assert ids == plain(target, prompt, max_new_tokens=40)
     assert max(position + 2 + k for position, k in fused.rounds) <= context + 1
-    assert drafter.drafts[-1].tokens == [] and not drafter.drafts[-1].verified
+    assert drafter.drafts[-1].tokens == [] and not drafter.drafts[-1].fused
     assert stats.rounds[-1].drafted == 0
 
 
@@ -186,15 +185,15 @@ def test_a_draft_that_is_further_behind_catches_up_before_its_round(gap, noise):
     target, draft = build_pair(seed=0, noise=noise, max_seq_len=256)
     prompt = random_prompt(6, seed=4)
     draft.calls.clear()
-    ids, _, drafter, fused = fused_text(target, draft, prompt, controller=Pausing(3, gap), max_new_tokens=150)
+    ids, stats, drafter, fused = fused_text(target, draft, prompt, controller=Pausing(3, gap), max_new_tokens=150)
     assert ids == plain(target, prompt, max_new_tokens=150)
-    assert all(draft.verified for draft in drafter.drafts if draft.tokens)
+    assert not any(draft.tokens for draft in drafter.drafts)
     read = [(position, rows) for method, rows, position in draft.calls if method == "greedy"]
     assert read and all(rows <= draft.max_rows for _, rows in read)
     assert any(rows == draft.max_rows for _, rows in read) == (gap == 40)
     assert all(position + rows <= start for (position, rows) in read for start, _ in fused.rounds if start >= position)
     if noise == 0:  # the same model: a hole in the draft's cache would make it propose something else
-        assert all(verified[0] == len(tokens) for tokens, _, _, verified, *_ in drafter.drafts if tokens)
+        assert all(r.accepted == r.drafted for r in stats.rounds)
 
 
 def test_a_draft_in_the_targets_cache_is_never_behind(pair):
@@ -207,10 +206,9 @@ def test_a_draft_in_the_targets_cache_is_never_behind(pair):
         raise AssertionError("nothing is to be read")
 
     first.prefill = first.greedy = refused
-    alone = EarlyExit(target, 1, GREEDY)
-    alone.model = first
     stats, fused = GenerationStats(), ComposedRound(target, first)
-    drafter = Spied(fused, first, alone)
+    drafter = EarlyExit(target, 1, GREEDY, rounds=fused)
+    drafter.model = first
     tokens = generate(target, drafter, prompt, controller=Pausing(3, 9), max_new_tokens=60, stats=stats)
     assert [token.id for token in tokens] == plain(target, prompt, max_new_tokens=60)
     assert len(fused.rounds) > 3
@@ -225,9 +223,9 @@ def test_prompts_of_one_token(pair):
 
 
 def test_a_sequence_of_one_token_is_drafted_by_the_model_alone(pair):
-    drafter, reader = FusedDrafter(ComposedRound(*pair), pair[1]), build_pair(seed=0, noise=0.07)[1]
+    drafter, reader = ModelDrafter(pair[1], GREEDY, rounds=ComposedRound(*pair)), build_pair(seed=0, noise=0.07)[1]
     draft = drafter.propose([5], upto(3))
-    assert draft.verified is None
+    assert draft.fused is None
     assert draft.tokens == ModelDrafter(reader, GREEDY).propose([5], upto(3)).tokens
 
 
@@ -269,7 +267,7 @@ class Lying(ComposedRound):
 
 
 def text_of_a_lie(pair, prompt, **options):
-    drafter = FusedDrafter(Lying(*pair), pair[1])
+    drafter = ModelDrafter(pair[1], GREEDY, rounds=Lying(*pair))
     return [token.id for token in generate(pair[0], drafter, prompt, max_new_tokens=30, **options)]
 
 

@@ -130,7 +130,7 @@ def soft_law_of_a_deterministic_draft(monkeypatch):
     right = acceptance.accept_sampled
     uniform = torch.full((2, VOCAB), 1 / VOCAB)
     monkeypatch.setattr(
-        "models.speculative.generate.accept_sampled", lambda drafted, p, q, g: right(drafted, p, uniform, g)
+        "models.speculative.verify.accept_sampled", lambda drafted, p, q, g: right(drafted, p, uniform, g)
     )
 
 

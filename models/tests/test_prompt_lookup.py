@@ -48,7 +48,7 @@ def test_proposals_equal_those_of_a_search_through_the_text(alphabet):
             expected, n = search(tokens, k)
             assert draft.tokens == expected, (seed, tokens, k)
             assert given == tokens
-            assert draft.probs is None and draft.verified is None
+            assert draft.probs is None and draft.fused is None
             assert (draft.prefill_s > 0) == (calls == 0)
             assert draft.source == ("lookup" if n >= 4 else "lookup-short") or not expected
             given.clear()  # must not have been kept
@@ -290,7 +290,7 @@ def keeps_the_refused_token_possible(monkeypatch):
 def believes_the_copy_was_drawn(monkeypatch):
     right = acceptance.accept_sampled
     monkeypatch.setattr(
-        "models.speculative.generate.accept_sampled", lambda drafted, p, q, g: right(drafted, p, p[: len(drafted)], g)
+        "models.speculative.verify.accept_sampled", lambda drafted, p, q, g: right(drafted, p, p[: len(drafted)], g)
     )
 
 

@@ -112,7 +112,7 @@ def test_every_tree_is_one(nodes, sampling):
         # The first children from the text on, then tokens none of which continues them.
         chain = next((i for i, parent in enumerate(draft.parents) if parent != i - 1), n)
         assert all(draft.parents.index(i - 1) == i for i in range(chain)) and chain - 1 not in draft.parents
-        assert draft.source == "tree" and draft.verified is None
+        assert draft.source == "tree" and draft.fused is None
         assert (draft.prefill_s > 0) == (turn == 0)
         sizes[n], deepest = sizes[n] + 1, max(deepest, levels(draft))
         drafter.observe(0)

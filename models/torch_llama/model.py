@@ -13,7 +13,9 @@ Row-invariant arithmetic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from models.errors import UserError
 from models.llama.config import LlamaConfig
 from models.llama.rope import rope_tables
+from models.speculative.model import SlotBySlot
 from models.torch_llama.first_layers import FirstLayers, chained_greedy
 from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, packing_works
 
@@ -53,9 +56,18 @@ class _Layer:
         self.down = fused("mlp.down_proj")
         self.kv = kv  # [B, S, 2 KV D]: the keys of a position, then its values
 
+    def with_cache(self, kv: torch.Tensor) -> _Layer:
+        """The same weights with another cache."""
+        layer = copy.copy(self)
+        layer.kv = kv
+        return layer
 
-class TorchLlama:
-    """A Llama with its own KV cache on one device. Implements `models.speculative.model.LanguageModel`.
+
+class TorchLlama(SlotBySlot):
+    """A Llama with its own KV cache on one device.
+
+    Implements `models.speculative.model.LanguageModel` and, for its first slot, `SequenceModel` with the capabilities
+    `Chains`, `Trees`, `EarlyExit` and `Tapped`.
 
     Args:
         config: the architecture.
@@ -63,7 +75,8 @@ class TorchLlama:
         device: "cpu", "cuda" or any torch device.
         dtype: "bf16", "fp32" or "fp16" (what it computes in).
         max_seq_len: positions the KV cache holds (<= config.max_position_embeddings).
-        batch: sequences decoded side by side.
+        batch: sequences that one call of `prefill` or `forward` takes side by side.
+        slots: sequences that `extend` can tell apart, each with a cache of its own; more than one only without a batch.
         fixed_rows: pad every decode and verification to this many rows (row-invariant, see above); None: no padding.
         typical_rows: rows that most forwards have, for which weights are laid out (default: fixed_rows, else 1). A
             hint: it changes speed, and results only in their last bits.
@@ -82,6 +95,7 @@ class TorchLlama:
         dtype: str = "bf16",
         max_seq_len: int = 2048,
         batch: int = 1,
+        slots: int = 1,
         fixed_rows: int | None = None,
         typical_rows: int | None = None,
         quantize: str | None = None,
@@ -100,16 +114,22 @@ class TorchLlama:
             )
         if fixed_rows is not None and not 1 <= fixed_rows <= MAX_ROWS:
             raise UserError(f"fixed_rows {fixed_rows} is outside 1..{MAX_ROWS}")
+        if slots < 1 or (slots > 1 and batch > 1):
+            raise UserError(f"{slots} slots with a batch of {batch}: at least one slot, several only without a batch")
         self.config = config
         self.vocab_size = config.vocab_size
         self.max_seq_len = max_seq_len
         self.batch = batch
+        self.slots = slots
         self.fixed_rows = fixed_rows
         self.max_rows = fixed_rows or MAX_ROWS
         self.typical_rows = typical_rows or fixed_rows or 1
         self.dtype = torch.float32 if quantize else DTYPES[dtype]
         self._early: FirstLayers | None = None  # what it has computed belongs to the tokens that come next
+        self._taps: tuple[int, ...] = ()  # layers after which hidden states are kept, and those kept so far
+        self._tapped: list[list[torch.Tensor]] = []
         self._load(tensors, quantize)
+        self._views = [self, *(self._view(index) for index in range(1, slots))]
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, **options) -> TorchLlama:
@@ -140,8 +160,10 @@ class TorchLlama:
 
         rows = self.fixed_rows or MAX_ROWS
         length = _block_end(self.max_seq_len + rows)
-        shape = (config.num_hidden_layers, self.batch, length, 2 * config.num_key_value_heads * config.head_dim)
-        self.kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        width = 2 * config.num_key_value_heads * config.head_dim
+        shape = (config.num_hidden_layers, self.batch * self.slots, length, width)
+        self._caches = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.kv = self._caches[:, : self.batch]  # of the first slot, or of the batch
         # On the CPU the table stays as stored (a memory-mapped file costs no memory of its own): it is only ever
         # read a few rows at a time, and a tied lm_head has its own packed copy.
         embedding = tensors["model.embed_tokens.weight"]
@@ -165,6 +187,13 @@ class TorchLlama:
         self.band = band.repeat_interleave(self.fold, dim=0)
         self._band_origin = length
 
+    def _view(self, index: int) -> TorchLlama:
+        """A slot as a model of its own that shares the weights."""
+        view = copy.copy(self)
+        view.kv = self._caches[:, index : index + 1]
+        view.layers = [layer.with_cache(view.kv[i]) for i, layer in enumerate(self.layers)]
+        return view
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights held in memory; a memory-mapped embedding table is the file's, not counted."""
@@ -175,7 +204,30 @@ class TorchLlama:
 
     @property
     def kv_cache_bytes(self) -> int:
-        return self.kv.nbytes
+        return self._caches.nbytes
+
+    # -------------------------------------------------------------------------------------------------- slots
+    def slot(self, index: int) -> TorchLlama:
+        """One slot as a model of one sequence; the first is the model itself."""
+        return self._views[index]
+
+    @contextlib.contextmanager
+    def tap(self, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:
+        """While it is entered, keep the hidden states [n, H] of the rows computed, after so many layers each: 0 is the
+        embedding. They are in the list, a tensor for each of `layers`, when it is left. No batch.
+
+        Raises UserError for a number of layers that the model has not.
+        """
+        if wrong := [count for count in layers if not 0 <= count <= len(self.layers)]:
+            raise UserError(f"tap after layer {wrong[0]}: the model has layers 0 (embedding) to {len(self.layers)}")
+        kept: list[torch.Tensor] = []
+        self._early = None  # what was computed before would be missing
+        self._taps, self._tapped = tuple(layers), [[] for _ in layers]
+        try:
+            yield kept
+            kept += [torch.cat(pieces) for pieces in self._tapped]
+        finally:
+            self._taps, self._tapped = (), []
 
     # ------------------------------------------------------------------------------------------------ forward
     @torch.inference_mode()
@@ -364,7 +416,8 @@ class TorchLlama:
 
         if x is None:
             x = self.embedding[ids.flatten()].to(self.dtype)  # [B R, H]
-        for layer in self.layers[first:stop]:
+        self._keep_states(first, x, used)
+        for count, layer in enumerate(self.layers[first:stop], first + 1):
             qkv = layer.qkv(F.rms_norm(x, shape, layer.attention_norm, eps))
             qk = qkv[:, : rotated * dim].view(batch, n, rotated, dim)
             swapped = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
@@ -392,7 +445,15 @@ class TorchLlama:
             x = x + layer.output(attended)
             gate, up = layer.gate_up(F.rms_norm(x, shape, layer.mlp_norm, eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
+            if self._taps:
+                self._keep_states(count, x, used)
         return x
+
+    def _keep_states(self, count: int, x: torch.Tensor, used: int) -> None:
+        """Keep the states after `count` layers, where they were asked for; rows that are padding are left out."""
+        for layers, pieces in zip(self._taps, self._tapped, strict=True):
+            if layers == count:
+                pieces.append(x[:used])
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps))

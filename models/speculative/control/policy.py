@@ -15,31 +15,42 @@ from typing import NamedTuple, Protocol
 from models.errors import UserError
 from models.speculative.control.costs import Costs
 from models.speculative.control.estimates import Acceptance, Trust, expected_tokens
-from models.speculative.drafters import MAX_DRAFT_LENGTH, READS_PROMPT, always
+from models.speculative.drafters import MAX_DRAFT_LENGTH, always
+from models.speculative.drafters.registry import reads_prompt
 from models.speculative.stats import Round
 
 
-class Controller(Protocol):
-    """Asked before every round, told about every round. It may learn from rounds and times, never from tokens ahead."""
-
-    def begin(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """A generation starts: how many tokens its prompt has, and how many will be emitted at most."""
+class DraftPolicy(Protocol):
+    """One text's policy. Asked before every round, told about every round. It may learn from rounds and times, never
+    from tokens ahead."""
 
     def draft_length(self, source: str) -> int:
         """Tokens that this source of drafts may propose now; 0: none, decode one token plainly."""
+        ...
 
     def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
         """Whether a further token of a draft is worth its time: see `drafters.Limit`."""
+        ...
 
     def read(self, source: str, seconds: float) -> None:
         """What drafts has read the prompt, or what was emitted since it last drafted, in that time."""
+        ...
 
     def update(self, round: Round) -> None:
         """A round has been decided; its tokens are about to be emitted, so that host_s is not known yet."""
+        ...
+
+
+class Controller(Protocol):
+    """Makes the policies of a run's texts; what they share is its own."""
+
+    def begin(self, prompt_tokens: int, max_new_tokens: int) -> DraftPolicy:
+        """The policy of a text that starts: how many tokens its prompt has, how many will be emitted at most."""
+        ...
 
 
 class FixedDraftLength:
-    """The same number in every round, 0 (never draft) to 31."""
+    """The same number in every round, 0 (never draft) to 31: a policy for any text."""
 
     pays = staticmethod(always)
 
@@ -48,17 +59,19 @@ class FixedDraftLength:
             raise UserError(f"draft length {k}: must be between 0 (no speculation) and {MAX_DRAFT_LENGTH}")
         self.k = k
 
-    def begin(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        pass
+    def begin(self, prompt_tokens: int, max_new_tokens: int) -> DraftPolicy:
+        """Itself."""
+        return self
 
     def draft_length(self, source: str) -> int:
+        """The number."""
         return self.k
 
     def read(self, source: str, seconds: float) -> None:
-        pass
+        """Nothing to learn."""
 
     def update(self, round: Round) -> None:
-        pass
+        """Nothing to learn."""
 
 
 class _Outlook(NamedTuple):
@@ -75,8 +88,8 @@ class _Outlook(NamedTuple):
 class AutoDraftLength:
     """The draft length with the highest expected rate (see the module), learnt while it runs; one object for a run.
 
-    - Costs are those of the whole run. Acceptance is learnt anew in each generation, beginning from what the run has
-      shown so far.
+    - Costs are those of the whole run. Acceptance is learnt anew in each text, beginning from what the run has shown
+      so far; texts may overlap.
     - A draft that knows its own probabilities stops, or grows as a tree, only as far as a further token pays (`pays`):
       the tokens it is expected to add against those that its time would give otherwise. How far its probabilities can
       be trusted is measured. It may go on to the longest length, as it stops by itself.
@@ -86,6 +99,8 @@ class AutoDraftLength:
     - While plain decoding is best, a short draft is tried now and then: each plain round saves up PROBE_SHARE of its
       time, and a probe waits until its own time is saved, the reading included. One that fails makes the next wait
       twice as long.
+
+    It is itself a policy, that of the text begun last.
 
     Args:
         lengths: draft lengths to choose from; 0 is always among them.
@@ -104,18 +119,103 @@ class AutoDraftLength:
             wrong = self.lengths[0] if self.lengths[0] < 0 else self.lengths[-1]
             raise UserError(f"draft length {wrong}: must be between 0 and {MAX_DRAFT_LENGTH}")
         self.costs = costs or Costs()
-        self.chosen: list[int] = []  # tokens drafted in this generation's rounds
-        self._run: dict[str, Acceptance] = {}  # by source, of all generations
+        self.saved = 0.0  # seconds, for a probe
+        self.trust: dict[str, Trust] = {}
+        self._run: dict[str, Acceptance] = {}  # by source, of all texts
         self._nodes: dict[str, float] = {}  # by source of trees: tokens that one has, on average
-        self._trust: dict[str, Trust] = {}
-        self._saved = 0.0
-        self._reset(0, 0)
+        self.latest = AutoPolicy(self, 0, 0)
 
-    def begin(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        self.chosen = []
-        self._reset(prompt_tokens, max_new_tokens - 1)
+    def begin(self, prompt_tokens: int, max_new_tokens: int) -> DraftPolicy:
+        """A policy that learns this text and, with all others, the run."""
+        self.latest = AutoPolicy(self, prompt_tokens, max_new_tokens - 1)
+        return self.latest
 
-    def _reset(self, prompt_tokens: int, remaining: int) -> None:
+    @property
+    def chosen(self) -> list[int]:
+        """Tokens drafted in the rounds of the text begun last."""
+        return self.latest.chosen
+
+    def draft_length(self, source: str) -> int:
+        """As of the text begun last."""
+        return self.latest.draft_length(source)
+
+    def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
+        """As of the text begun last."""
+        return self.latest.pays(source, reach, steps, rows)
+
+    def read(self, source: str, seconds: float) -> None:
+        """As of the text begun last."""
+        self.latest.read(source, seconds)
+
+    def update(self, round: Round) -> None:
+        """As of the text begun last."""
+        self.latest.update(round)
+
+    def break_even(self, source: str = "model") -> float | None:
+        """The acceptance, equal at all positions, from which drafting one token pays; None before it is known."""
+        plain = self.round_s(source, 0)
+        return self.round_s(source, 1) / plain - 1 if plain and self.costs.draft_s(source) else None
+
+    def report(self) -> dict:
+        """What it decided with, for people: costs in ms, acceptance by position of the text begun last."""
+
+        def milliseconds(what: str) -> dict[str, float]:
+            return {str(which): 1000 * seconds for which, seconds in self.costs.known(what).items()}
+
+        drafted = list(dict.fromkeys(source for source, _ in self.costs.known("draft")))
+        source = next((name for name in drafted if reads_prompt(name)), next(iter(drafted), None))  # the dearest
+        return {
+            "lengths": self.lengths,
+            "verify_ms": milliseconds("verify"),
+            "draft_ms": {name: 1000 * self.costs.draft_s(name) for name in drafted},
+            "draft_step_ms": {name: 1000 * self.costs.draft_step_s(name) for name in drafted},
+            "prefill_token_ms": milliseconds("prefill"),
+            "break_even": self.break_even(source) if source else None,
+            "acceptance": self.latest.chances(),
+            "trust": {name: trust.power for name, trust in self.trust.items()},
+        }
+
+    # ------------------------------------------------------------------------------------- what its texts share
+    def acceptance(self, source: str) -> Acceptance:
+        """How likely drafts of a source are accepted, in all texts."""
+        if source not in self._run:
+            self._run[source] = Acceptance(self.PRIOR, decay=self.RUN_DECAY)
+        return self._run[source]
+
+    def trust_in(self, source: str, reach: float) -> float:
+        """How likely a token is accepted to which a draft gives this probability."""
+        return self.trust[source].chance(reach) if source in self.trust else reach
+
+    def round_s(self, source: str, k: int) -> float:
+        """A round that drafts k tokens, or k levels, from this source."""
+        if k and reads_prompt(source) and (whole := self.costs.whole_round_s(k)) is not None:
+            return whole
+        nodes = max(k, self._nodes.get(source, 0)) if k else 0
+        return self.costs.draft_s(source, k) + self.costs.verify_s(1 + round(nodes))
+
+    def add_nodes(self, source: str, drafted: int) -> None:
+        """A tree had so many tokens."""
+        self._nodes[source] = 0.9 * self._nodes.get(source, drafted) + 0.1 * drafted
+
+    def _outlook(self, source: str) -> _Outlook:
+        return self.latest.outlook(source)
+
+    def _of(self, source: str) -> Acceptance:
+        return self.latest.acceptance(source)
+
+
+class AutoPolicy:
+    """One text's policy under `AutoDraftLength`.
+
+    Args:
+        run: what all texts share.
+        prompt_tokens: that a draft model has to read.
+        remaining: tokens that will be emitted at most, after the first.
+    """
+
+    def __init__(self, run: AutoDraftLength, prompt_tokens: int, remaining: int) -> None:
+        self.run = run
+        self.chosen: list[int] = []  # tokens drafted in the rounds so far
         self._unread, self._remaining = prompt_tokens, remaining  # tokens a draft has to read, still to be emitted
         self._acceptance: dict[str, Acceptance] = {}
         self._drafted: set[str] = set()  # sources, in this text
@@ -125,133 +225,108 @@ class AutoDraftLength:
         self._outlooks: dict[str, _Outlook] = {}  # by source, until a round changes them
 
     def draft_length(self, source: str) -> int:
-        outlook = self._outlook(source)
+        """The best length, 0 where plain decoding is better."""
+        outlook = self.outlook(source)
         k = outlook.length
         self._probing = False
         if k and self._better_elsewhere(source):
             k = 0
         elif not k or not self._earns_its_reading(source, outlook):
             k = self._probe(source)
-        elif source in self._trust:
-            k = self.lengths[-1]
+        elif source in self.run.trust:
+            k = self.run.lengths[-1]
         self._asked = k
         return k
 
     def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
+        """Whether a further token of a draft is worth its time: see `drafters.Limit`."""
         if self._probing:
             return True
-        outlook, verify_s = self._outlook(source), self.costs.verify_s
-        seconds, gained = verify_s(rows) - verify_s(rows - 1), self._trust_in(source, reach)
+        outlook, verify_s = self.outlook(source), self.run.costs.verify_s
+        seconds, gained = verify_s(rows) - verify_s(rows - 1), self.run.trust_in(source, reach)
         if steps:
             seconds += steps * outlook.step_s
             gained *= outlook.next_chance
         return gained >= seconds * outlook.best
 
     def read(self, source: str, seconds: float) -> None:
-        if source in READS_PROMPT:
+        """A draft model has read the prompt, or what was emitted since it last drafted, in that time."""
+        if reads_prompt(source):
             if not self._read:  # later on, most of what is unread comes along with the draft's first step
-                self.costs.add("prefill", source, seconds / max(self._unread, 1))
+                self.run.costs.add("prefill", source, seconds / max(self._unread, 1))
             self._read = True
 
     def update(self, round: Round) -> None:
+        """Learn from a round."""
+        run, costs = self.run, self.run.costs
         one_program = round.drafted > 0 and not round.verify_s
         if not one_program:
-            self.costs.add("verify", round.drafted + 1, round.verify_s)
+            costs.add("verify", round.drafted + 1, round.verify_s)
         self.chosen.append(round.drafted)
         self._remaining -= round.emitted
-        drafted_by_model = round.drafted and round.source in READS_PROMPT
+        drafted_by_model = round.drafted and reads_prompt(round.source)
         self._unread = 0 if drafted_by_model else self._unread + round.emitted
         self._outlooks.clear()
         if not round.drafted:
-            self._saved += self.PROBE_SHARE / self._wait * round.verify_s
+            run.saved += run.PROBE_SHARE / self._wait * round.verify_s
             return
         source, depth = round.source, round.depth
         # The first draft in a text prepares things that the others need not.
         if one_program:
-            self.costs.add("round", depth, round.draft_s)
+            costs.add("round", depth, round.draft_s)
         elif source in self._drafted:
-            self.costs.add("draft", (source, depth), round.draft_s)
+            costs.add("draft", (source, depth), round.draft_s)
         self._drafted.add(source)
         if round.parents is not None:
-            self._nodes[source] = 0.9 * self._nodes.get(source, round.drafted) + 0.1 * round.drafted
+            run.add_nodes(source, round.drafted)
         stopped = depth < self._asked and not round.cut
         next_chance = self._chance_left_out(round) if stopped and round.reach else None
-        for acceptance in (self._of(source), self._run[source]):
+        for acceptance in (self.acceptance(source), run.acceptance(source)):
             acceptance.add(depth, round.accepted, next_chance)
         if round.reach:
-            self._trust.setdefault(source, Trust()).add(round.reach[: round.drafted], round.accepted)
+            run.trust.setdefault(source, Trust()).add(round.reach[: round.drafted], round.accepted)
         if self._probing:
-            self._wait = 1 if round.accepted else min(2 * self._wait, self.LONGEST_WAIT)
+            self._wait = 1 if round.accepted else min(2 * self._wait, run.LONGEST_WAIT)
 
-    def break_even(self, source: str = "model") -> float | None:
-        """The acceptance, equal at all positions, from which drafting one token pays; None before it is known."""
-        plain = self._round_s(source, 0)
-        return self._round_s(source, 1) / plain - 1 if plain and self.costs.draft_s(source) else None
-
-    def report(self) -> dict:
-        """What it decided with, for people: costs in ms, acceptance by position of the last generation."""
-
-        def milliseconds(what: str) -> dict[str, float]:
-            return {str(which): 1000 * seconds for which, seconds in self.costs.known(what).items()}
-
-        drafted = list(dict.fromkeys(source for source, _ in self.costs.known("draft")))
-        source = next((name for name in READS_PROMPT if name in drafted), next(iter(drafted), None))  # the dearest
-        return {
-            "lengths": self.lengths,
-            "verify_ms": milliseconds("verify"),
-            "draft_ms": {name: 1000 * self.costs.draft_s(name) for name in drafted},
-            "draft_step_ms": {name: 1000 * self.costs.draft_step_s(name) for name in drafted},
-            "prefill_token_ms": milliseconds("prefill"),
-            "break_even": self.break_even(source) if source else None,
-            "acceptance": {name: each.chances(self.lengths[-1]) for name, each in self._acceptance.items()},
-            "trust": {name: trust.power for name, trust in self._trust.items()},
-        }
-
-    def _of(self, source: str) -> Acceptance:
-        if source not in self._run:
-            self._run[source] = Acceptance(self.PRIOR, decay=self.RUN_DECAY)
+    def acceptance(self, source: str) -> Acceptance:
+        """How likely drafts of a source are accepted in this text."""
         if source not in self._acceptance:
-            return self._acceptance.setdefault(source, Acceptance(self.PRIOR, parent=self._run[source]))
+            self._acceptance[source] = Acceptance(self.run.PRIOR, parent=self.run.acceptance(source))
         return self._acceptance[source]
 
-    def _trust_in(self, source: str, reach: float) -> float:
-        return self._trust[source].chance(reach) if source in self._trust else reach
+    def chances(self) -> dict[str, list[float]]:
+        """Of acceptance in this text, by source and position."""
+        return {name: each.chances(self.run.lengths[-1]) for name, each in self._acceptance.items()}
 
-    def _round_s(self, source: str, k: int) -> float:
-        """A round that drafts k tokens, or k levels, from this source."""
-        if k and source in READS_PROMPT and (whole := self.costs.whole_round_s(k)) is not None:
-            return whole
-        nodes = max(k, self._nodes.get(source, 0)) if k else 0
-        return self.costs.draft_s(source, k) + self.costs.verify_s(1 + round(nodes))
-
-    def _outlook(self, source: str) -> _Outlook:
+    def outlook(self, source: str) -> _Outlook:
+        """What a source promises now."""
         if source in self._outlooks:
             return self._outlooks[source]
-        acceptance = self._of(source)
-        tokens = expected_tokens(acceptance.chances(self.lengths[-1]))
+        run, acceptance = self.run, self.acceptance(source)
+        tokens = expected_tokens(acceptance.chances(run.lengths[-1]))
         plain, best, length = 0.0, 0.0, 0
-        for k in self.lengths:
-            seconds = self._round_s(source, k)
+        for k in run.lengths:
+            seconds = run.round_s(source, k)
             rate = tokens[k] / seconds if seconds else 0.0
             plain = plain if k else rate
             if rate > best:
                 best, length = rate, k
-        step_s, next_chance = self.costs.draft_step_s(source), acceptance.next_chance()
+        step_s, next_chance = run.costs.draft_step_s(source), acceptance.next_chance()
         return self._outlooks.setdefault(source, _Outlook(plain, best, length, step_s, next_chance))
 
     def _better_elsewhere(self, source: str) -> bool:
         """Whether a draft model promises more than a source that is asked before it; it can always draft, while
         whether those before it find anything shows only when they are asked."""
-        best = self._outlook(source).best
-        models = [other for other in READS_PROMPT if other in self._acceptance] if self._read else []
-        return source not in READS_PROMPT and any(self._outlook(other).best > best for other in models)
+        best = self.outlook(source).best
+        models = [other for other in self._acceptance if reads_prompt(other)] if self._read else []
+        return not reads_prompt(source) and any(self.outlook(other).best > best for other in models)
 
     def _chance_left_out(self, round: Round) -> float:
         """Of the token that a draft looked at and left out, or stopped before."""
         if len(round.reach) > round.drafted and round.reach[-1]:
             before = round.reach[-2] if round.drafted else 1.0
-            return self._trust_in(round.source, min(1.0, round.reach[-1] / before))
-        return self._of(round.source).next_chance()
+            return self.run.trust_in(round.source, min(1.0, round.reach[-1] / before))
+        return self.acceptance(round.source).next_chance()
 
     def _earns_its_reading(self, source: str, outlook: _Outlook) -> bool:
         """Whether what is still to be emitted saves more time than the draft takes to read what it has not read."""
@@ -260,14 +335,16 @@ class AutoDraftLength:
         return self._remaining * (1 / outlook.plain - 1 / outlook.best) > self._reading_s(source)
 
     def _reading_s(self, source: str) -> float:
-        return self._unread * (self.costs.prefill_s(source) or 0.0) if source in READS_PROMPT else 0.0
+        return self._unread * (self.run.costs.prefill_s(source) or 0.0) if reads_prompt(source) else 0.0
 
     def _probe(self, source: str) -> int:
         """PROBE_LENGTH if its time has been saved up, else 0."""
-        k = min((k for k in self.lengths if k >= self.PROBE_LENGTH), default=0)
-        price = self._round_s(source, k) - self._round_s(source, 0) + self._reading_s(source)
-        if not k or self._saved < price or not self._round_s(source, 0):
+        run = self.run
+        k = min((k for k in run.lengths if k >= run.PROBE_LENGTH), default=0)
+        plain_s = run.round_s(source, 0)
+        price = run.round_s(source, k) - plain_s + self._reading_s(source)
+        if not k or run.saved < price or not plain_s:
             return 0
-        self._saved -= price
+        run.saved -= price
         self._probing = True
         return k

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # command lines import this and answer at once
     from torch import Tensor
 
+    from models.speculative.model import FusedRounds, Step
+    from models.speculative.sequence import Sequence
+
 MAX_DRAFT_LENGTH = 31  # with the token before them, drafted tokens fill one tile of 32 rows
-READS_PROMPT = ("model", "tree")  # sources that have to read the prompt before they can draft
 
 
 def always(source: str, reach: float, steps: int, rows: int) -> bool:
@@ -46,41 +49,120 @@ class Limit:
 class Draft(NamedTuple):
     """Proposed continuation, at most as long as asked for; empty means that the next token is decoded plainly.
 
-    probs[k, V]: the law each token was drawn from (temperature, top-k and top-p applied); None when tokens were
-    chosen deterministically. Seconds spent on reading the prompt, and later what was emitted without this drafter, go
-    into prefill_s.
+    probs [k, V]: the distribution each token was drawn from (temperature, top-k and top-p applied); None when tokens
+    were chosen deterministically. Seconds spent on reading the prompt, and later what was emitted without this
+    drafter, go into prefill_s.
     source: what drafted, for costs and acceptance of their own.
-    verified: where the target has already checked a greedy draft in the same device program, how many tokens it
-    accepted and its own id after them.
     parents: of a tree, the index of each token's parent among the tokens, -1 for those that follow the text; parents
-    come first. A token's law is then without its earlier siblings: they are drawn without replacement.
+    come first. A token's distribution is then without its earlier siblings: they are drawn without replacement.
     None: a chain.
     reach: the draft's own probability of each token and all before it, where it is known; one number more than tokens
     if one was looked at and not proposed.
+    fused: instead of tokens, a greedy round to run that drafts and verifies k of them: (rounds, k).
     """
 
     tokens: list[int]
     probs: Tensor | None = None
     prefill_s: float = 0.0
-    verified: tuple[int, int] | None = None
     source: str = "model"
     parents: list[int] | None = None
-    reach: Sequence[float] = ()
+    reach: Items[float] = ()
+    fused: tuple[FusedRounds, int] | None = None
 
 
-class Drafter(Protocol):
-    """What the loop asks of a drafter: one object per generation, `propose` and `observe` in turn.
+class SequenceDrafter(Protocol):
+    """Drafts for one text: one object per text, `propose` and `observe` in turn.
 
     Sampling stays lossless only if whether position i is proposed does not depend on the token drawn for i: a
-    drafter that stops early may look at the law of i or at earlier tokens, and keeps what it has drawn. In a tree the
-    same holds for the number of children of a token, which are tried in their order.
+    drafter that stops early may look at the distribution of i or at earlier tokens, and keeps what it has drawn. In a
+    tree the same holds for the number of children of a token, which are tried in their order.
     """
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """Up to limit(source) tokens to follow `tokens`: the prompt and everything emitted. Not to be changed or kept.
 
-        Between two calls the sequence may have grown by any number of tokens, also by ones never proposed.
+        Between two calls the text may have grown by any number of tokens, also by ones never proposed.
         """
+        ...
 
     def observe(self, accepted: int) -> None:
         """How many of the tokens last proposed were kept; not called when none were proposed."""
+        ...
+
+
+class Budget(NamedTuple):
+    """What a step may draft. rows: of a target's forward, the tokens before the drafted ones included."""
+
+    rows: int
+
+    def share(self, sequence: Sequence) -> Limit:
+        """What is allowed to one sequence, by its policy, its end, and the rows that the text itself leaves."""
+        rows = self.rows - (len(sequence.tokens) - sequence.cached)
+
+        def length(source: str) -> int:
+            sequence.wanted = sequence.policy.draft_length(source)
+            return min(sequence.wanted, sequence.remaining - 1, rows)
+
+        return Limit(length, sequence.policy.pays, rows)
+
+
+class Drafter(Protocol):
+    """What the engine asks of a drafter, which may draft for several sequences at once.
+
+    taps: layers of the target whose hidden states it needs, as of `model.Want`; usually none.
+    """
+
+    taps: tuple[int, ...]
+
+    def begin(self, sequence: Sequence, prompt: Step) -> None:
+        """A sequence has its first token. prompt: what the target's prefill gave, with the states of `taps`."""
+        ...
+
+    def propose(self, sequences: Items[Sequence], budget: Budget) -> list[Draft]:
+        """A draft for each of them, in their order; see `SequenceDrafter`."""
+        ...
+
+    def observe(self, sequence: Sequence, accepted: int) -> None:
+        """How many of the tokens last proposed for a sequence were kept; not called when none were proposed."""
+        ...
+
+    def end(self, sequence: Sequence) -> None:
+        """A sequence that has begun is over."""
+        ...
+
+
+class PerSequence:
+    """A `Drafter` made of one `SequenceDrafter` for each sequence.
+
+    Args:
+        make: called when a sequence begins.
+    """
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, make: Callable[[Sequence], SequenceDrafter]) -> None:
+        self._make = make
+        self._of: dict[Sequence, SequenceDrafter] = {}
+
+    def begin(self, sequence: Sequence, prompt: Step) -> None:
+        """Make the sequence's drafter."""
+        self._of[sequence] = self._make(sequence)
+
+    def propose(self, sequences: Items[Sequence], budget: Budget) -> list[Draft]:
+        """One after the other."""
+        return [self._of[each].propose(each.tokens, budget.share(each)) for each in sequences]
+
+    def observe(self, sequence: Sequence, accepted: int) -> None:
+        """Tell the sequence's drafter."""
+        self._of[sequence].observe(accepted)
+
+    def end(self, sequence: Sequence) -> None:
+        """Forget the sequence's drafter."""
+        del self._of[sequence]
+
+
+class OneText(PerSequence):
+    """A `SequenceDrafter` as a `Drafter` of one sequence."""
+
+    def __init__(self, drafter: SequenceDrafter) -> None:
+        super().__init__(lambda sequence: drafter)

@@ -1,6 +1,6 @@
 """Several drafters as one: the cheap one where it has something to say, the other elsewhere."""
 
-from models.speculative.drafters import Draft, Drafter, Limit
+from models.speculative.drafters import Draft, Limit, SequenceDrafter
 
 
 class Combined:
@@ -9,9 +9,9 @@ class Combined:
     A drafter hears only about its own drafts; it has to catch up with what the others' have added to the text.
     """
 
-    def __init__(self, *drafters: Drafter) -> None:
+    def __init__(self, *drafters: SequenceDrafter) -> None:
         self._drafters = drafters
-        self._proposer: Drafter | None = None  # of the latest draft
+        self._proposer: SequenceDrafter | None = None  # of the latest draft
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """The first draft that has tokens, if any. Its prefill_s is the time of all that have read the prompt now;
@@ -22,7 +22,7 @@ class Combined:
             if draft.prefill_s and not prefill_s:
                 nothing = draft
             prefill_s += draft.prefill_s
-            if draft.tokens:
+            if draft.tokens or draft.fused:
                 self._proposer = drafter
                 return draft._replace(prefill_s=prefill_s)
         return nothing._replace(prefill_s=prefill_s)

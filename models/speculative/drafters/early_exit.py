@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from models.errors import UserError
 from models.speculative.control.costs import Costs
 from models.speculative.drafters.model import ModelDrafter
-from models.speculative.model import LanguageModel
+from models.speculative.model import FusedRounds, SequenceModel
 from models.speculative.sampling import SamplingParams
 
 SHALLOW = 16  # a model of so many layers is tried at every one of them, deeper ones at SPREAD
@@ -27,16 +27,22 @@ class EarlyExit(ModelDrafter):
     It shares the target's KV cache, so that it is always up to date: whatever the target has verified is there. A
     target in torch goes on from the hidden states it leaves, so that verifying computes no layer a second time.
 
-    confident: as of `ModelDrafter`. Raises UserError for an exit layer that is not between 1 and one less than the
-    target's layers.
+    confident, rounds: as of `ModelDrafter`. Raises UserError for an exit layer that is not between 1 and one less than
+    the target's layers.
     """
 
     source = "early-exit"
 
     def __init__(
-        self, target: LanguageModel, exit_layer: int, sampling: SamplingParams, *, confident: bool = True
+        self,
+        target: SequenceModel,
+        exit_layer: int,
+        sampling: SamplingParams,
+        *,
+        confident: bool = True,
+        rounds: FusedRounds | None = None,
     ) -> None:
-        super().__init__(target.first_layers(exit_layer), sampling, confident=confident)
+        super().__init__(target.first_layers(exit_layer), sampling, confident=confident, rounds=rounds)
 
     def read(self, tokens: list[int]) -> float:
         """The target has read all but the last token, and written rows for those that were accepted: no time."""
@@ -90,7 +96,7 @@ class ExitChoice:
 
 
 def choose_exit(
-    model: LanguageModel,
+    model: SequenceModel,
     tokens: Sequence[int],
     prompt_length: int,
     lengths: Iterable[int] = range(1, 7),
@@ -114,7 +120,7 @@ def exit_candidates(layers: int) -> list[int]:
 
 
 def measure_exits(
-    model: LanguageModel,
+    model: SequenceModel,
     tokens: Sequence[int],
     prompt_length: int,
     lengths: Iterable[int] = range(1, 7),
@@ -169,7 +175,7 @@ def tokens_per_round(agreed: Sequence[bool], k: int) -> float:
     return len(agreed) / rounds
 
 
-def _agreement(first: LanguageModel, tokens: Sequence[int], prompt_length: int) -> tuple[bool, ...]:
+def _agreement(first: SequenceModel, tokens: Sequence[int], prompt_length: int) -> tuple[bool, ...]:
     """Whether the first layers choose each token after the first one written, which a prefill gives."""
     chosen: list[int] = []
     for start in range(prompt_length, len(tokens) - 1, first.max_rows):
@@ -178,7 +184,7 @@ def _agreement(first: LanguageModel, tokens: Sequence[int], prompt_length: int) 
 
 
 def _times(
-    model: LanguageModel, exits: dict[int, LanguageModel], tokens: Sequence[int], lengths: list[int]
+    model: SequenceModel, exits: dict[int, SequenceModel], tokens: Sequence[int], lengths: list[int]
 ) -> tuple[dict[int, float], dict[int, float]]:
     """(seconds of a draft step by exit layer, of a forward of all layers by rows), at the end of the text.
 

@@ -6,12 +6,12 @@ import torch
 
 from models.speculative.acceptance import distribution, sample
 from models.speculative.drafters import Draft, Limit
-from models.speculative.model import LanguageModel
+from models.speculative.model import DraftModel, FusedRounds
 from models.speculative.sampling import SamplingParams
 
 
 class ModelDrafter:
-    """A LanguageModel that runs ahead of the target. One object per generation: it owns the model's cache meanwhile.
+    """A model that runs ahead of the target. One object per generation: it owns the model's cache meanwhile.
 
     Greedy drafts are chosen by argmax and move only ids; sampled ones are drawn with the target's own temperature,
     top-k and top-p, from a stream of random numbers of their own.
@@ -20,18 +20,35 @@ class ModelDrafter:
     row that its probabilities so far do not pay for. The probability of a token's law counts, never that of the
     token drawn: so sampling stays lossless.
 
-    confident: False where probabilities are dear to get (they would leave the device): never stops by itself.
+    Where draft and target share a device, a greedy round may be one program (`rounds`). Every such round feeds the
+    last two tokens, whether the model has seen the first of them or not, so that there is one program for all rounds
+    of a length. Asked for a length between two that there are programs for, it drafts the shorter: a program costs the
+    same whatever is used of it. What fits no round (a text of one token, or no program) is drafted as ever.
+
+    Args:
+        model: owned for the time of a text.
+        sampling: the target's.
+        confident: False where probabilities are dear to get (they would leave the device): never stops by itself.
+        rounds: of this model and the target; only for greedy texts with batched verification.
     """
 
     source = "model"
 
-    def __init__(self, model: LanguageModel, sampling: SamplingParams, *, confident: bool = True) -> None:
+    def __init__(
+        self,
+        model: DraftModel,
+        sampling: SamplingParams,
+        *,
+        confident: bool = True,
+        rounds: FusedRounds | None = None,
+    ) -> None:
         self.model = model
         self.sampling = sampling
         self.cached = 0  # leading tokens of the sequence that the model's cache holds rightly
         self._ahead = 0  # drafted tokens that it holds beyond those
         self._generator = sampling.generator("draft")
         self._confident = confident
+        self._rounds = rounds if rounds is not None and rounds.draft_lengths else None
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """Draft as many tokens as allowed and as the model's own context has room for, after catching up."""
@@ -39,6 +56,8 @@ class ModelDrafter:
         if k < 1:
             return Draft([])
         prefill_s = self.read(tokens)
+        if self._rounds is not None and len(tokens) > 1:
+            return self._fused(self._rounds, tokens, k, prefill_s)
         position, pending = self.cached, tokens[self.cached :]
         if self.sampling.greedy and not (self._confident and limit.priced):
             self.fed(tokens, k)
@@ -68,6 +87,14 @@ class ModelDrafter:
             self.model.greedy(tokens[self.cached : self.cached + rows], self.cached)
             self.cached += rows
         return time.perf_counter() - began
+
+    def _fused(self, rounds: FusedRounds, tokens: list[int], k: int, prefill_s: float) -> Draft:
+        """A round for the engine to run, of the longest length up to k that there is a program for, else of k."""
+        k = max((length for length in rounds.draft_lengths if length <= k), default=k)
+        if len(tokens) - self.cached > 2:
+            self.model.greedy(tokens[self.cached : -2], self.cached)
+        self.fed(tokens, k)
+        return Draft([], None, prefill_s, self.source, fused=(rounds, k))
 
     def _step_by_step(self, tokens, pending, position, k, prefill_s, limit) -> Draft:
         drafted: list[int] = []

@@ -7,7 +7,7 @@ from models.errors import UserError
 from models.speculative.acceptance import distribution, sample
 from models.speculative.drafters import MAX_DRAFT_LENGTH, Draft, Limit
 from models.speculative.drafters.model import ModelDrafter
-from models.speculative.model import LanguageModel
+from models.speculative.model import DraftModel
 from models.speculative.sampling import SamplingParams
 
 WIDTH = 8  # children that a token may have
@@ -19,7 +19,7 @@ ONE_MIND = 0.4
 
 
 class TreeDrafter(ModelDrafter):
-    """A LanguageModel that drafts trees of at most `nodes` tokens; limit("tree") bounds their levels, limit.rows too
+    """A model that drafts trees of at most `nodes` tokens; limit("tree") bounds their levels, limit.rows too
     their tokens.
 
     A tree grows level by level, each by one forward of the draft over the tokens that are worth it. A token's reach is
@@ -41,7 +41,7 @@ class TreeDrafter(ModelDrafter):
 
     source = "tree"
 
-    def __init__(self, model: LanguageModel, sampling: SamplingParams, nodes: int) -> None:
+    def __init__(self, model: DraftModel, sampling: SamplingParams, nodes: int) -> None:
         if not 1 <= nodes <= MAX_DRAFT_LENGTH:
             raise UserError(f"a tree of {nodes} tokens: must be between 1 and {MAX_DRAFT_LENGTH}")
         super().__init__(model, sampling)

@@ -8,7 +8,6 @@ import torch
 from models.errors import UserError
 from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.early_exit import EarlyExit
-from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats

@@ -17,7 +17,6 @@ from models.loading import OpenedModel
 from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters.combined import Combined
 from models.speculative.drafters.early_exit import EarlyExit
-from models.speculative.drafters.fused import FusedDrafter
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.drafters.tree import TreeDrafter

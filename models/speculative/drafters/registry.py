@@ -1,0 +1,238 @@
+"""Every drafter there is, a row each: its name, what it needs, how it is made, words for reports.
+
+Nothing else knows drafters by name: options, command lines, boards and reports ask this table. A new drafter is a file
+in this folder and a row here, or a call of `register`. Quick to import: what makes a drafter is imported when one is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from models.errors import UserError
+
+if TYPE_CHECKING:
+    from models.speculative.drafters import Drafter, SequenceDrafter
+    from models.speculative.model import FusedRounds, LanguageModel
+    from models.speculative.sampling import SamplingParams
+
+NONE = "none"  # the name for no drafter: plain decoding
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where drafted tokens come from; a drafter may have several, with costs and acceptance of their own.
+
+    Args:
+        label: in a table.
+        words: in a sentence.
+        reads_prompt: whether it has to read the prompt, and later what others have drafted, before it can draft.
+    """
+
+    label: str
+    words: str
+    reads_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What forwards a drafter asks the models for, so that a board can prepare programs for them.
+
+    Args:
+        drafts_with: "draft" (a draft model), "first-layers" (of the target) or "" (no forward).
+        tree: whether drafts are trees.
+        fusible: whether a greedy round may be one program.
+        mixed: whether there are drafts that come from no model too, to be verified by themselves.
+    """
+
+    drafts_with: str = ""
+    tree: bool = False
+    fusible: bool = False
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a drafter is made of.
+
+    Args:
+        target, draft: models with a slot for every sequence; draft is None where there is no draft model.
+        sampling: of the sequence.
+        slot: of the sequence.
+        rounds: greedy rounds as one program, where they can be used for this sequence.
+        confident: whether probabilities are cheap to get, so that a model may stop drafting by its own.
+        settings: the drafter's own options by name, such as tree_nodes and exit_layer.
+    """
+
+    target: LanguageModel
+    draft: LanguageModel | None
+    sampling: SamplingParams
+    slot: int
+    rounds: FusedRounds | None = None
+    confident: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DrafterSpec:
+    """A row of the table.
+
+    Args:
+        name: as options and command lines spell it.
+        label: in a heading; a format string over the drafter's settings.
+        help: who drafts, in half a sentence.
+        make: a drafter for one sequence; the engine's `Drafter` is made of them.
+        sources: of its drafts, by the name that `Draft.source` has.
+        workload: what it asks the models for.
+        settings: names of the options that are its own, of `options.DraftOptions`.
+        taps: layers of the target whose hidden states it reads.
+        drafter: makes the engine's `Drafter` itself, in place of `make`; for drafters that draft in step.
+    """
+
+    name: str
+    label: str
+    help: str
+    make: Callable[[Parts], SequenceDrafter]
+    sources: Mapping[str, Source]
+    workload: Workload = Workload()
+    settings: tuple[str, ...] = ()
+    taps: tuple[int, ...] = ()
+    drafter: Callable[[Callable[[Any], Parts]], Drafter] | None = None
+
+    @property
+    def needs_draft_model(self) -> bool:
+        """Whether a draft model has to be loaded."""
+        return self.workload.drafts_with == "draft"
+
+
+_TABLE: dict[str, DrafterSpec] = {}
+_SOURCES: dict[str, Source] = {}
+
+
+def register(spec: DrafterSpec) -> DrafterSpec:
+    """Add a drafter to the table, in place of one of the same name."""
+    _TABLE[spec.name] = spec
+    _SOURCES.update(spec.sources)
+    return spec
+
+
+def unregister(name: str) -> None:
+    """Take a drafter out of the table."""
+    del _TABLE[name]
+
+
+def names() -> list[str]:
+    """Of all drafters in the order of the table, and NONE."""
+    return [*_TABLE, NONE]
+
+
+def specs() -> list[DrafterSpec]:
+    """All rows."""
+    return list(_TABLE.values())
+
+
+def spec_of(name: str) -> DrafterSpec:
+    """The row of this name. Raises UserError for any other, with the names there are."""
+    if name not in _TABLE:
+        raise UserError(f"drafter {name!r}: choose one of {', '.join(names())}")
+    return _TABLE[name]
+
+
+def source_of(name: str) -> Source:
+    """What is known of a source of drafts; one that no row names speaks for itself."""
+    return _SOURCES.get(name) or Source(name, name)
+
+
+def reads_prompt(source: str) -> bool:
+    """Whether this source of drafts has to read the prompt before it can draft."""
+    known = _SOURCES.get(source)
+    return known is not None and known.reads_prompt
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+def _model(parts: Parts) -> SequenceDrafter:
+    from models.speculative.drafters.model import ModelDrafter
+
+    model = parts.draft.slot(parts.slot)
+    return ModelDrafter(model, parts.sampling, confident=parts.confident, rounds=parts.rounds)
+
+
+def _lookup(parts: Parts) -> SequenceDrafter:
+    from models.speculative.drafters.prompt_lookup import PromptLookup
+
+    return PromptLookup()
+
+
+def _combined(parts: Parts) -> SequenceDrafter:
+    from models.speculative.drafters.combined import Combined
+
+    return Combined(_lookup(parts), _model(parts))
+
+
+def _tree(parts: Parts) -> SequenceDrafter:
+    from models.speculative.drafters.tree import TreeDrafter
+
+    return TreeDrafter(parts.draft.slot(parts.slot), parts.sampling, parts.settings["tree_nodes"])
+
+
+def _early_exit(parts: Parts) -> SequenceDrafter:
+    from models.speculative.drafters.early_exit import EarlyExit
+
+    return EarlyExit(
+        parts.target.slot(parts.slot),
+        parts.settings["exit_layer"],
+        parts.sampling,
+        confident=parts.confident,
+        rounds=parts.rounds,
+    )
+
+
+_MODEL = {"model": Source("model", "the draft model", reads_prompt=True)}
+_LOOKUP = {
+    "lookup": Source("lookup", "prompt lookup"),
+    "lookup-short": Source("lookup, short match", "prompt lookup after a short match"),
+}
+
+register(
+    DrafterSpec(
+        "combined",
+        "prompt lookup or draft model",
+        "prompt-lookup where it finds something and promises more, else the draft model",
+        _combined,
+        _LOOKUP | _MODEL,
+        Workload("draft", fusible=True, mixed=True),
+    )
+)
+register(DrafterSpec("model", "draft model", "the draft model", _model, _MODEL, Workload("draft", fusible=True)))
+register(
+    DrafterSpec(
+        "prompt-lookup",
+        "prompt lookup",
+        "no model, a copy of what followed the same tokens earlier in the prompt or text",
+        _lookup,
+        _LOOKUP,
+    )
+)
+register(
+    DrafterSpec(
+        "tree",
+        "tree of up to {tree_nodes} tokens",
+        "the draft model, several guesses for a place at once",
+        _tree,
+        {"tree": Source("tree", "the draft model as a tree", reads_prompt=True)},
+        Workload("draft", tree=True),
+        settings=("tree_nodes",),
+    )
+)
+register(
+    DrafterSpec(
+        "early-exit",
+        "early exit after layer {exit_layer}",
+        "the target's own first layers, for models trained to be left early",
+        _early_exit,
+        {"early-exit": Source("early-exit", "early exit")},
+        Workload("first-layers", fusible=True),
+        settings=("exit_layer",),
+    )
+)
