@@ -6,23 +6,25 @@ from collections.abc import Mapping
 
 from models.boards import PLACEMENTS
 from models.cli.command import Parser
-from models.speculative.control.policy import MAX_DRAFT_LENGTH
+from models.options import (
+    AUTO,
+    AUTO_LONGEST,
+    AUTO_LONGEST_FIXED,
+    DEVICES,
+    DRAFT_DTYPES,
+    DRAFT_TOKENS,
+    DTYPES,
+    FREE_ROWS,
+    NAMED,
+    PRECISION,
+    TREE_NODES,
+    TREE_NODES_FIXED,
+    VERIFICATIONS,
+)
+from models.speculative.drafters import MAX_DRAFT_LENGTH, registry
 from models.ttnn_llama.weights.precision import PRECISIONS
 
 MODES = ("compare", "speculative", "baseline")
-DRAFTERS = ("model", "prompt-lookup", "combined", "tree", "early-exit", "none")
-MODEL_DRAFTERS = ("model", "combined", "tree")  # that need a draft model
-DTYPES = ("bf16", "fp32", "fp16")
-PRECISION = "performance"  # as tt_transformers' demo
-# A padded decode of so many rows costs what one row does, within 5 % (bf16; 12 rows 1.12x; scripts/benchmark.py
-# verify-cost measures it).
-FREE_ROWS = 7
-AUTO = "auto"  # by what was measured: tokens to draft, from none to the longest; layers to leave early after
-AUTO_LONGEST = 15  # where rows are computed as they come
-AUTO_LONGEST_FIXED = FREE_ROWS - 1  # where every forward computes all rows that the longest draft needs
-DRAFT_TOKENS = 4
-TREE_NODES = 15
-TREE_NODES_FIXED = FREE_ROWS - 1
 
 EPILOG = """\
 prompt files:
@@ -97,17 +99,18 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         "--target",
         metavar="PATH|ID",
         default=environ.get("HF_MODEL") or None,
-        help="checkpoint directory or Hugging Face id of the target model (default: the embedded tiny-target)",
+        help=f"checkpoint directory or Hugging Face id of the target model, or a name: {', '.join(NAMED)} "
+        "(default: tiny, the small pair of this project)",
     )
     group.add_argument(
         "--draft",
         metavar="PATH|ID",
         default=None,
-        help="the same for the draft model (default: the embedded tiny-draft)",
+        help="the same for the draft model (default: the one that belongs to the target, if there is one)",
     )
     group.add_argument(
         "--device",
-        choices=("cpu", "cuda", "tt"),
+        choices=DEVICES,
         default="cpu",
         help="tt is a Tenstorrent board (default: %(default)s)",
     )
@@ -128,7 +131,7 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     group.add_argument("--dtype", choices=DTYPES, default=None, help="of the models (default: bf16)")
     group.add_argument(
         "--draft-dtype",
-        choices=(*DTYPES, "int8"),
+        choices=DRAFT_DTYPES,
         default=None,
         help="of the draft; a cheaper one can only lower acceptance, never change the text (default: --dtype)",
     )
@@ -193,13 +196,12 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     group.add_argument("--max-new-tokens", type=_integer(1), default=30, metavar="N", help="(default: %(default)s)")
     group.add_argument(
         "--drafter",
-        choices=DRAFTERS,
-        default=DRAFTERS[0],
-        help="who guesses the next tokens. model: the draft model; prompt-lookup: no model, a copy of what followed "
-        "the same tokens earlier in the prompt or text; combined: prompt-lookup where it finds something and promises "
-        "more, else the draft model; tree: the draft model, several guesses for a place at once; early-exit: the "
-        "target's own first layers, for models trained to be left early; none: nobody, plain decoding "
-        "(default: %(default)s)",
+        choices=registry.names(),
+        default=None,
+        help="who guesses the next tokens. "
+        + "; ".join(f"{spec.name}: {spec.help}" for spec in registry.specs())
+        + f"; {registry.NONE}: nobody, plain decoding (default: combined; on a board model; where there is no draft "
+        "model prompt-lookup)",
     )
     group.add_argument(
         "--num-draft-tokens",
@@ -229,7 +231,7 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     )
     group.add_argument(
         "--verification",
-        choices=("batched", "sequential"),
+        choices=VERIFICATIONS,
         default="batched",
         help="check a round's drafted tokens in one forward, or one by one to see what that costs "
         "(default: %(default)s)",

@@ -10,12 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo.settings import ROOT
 from models.errors import UserError
 
 if TYPE_CHECKING:
     from models.boards import Board
 
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "ttnn")
 
 

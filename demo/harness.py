@@ -90,11 +90,9 @@ def _check_early(settings: Settings) -> None:
     """Whatever can be found wrong without loading a model."""
     from demo.environment import check_writable
     from models.device import check_device
-    from models.speculative.sampling import SamplingParams
 
     if settings.json:
         check_writable(settings.json)
     if settings.html:
         check_writable(settings.html, "--html")
     check_device(settings.device)
-    SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.seed)

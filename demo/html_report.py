@@ -14,7 +14,7 @@ from demo.html_texts import texts
 from demo.report import Results
 from demo.session import Run, Session
 from demo.wording import MOCK, about, closing_lines, summary_sections
-from models.speculative.drafters.registry import reads_prompt
+from models.speculative.drafters.registry import reads_prompt, source_of
 
 TITLES = {
     "compare": "Speculative decoding beside its baseline",
@@ -23,13 +23,6 @@ TITLES = {
 }
 PATHS = ("baseline", "speculative")
 MOST_PROMPTS = 20  # in the chart by prompt; the table has all
-SOURCES = {
-    "model": "the draft model",
-    "tree": "the draft model as a tree",
-    "lookup": "prompt lookup",
-    "lookup-short": "prompt lookup after a short match",
-    "early-exit": "early exit",
-}
 
 
 def write_html(path: str, session: Session, results: Results) -> None:
@@ -217,7 +210,7 @@ def _acceptance_figure(results: Results) -> Markup | None:
     if break_even is not None:
         known = controller["draft_step_ms"]
         drafted = [name for name in known if reads_prompt(name)] or known
-        source = SOURCES.get(name := next(iter(drafted)), name)  # as in the controller's own report
+        source = source_of(next(iter(drafted))).words  # as in the controller's own report
         when = "never pays" if break_even > 1 else f"pays if {place} 1 is above {max(break_even, 0):.0%}"
         mixed = " (the bars are of all sources together)" * (len(results["speculative"]["sources"]) > 1)
         notes.append("Dashed line: " * bool(limit) + f"drafting one token by {source} {when}{mixed}.")

@@ -13,7 +13,7 @@ from typing import Any
 from demo.environment import date, machine, peak_memory, versions
 from demo.runs import Row, Run
 from demo.session import Session
-from demo.settings import BOARD_FLAGS, DRAFT_FLAGS, TORCH_FLAGS, describe_source
+from models.options import BOARD_OPTIONS, DRAFT_MODEL_OPTIONS, TORCH_OPTIONS, describe_source
 from models.speculative.stats import GenerationStats, Round
 
 Results = dict[str, Any]
@@ -243,16 +243,25 @@ def describe_settings(session: Session) -> Results:
     """The flags that mattered on this device, as they took effect."""
     settings = session.settings
     values = dataclasses.asdict(settings)
-    for name in ("quiet", "no_color", "json", "html", *(TORCH_FLAGS if session.board else BOARD_FLAGS)):
+    for name in (
+        "quiet",
+        "no_color",
+        "json",
+        "html",
+        "greedy",
+        "speculative",
+        "slots",
+        *(TORCH_OPTIONS if session.board else BOARD_OPTIONS),
+    ):
         del values[name]
     values["target"] = describe_source(settings.target)
     values["draft"] = session.draft and describe_source(session.draft.opened.source)
-    for name in DRAFT_FLAGS[1:]:
+    for name in DRAFT_MODEL_OPTIONS[1:]:
         if name in values and session.draft is None:
             values[name] = None
-    drafter = settings.drafter if settings.drafts else "none"
-    values["tree_nodes"] = settings.tree_nodes if drafter == "tree" else None
-    values["exit_layer"] = session.exit_layer if drafter == "early-exit" else None
+    own = settings.drafter_settings
+    values["tree_nodes"] = settings.tree_nodes if "tree_nodes" in own else None
+    values["exit_layer"] = session.exit_layer if "exit_layer" in own else None
     values["max_seq_len"] = session.max_seq_len
     if session.board:
         values["trace"], values["fused"] = session.board.trace, session.fused

@@ -3,11 +3,10 @@
 from demo.report import Results, acceptance_rate
 from demo.runs import Row, Run
 from demo.session import Session
-from demo.settings import describe_source
+from models.options import describe_source
+from models.speculative.drafters.registry import NONE, source_of
 
 MOCK = "mock board: the texts come from golden functions on this machine's CPU, times would say nothing"
-
-SOURCES = {"lookup-short": "lookup, short match"}  # names for the table, where they differ
 
 Cells = tuple[str, str, str, str]  # label, baseline, speculative, ratio
 
@@ -62,7 +61,7 @@ def _draft_lengths(session: Session) -> str:
     """How much a round may draft."""
     settings = session.settings
     lengths = list(session.controller.lengths) if settings.auto else [settings.longest_draft]
-    unit = ("level" if settings.drafter == "tree" else "token") + "s" * (lengths[-1] != 1)
+    unit = ("level" if settings.spec.workload.tree else "token") + "s" * (lengths[-1] != 1)
     if not settings.auto:
         return f"{lengths[-1]} {unit}"
     if lengths == list(range(len(lengths))):
@@ -73,13 +72,11 @@ def _draft_lengths(session: Session) -> str:
 def drafter_name(session: Session) -> str:
     """Who drafts, and what is known of its size by now."""
     settings = session.settings
-    if settings.drafter == "tree":
-        return f"tree of up to {settings.tree_nodes} token" + "s" * (settings.tree_nodes > 1)
-    if settings.drafter == "early-exit":
-        return f"early exit after layer {session.exit_layer or '(to be chosen)'}"
-    return {"model": "draft model", "prompt-lookup": "prompt lookup", "combined": "prompt lookup or draft model"}[
-        settings.drafter
-    ]
+    if settings.spec is None:
+        return NONE
+    layer = session.exit_layer or "(to be chosen)"
+    name = settings.spec.label.format(tree_nodes=settings.tree_nodes, exit_layer=layer)
+    return name + "s" * (name.endswith(" token") and settings.tree_nodes != 1)
 
 
 def path_name(run: Run, session: Session) -> str:
@@ -153,7 +150,7 @@ def _speculation_rows(results: Results) -> list[Cells]:
         places = f"{start + 1}-{start + len(shown)}" if len(shown) > 1 else f"{start + 1}"
         rows.append((f"  at {'level' if tree else 'position'} {places}", "", " ".join(shown), ""))
     if len(spec["sources"]) > 1:
-        rows += [(f"  by {SOURCES.get(name, name)}", "", _kept(counts), "") for name, counts in spec["sources"].items()]
+        rows += [(f"  by {source_of(name).label}", "", _kept(counts), "") for name, counts in spec["sources"].items()]
     rows.append(only("mean acceptance length", "mean_acceptance_length", "{:.2f} tokens"))
     if settings["exit_layer"]:
         rows.append(("early exit after layer", "", str(settings["exit_layer"]), ""))

@@ -1,7 +1,50 @@
-"""Speculative decoding of Llama 3.x, in two layers; dependencies point from the second to the first.
+"""Speculative decoding of Llama 3.x: one text faster, not one token different.
 
-- `models.llama`: what a Llama is. Configuration, checkpoint, tokenizer, and the networks that run it.
-- `models.speculative`: how text is generated. Drafters, acceptance rules, the loop, statistics.
-- `models.errors`: the one exception for mistakes of the user.
-- `models/checkpoints`: the trained target and draft that ship with the repository.
+    from models import LLM, SamplingParams
+
+    with LLM.load("tiny") as llm:
+        for piece in llm.stream("def add(a, b):", max_new_tokens=60):
+            print(piece.text, end="", flush=True)
+
+- `llm`: the front door: load a pair, then stream, generate, chat
+- `options`, `loading`, `device`, `boards`, `errors`: what a user may choose, and what is wrong with it
+- `llama`: what a Llama is. Configuration, checkpoint, tokenizer
+- `torch_llama`, `ttnn_llama`: the network on CPU and CUDA, and on Tenstorrent boards
+- `speculative`: how text is generated. Engine, drafters, acceptance rules, policies, statistics
+- `board_mock`: ttnn without a board. `checkpoints`: the small pair that comes with the package
+
+The names below are loaded when they are first used: importing this package imports nothing heavy.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.errors import UserError
+    from models.llm import LLM, Completion, Drafting, Piece
+    from models.speculative.sampling import SamplingParams
+    from models.speculative.stats import GenerationStats
+
+_HOMES = {
+    "LLM": "models.llm",
+    "Completion": "models.llm",
+    "Drafting": "models.llm",
+    "Piece": "models.llm",
+    "SamplingParams": "models.speculative.sampling",
+    "GenerationStats": "models.speculative.stats",
+    "UserError": "models.errors",
+}
+
+__all__ = ["LLM", "Completion", "Drafting", "GenerationStats", "Piece", "SamplingParams", "UserError"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'models' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -51,6 +51,11 @@ def _check_tenstorrent(environ: Mapping[str, str]) -> None:
     _warn_of_another_ttnn()
 
 
+def is_mock() -> bool:
+    """Whether the board is a mock one, whose clock says nothing."""
+    return cluster.is_mock()
+
+
 @functools.cache
 def _warn_of_another_ttnn() -> None:
     try:

@@ -1,4 +1,8 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that stand for a user's mistake."""
+
+import re
+
+_OPTION = re.compile(r"\[(\w+)(=False)?\]")
 
 
 class UserError(Exception):
@@ -6,3 +10,20 @@ class UserError(Exception):
 
     Command lines print it as ``error: ...`` on stderr and exit with code 2; it never shows a traceback.
     """
+
+
+class OptionError(UserError):
+    """An option that has no meaning, or not with another one.
+
+    Args:
+        text: the message, in which options stand in brackets: ``[tree_nodes]``, ``[trace=False]``. The message names
+            them as Python does; `as_flags` as a command line does.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(_OPTION.sub(lambda match: match[1] + (match[2] or ""), text))
+        self.as_flags = _OPTION.sub(_flag, text)
+
+
+def _flag(match: re.Match) -> str:
+    return ("--no-" if match[2] else "--") + match[1].replace("_", "-")

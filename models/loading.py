@@ -1,7 +1,7 @@
-"""Opening a model, and loading it for CPU or CUDA (a board takes both models at once: `ttnn_llama.pair`).
+"""Opening models, and loading them for CPU or CUDA (a board takes both at once: `ttnn_llama.board_models`).
 
-Two steps, so that everything cheap is checked before anything slow begins: `open_model` reads configuration and
-tokenizer and checks the files, `load_model` puts the weights on the device.
+Two steps, so that everything cheap is checked before anything slow begins: `open_model` and `open_pair` read
+configuration and tokenizer and check the files, `load_model` puts the weights on the device.
 """
 
 import time
@@ -10,9 +10,20 @@ from dataclasses import dataclass
 import torch
 
 from models.device import check_device
-from models.errors import UserError
+from models.errors import OptionError, UserError
 from models.llama.checkpoint import Checkpoint
 from models.llama.tokenizer import LlamaTokenizer, check_pair
+from models.options import (
+    AUTO,
+    EMBEDDED_DRAFT,
+    EngineOptions,
+    describe_source,
+    draft_of,
+    named_draft,
+    named_target,
+)
+from models.speculative.drafters.registry import NONE, spec_of
+from models.torch_llama.first_layers import check_exit_layer
 from models.torch_llama.model import TorchLlama
 
 DEFAULT_CONTEXT = 2048
@@ -49,6 +60,97 @@ def open_model(source: str) -> OpenedModel:
     return OpenedModel(source, checkpoint, tokenizer, time.perf_counter() - start)
 
 
+@dataclass(frozen=True)
+class OpenedPair:
+    """A target and the draft model for it, checked, with nothing loaded yet.
+
+    Args:
+        options: with every default filled in.
+        target, draft: draft is None where none is used.
+        max_seq_len: positions of the target's cache.
+        note: what a user should know of the choices made; "" if nothing.
+    """
+
+    options: EngineOptions
+    target: OpenedModel
+    draft: OpenedModel | None
+    max_seq_len: int
+    note: str = ""
+
+    @property
+    def draft_seq_len(self) -> int:
+        """Positions of the draft's cache: beyond its own context it only stops helping."""
+        longest = self.draft.checkpoint.config.max_position_embeddings if self.draft else self.max_seq_len
+        return min(self.max_seq_len, longest)
+
+
+def open_pair(options: EngineOptions) -> OpenedPair:
+    """Open the models that options name, choose the drafter where that is left open, and check all of it.
+
+    Raises UserError for a device that is not there, whatever is wrong with the files, a pair that does not fit, and
+    options that these models cannot have.
+    """
+    check_device(options.device)
+    target = open_model(named_target(options.target))
+    draft, drafter, note = None, "model" if options.device == "tt" else "combined", ""
+    if options.speculative and options.drafter is None:
+        draft, note = _fitting_draft(options, target)
+        drafter = drafter if draft else "prompt-lookup"
+    elif options.speculative and options.drafter != NONE and spec_of(options.drafter).needs_draft_model:
+        draft = _required_draft(options, target)
+    options = options.resolved(drafter)
+    max_seq_len = options.max_seq_len
+    if max_seq_len is None:
+        # A board has one context for both.
+        max_seq_len = default_context(*filter(None, (target, draft if options.device == "tt" else None)))
+    for opened in filter(None, (target, draft if options.device == "tt" else None)):
+        longest = opened.checkpoint.config.max_position_embeddings
+        if max_seq_len > longest:
+            raise OptionError(
+                f"[max_seq_len] {max_seq_len} is longer than the context of {describe_source(opened.source)}, "
+                f"{longest} tokens: lower it"
+            )
+    if options.spec and "exit_layer" in options.spec.settings and options.num_draft_tokens != 0:
+        layers = target.checkpoint.config.num_hidden_layers
+        if layers == 1:
+            raise OptionError(
+                f"[drafter] {options.drafter} cannot leave a target of one layer early: use another drafter"
+            )
+        if options.exit_layer != AUTO:
+            check_exit_layer(options.exit_layer, layers)
+    return OpenedPair(options, target, draft, max_seq_len, note)
+
+
+def _fitting_draft(options: EngineOptions, target: OpenedModel) -> tuple[OpenedModel | None, str]:
+    """(the draft model to use where the drafter is left open, a note): one that was named has to fit."""
+    source = options.draft or draft_of(options.target)
+    if source:
+        draft = open_model(named_draft(source))
+        check_opened_pair(target, draft)
+        return draft, ""
+    try:
+        draft = open_model(EMBEDDED_DRAFT)
+        check_opened_pair(target, draft)
+    except UserError:
+        return None, "no draft model was given: drafts are copied from the text (prompt lookup)"
+    return draft, ""
+
+
+def _required_draft(options: EngineOptions, target: OpenedModel) -> OpenedModel:
+    """The draft model that a drafter needs. Raises UserError where none fits."""
+    draft = open_model(named_draft(options.draft or draft_of(options.target) or EMBEDDED_DRAFT))
+    try:
+        check_opened_pair(target, draft)
+    except UserError as error:
+        if options.draft:
+            raise
+        raise OptionError(
+            f"the embedded draft does not fit [target] {options.target} ({error}): give [draft], a small checkpoint of "
+            "the target's family, or [drafter] prompt-lookup"
+        ) from error
+    return draft
+
+
 def load_model(
     opened: OpenedModel,
     *,
@@ -57,8 +159,9 @@ def load_model(
     max_seq_len: int | None = None,
     fixed_rows: int | None = None,
     typical_rows: int | None = None,
+    slots: int = 1,
 ) -> LoadedModel:
-    """Put a model's weights on ``device`` ("cpu" or "cuda"; boards are opened by `ttnn_llama.pair.BoardModels`).
+    """Put a model's weights on ``device`` ("cpu" or "cuda"; boards by `ttnn_llama.board_models.BoardModels`).
 
     ``dtype`` is "bf16", "fp32", "fp16", or "int8" (8-bit matrices, the rest in fp32). ``max_seq_len`` is the context
     to reserve in tokens (default: `default_context`); ``fixed_rows`` pads every forward to that many rows,
@@ -66,7 +169,7 @@ def load_model(
     or cannot hold the model.
     """
     if device == "tt":
-        raise UserError("--device tt: only the demos run on a board, use --device cpu here")
+        raise UserError("load_model puts a model on cpu or cuda: a board takes target and draft at once, by LLM.load")
     check_device(device)
     start = time.perf_counter()
     max_seq_len = max_seq_len or default_context(opened)
@@ -78,6 +181,7 @@ def load_model(
             max_seq_len=max_seq_len,
             fixed_rows=fixed_rows,
             typical_rows=typical_rows,
+            slots=slots,
             quantize="int8" if dtype == "int8" else None,
         )
     except (MemoryError, RuntimeError) as error:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from models.errors import UserError
+from models.errors import OptionError, UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -27,7 +27,7 @@ def run_command(command: Callable[[], int], interrupted: str = "interrupted") ->
     try:
         return command()
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -39,6 +39,11 @@ def run_command(command: Callable[[], int], interrupted: str = "interrupted") ->
         print("error:", error, file=sys.stderr)
         discard_stdout()
         return USER_ERROR
+
+
+def one_line(error: UserError) -> str:
+    """A mistake in one line, with options named as flags."""
+    return " ".join((error.as_flags if isinstance(error, OptionError) else str(error)).split())
 
 
 def discard_stdout() -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from models.errors import UserError
 from models.speculative.drafters import Budget, Draft
 from models.speculative.model import PROMPT, LanguageModel, Rows
 from models.speculative.sequence import Request, Sequence, Token
@@ -76,25 +77,40 @@ class Engine:
 
         An error ends only the sequence that it happened in, which keeps it as `error`.
         """
-        starting = []
-        while self.waiting and self._free:
-            sequence = self.waiting.popleft()
-            sequence.slot = self._free.pop(0)
-            starting.append(sequence)
-        steps = [(each, self._round) for each in self.running] + [(each, self._first) for each in starting]
-        self.running += starting
         emissions = []
-        for sequence, advance in steps:
+        for sequence in [*self.running, *self.waiting]:
+            if sequence.slot is None and not self._free:
+                break
             try:
-                emissions.append(Emission(sequence, advance(sequence)))
+                tokens = self.advance(sequence)
             except Exception as error:
-                sequence.error = error
+                sequence.error, tokens = error, []
                 self.abort(sequence)
-                emissions.append(Emission(sequence, []))
-            else:
-                if sequence.finished:
-                    self._leave(sequence)
+            emissions.append(Emission(sequence, tokens))
         return emissions
+
+    def advance(self, sequence: Sequence) -> list[Token]:
+        """Take one sequence one round further, or start it: its new tokens.
+
+        Raises UserError if it has to wait for a slot, RuntimeError if it has ended.
+        """
+        if sequence.finished:
+            raise RuntimeError("the sequence has ended: nothing follows")
+        if sequence.slot is None:
+            if not self._free:
+                raise UserError(
+                    f"all {len(self.running)} slots are taken by texts that are not complete: finish or close one, or "
+                    "load the model with more slots"
+                )
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            sequence.slot = self._free.pop(0)
+            tokens = self._first(sequence)
+        else:
+            tokens = self._round(sequence)
+        if sequence.finished:
+            self._leave(sequence)
+        return tokens
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now, with the finish reason "interrupted"; nothing happens to one that has ended."""

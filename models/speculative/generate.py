@@ -11,6 +11,7 @@ from models.speculative.engine import Engine
 from models.speculative.model import LanguageModel, OneSlot, SequenceModel
 from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import Request, Token, Watcher, frozen_ids
+from models.speculative.sequence import Sequence as TextSequence
 from models.speculative.stats import GenerationStats
 
 
@@ -57,20 +58,19 @@ def generate(
         verification,
     )
     stats = GenerationStats() if stats is None else stats
-    request.check(model.limits)
-    stats.prompt_tokens = len(request.prompt)
-    return stream(engine, request, stats)
+    return stream(engine, engine.add(request, stats))
 
 
-def stream(engine: Engine, request: Request, stats: GenerationStats) -> Iterator[Token]:
-    """Yield a request's tokens one by one. `stats` counts those that were handed out, also when the consumer leaves."""
-    sequence = engine.add(request, stats)
+def stream(engine: Engine, sequence: TextSequence) -> Iterator[Token]:
+    """Yield a sequence's tokens one by one. Its `stats` count those that were handed out, also if the consumer leaves.
+
+    Other sequences of the engine stay where they are meanwhile.
+    """
+    stats = sequence.stats
     left = 0  # tokens of the last step that are still to be handed out
     try:
         while not sequence.finished:
-            tokens = [token for emission in engine.step() if emission.sequence is sequence for token in emission.tokens]
-            if sequence.error is not None:
-                raise sequence.error
+            tokens = engine.advance(sequence)
             reason, stats.finish_reason = stats.finish_reason, ""
             left = len(tokens)
             stats.tokens -= left

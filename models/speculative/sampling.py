@@ -1,12 +1,16 @@
 """How the next token is chosen from the target's logits."""
 
+from __future__ import annotations
+
 import math
 import random
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from models.errors import UserError
+
+if TYPE_CHECKING:  # command lines import this and answer at once
+    import torch
 
 MIN_TEMPERATURE = 1e-4  # far below this, scaled logits leave the range of fp32
 
@@ -40,4 +44,6 @@ class SamplingParams:
 
         Target and draft must not share one: the decision about a token has to be independent of its drawing.
         """
+        import torch
+
         return torch.Generator().manual_seed(random.Random(f"{self.seed}/{stream}").getrandbits(64))

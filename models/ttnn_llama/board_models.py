@@ -107,6 +107,7 @@ class BoardModels:
         progress: Progress | None = None,
     ):
         self.options = options
+        self._warm: set[int] = set()  # padded lengths of prompts, and of texts that a draft reads, that are compiled
         self.max_seq_len = max_seq_len
         self.mock = cluster.is_mock()
         self.board = detect_board()
@@ -202,6 +203,7 @@ class BoardModels:
             with errors_passed_on(what):
                 prompts = {self._padded(length) for length in prompt_lengths}
                 texts = self._texts(prompts, max_new_tokens) if reads_late(self.options) else prompts
+                self._warm |= texts
                 for loaded, lengths in ((self.target, prompts), (self.draft, texts)):
                     for length in sorted(lengths if loaded else ()):
                         loaded.model.prefill([0] * length)
@@ -211,6 +213,20 @@ class BoardModels:
             self._stack.__exit__(*sys.exc_info())  # closes, and only logs what goes wrong with that
             raise
         return time.perf_counter() - start
+
+    def prepare_prompt(self, length: int, max_new_tokens: int | None = None) -> float:
+        """Compile what a prompt of this length needs, if nothing as long was compiled yet; returns seconds.
+
+        Traces are released before, and captured anew after: a kernel that came to the device beside them could lie
+        where a replay writes.
+        """
+        prompts = {self._padded(length)}
+        texts = self._texts(prompts, max_new_tokens) if reads_late(self.options) else prompts
+        if texts <= self._warm:
+            return 0.0
+        for runner in self._runners:
+            runner.release()
+        return self.warm_up([length], max_new_tokens)
 
     def _padded(self, length: int) -> int:
         return min(padded_prompt(length), self.max_seq_len)

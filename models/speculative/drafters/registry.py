@@ -217,7 +217,7 @@ register(
 register(
     DrafterSpec(
         "tree",
-        "tree of up to {tree_nodes} tokens",
+        "tree of up to {tree_nodes} token",
         "the draft model, several guesses for a place at once",
         _tree,
         {"tree": Source("tree", "the draft model as a tree", reads_prompt=True)},

@@ -1,0 +1,411 @@
+"""A target and whatever drafts for it, ready to write text: the front door of the library.
+
+    from models import LLM
+
+    with LLM.load("tiny") as llm:
+        for piece in llm.stream("def add(a, b):", max_new_tokens=60):
+            print(piece.text, end="", flush=True)
+
+This is the only place that knows files, devices, drafters and policies at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from models.errors import OptionError, UserError
+from models.loading import OpenedPair, load_model, open_pair
+from models.options import AUTO, EngineOptions, describe_source, engine_options
+from models.speculative.control.costs import Costs
+from models.speculative.control.policy import AutoDraftLength, Controller, FixedDraftLength
+from models.speculative.drafters import Drafter, PerSequence
+from models.speculative.drafters.registry import NONE, DrafterSpec, Parts, spec_of
+from models.speculative.engine import Engine
+from models.speculative.generate import stream
+from models.speculative.sampling import SamplingParams
+from models.speculative.sequence import Request
+from models.speculative.stats import GenerationStats
+from models.speculative.text import TextStream, checked_stops
+
+if TYPE_CHECKING:
+    from models.llama.tokenizer import LlamaTokenizer
+    from models.speculative.drafters.early_exit import ExitChoice
+    from models.ttnn_llama.board_models import BoardModels
+    from models.ttnn_llama.programs.options import BoardOptions
+
+# A text, token ids, or the messages of a conversation.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+EXIT_TOKENS = 64  # that the target writes for the choice of an exit layer
+
+
+class Piece(NamedTuple):
+    """A token of a stream.
+
+    text: what has become certain with it; "" inside a character, and where a stop string may have begun.
+    id, origin: as of `sequence.Token`. finish_reason: "" but for the last one, whose text is all that was left.
+    """
+
+    text: str
+    id: int
+    origin: str
+    finish_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text that is complete.
+
+    Args:
+        text: without special tokens, and without the stop string that ended it.
+        token_ids: all that were emitted, a stop token included.
+        finish_reason: "stop", "length" (max_new_tokens) or "context" (no position is left).
+        stats: counts and times.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: GenerationStats
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Who drafts, and how much: one configuration, which learns as long as it is used. Made by `LLM.drafting`.
+
+    Args:
+        name: of the drafter.
+        length: tokens drafted a round, or "auto".
+        drafter: for the engine; None: plain decoding.
+        controller: its policies.
+        verification: "batched" or "sequential".
+    """
+
+    name: str
+    length: int | str
+    drafter: Drafter | None
+    controller: Controller | None
+    verification: str = "batched"
+
+
+class LLM:
+    """A target, its draft model if there is one, their device, and an engine.
+
+    Close it when done, or use it as a context manager: a board is given back then.
+
+    Attributes:
+        options: what was asked for, with every default filled in.
+        tokenizer: the target's; None where its checkpoint has none: prompts are then token ids.
+        target, draft: loaded models; draft is None where none is used.
+        board: the board they are on, or None.
+        stop_ids: tokens that end a text by default: the target's own.
+        stats: of the text begun last.
+        exit: how the layer of early exit was chosen, where it was chosen by measurement.
+    """
+
+    def __init__(
+        self,
+        pair: OpenedPair,
+        *,
+        announce: Callable[..., None] | None = None,
+        progress: Callable[[str, int, int, str], None] | None = None,
+    ) -> None:
+        """Load an opened pair; see `load`. announce, progress: as of `ttnn_llama.board_models.BoardModels`."""
+        self.options = pair.options
+        self.max_seq_len = pair.max_seq_len
+        self.tokenizer: LlamaTokenizer | None = pair.target.tokenizer
+        self.stop_ids: tuple[int, ...] = tuple(pair.target.checkpoint.config.eos_token_ids)
+        self.stats = GenerationStats()
+        self.board: BoardModels | None = None
+        self.exit: ExitChoice | None = None
+        self.exit_s = 0.0  # that the choice took
+        self._closed = False
+        self._default: Drafting | None = None
+        self._measured: set[int] = set()  # controllers whose costs were measured, by id
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)
+        if self.options.device == "tt":
+            self._load_on_board(pair, announce, progress)
+        else:
+            options = self.options
+            rows = {"fixed_rows": options.fixed_rows, "typical_rows": options.verify_rows}
+            where = {"device": options.device, "slots": options.slots}
+            self.target = load_model(pair.target, dtype=options.dtype, max_seq_len=self.max_seq_len, **rows, **where)
+            self.draft = None
+            if pair.draft:
+                self.draft = load_model(pair.draft, dtype=options.draft_dtype, max_seq_len=pair.draft_seq_len, **where)
+        self.engine = Engine(self.target.model)
+
+    @classmethod
+    def load(cls, target: str = "tiny", draft: str | None = None, device: str = "cpu", **options: Any) -> LLM:
+        """Open and load models.
+
+        Args:
+            target: a checkpoint directory, a Hugging Face id, or "tiny", the small pair that comes with the package.
+            draft: the same for the draft model; None: the one that belongs to the target, else none.
+            device: "cpu", "cuda" or "tt".
+            options: any other field of `options.EngineOptions`.
+
+        Raises:
+            UserError: for whatever is wrong with the files, the pair, the options or the device, in one line.
+        """
+        return cls(open_pair(engine_options(target=target, draft=draft, device=device, **options)))
+
+    def _load_on_board(self, pair: OpenedPair, announce, progress) -> None:
+        from models.ttnn_llama.board_models import BoardModels
+
+        self.board = BoardModels(
+            pair.target,
+            pair.draft,
+            max_seq_len=self.max_seq_len,
+            options=_board_options(pair.options),
+            announce=announce,
+            progress=progress,
+        )
+        self.target, self.draft = self.board.target, self.board.draft
+
+    # ---------------------------------------------------------------------------------------------------- writing
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        max_new_tokens: int = 128,
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Iterable[int] | None = None,
+        speculate: bool | Drafting = True,
+        stats: GenerationStats | None = None,
+    ) -> Iterator[Piece]:
+        """Write what follows a prompt, token by token, as it comes.
+
+        Args:
+            prompt: a text, token ids, or the messages of a conversation ({"role": .., "content": ..}).
+            sampling: default greedy.
+            max_new_tokens: how many at most.
+            stop: strings that end the text; it ends before the one that is complete first.
+            stop_ids: tokens that end it; default: the target's own.
+            speculate: False decodes plainly; a `Drafting` drafts in another configuration than the loaded options'.
+            stats: a fresh one to fill; default: a new `self.stats`.
+
+        Raises:
+            UserError: at the call, for a prompt that does not fit, and whatever else cannot be written.
+        """
+        ids = self.encode(prompt)
+        drafting = self._drafting_for(speculate)
+        text = TextStream(self.tokenizer.detokenizer() if self.tokenizer else None, checked_stops(stop))
+        self.stats = GenerationStats() if stats is None else stats
+        request = Request(
+            ids,
+            sampling or SamplingParams(),
+            max_new_tokens,
+            frozenset(self.stop_ids if stop_ids is None else stop_ids),
+            text,
+            drafting.drafter,
+            drafting.controller,
+            drafting.verification,
+        )
+        request.check(self.engine.target.limits)
+        self._prepare(drafting, request)
+        return self._pieces(request, text, self.stats)
+
+    def generate(
+        self, prompt: Prompt | list[str], sampling: SamplingParams | None = None, **options: Any
+    ) -> Completion | list[Completion]:
+        """Write what follows a prompt: the whole text. A list of texts gives a list, one after the other.
+
+        Arguments and errors are those of `stream`.
+        """
+        if isinstance(prompt, list) and prompt and all(isinstance(each, str) for each in prompt):
+            return [self._complete(each, sampling, **options) for each in prompt]
+        return self._complete(prompt, sampling, **options)
+
+    def chat(
+        self, messages: str | Sequence[Mapping[str, str]], sampling: SamplingParams | None = None, **options: Any
+    ) -> Completion:
+        """Answer a conversation in the target's chat template; a text is one user message.
+
+        Arguments and errors are those of `stream`. To stream an answer, give the messages to `stream`.
+        """
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self._complete(conversation, sampling, **options)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A prompt's token ids. Raises UserError for a text, or a conversation, without a tokenizer or template."""
+        self._check_open()
+        if not isinstance(prompt, str) and (len(prompt) == 0 or not isinstance(prompt[0], Mapping)):
+            return [int(id) for id in prompt]
+        if self.tokenizer is None:
+            raise UserError(
+                f"{describe_source(self.options.target)} has no tokenizer.json: add it, or give token ids as the prompt"
+            )
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.chat(prompt)
+
+    def close(self) -> None:
+        """Give the device back. A second call does nothing."""
+        self._closed = True
+        if self.board:
+            self.board.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _complete(self, prompt: Prompt, sampling: SamplingParams | None, **options: Any) -> Completion:
+        pieces = self.stream(prompt, sampling, **options)
+        stats = self.stats
+        with closing(pieces):
+            written = list(pieces)
+        text = "".join(piece.text for piece in written)
+        return Completion(text, [piece.id for piece in written], stats.finish_reason, stats)
+
+    def _pieces(self, request: Request, text: TextStream, stats: GenerationStats) -> Iterator[Piece]:
+        with closing(stream(self.engine, self.engine.add(request, stats))) as tokens:
+            for token in tokens:
+                reason = stats.finish_reason
+                yield Piece(text.finish() if reason else text.take(), token.id, token.origin, reason)
+
+    # --------------------------------------------------------------------------------------------------- drafting
+    def drafting(
+        self,
+        drafter: str | None = None,
+        num_draft_tokens: int | str | None = None,
+        verification: str | None = None,
+    ) -> Drafting:
+        """A configuration of who drafts how much, with the models that are loaded.
+
+        Args:
+            drafter: a name in `drafters.registry`; default: the loaded options'.
+            num_draft_tokens: tokens drafted a round, or "auto"; default: the loaded options'.
+            verification: "batched" or "sequential"; default: the loaded options'.
+
+        Raises:
+            UserError: a drafter that there is not, or that needs a model that is not loaded.
+        """
+        options = self.options
+        name = drafter or options.drafter
+        length = options.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
+        if name == NONE or length == 0 or not options.speculative:
+            return Drafting(name, 0, None, None)
+        spec = spec_of(name)
+        if spec.needs_draft_model and self.draft is None:
+            raise UserError(f"drafter {name!r} needs a draft model, and none is loaded: load one with draft=...")
+        how = verification or options.verification
+        return Drafting(name, length, self._drafter(spec), self.controller(length), how)
+
+    def controller(self, num_draft_tokens: int | str) -> Controller:
+        """Of a fixed draft length, or one that chooses ("auto") and learns in every text that it is used for."""
+        if num_draft_tokens != AUTO:
+            return FixedDraftLength(int(num_draft_tokens))
+        if self.board:
+            return AutoDraftLength(self.board.lengths, Costs(self.board.computed_rows))
+        fixed_rows = self.options.fixed_rows or 0
+        return AutoDraftLength(range(self.options.longest_draft + 1), Costs(lambda n: max(n, fixed_rows)))
+
+    def measure_costs(self, controller: AutoDraftLength, *, greedy: bool = True) -> None:
+        """What forwards of one, some and all rows cost, for a controller to begin with; it interpolates."""
+        longest = min(self.options.verify_rows, self.max_seq_len)
+        if self.board:  # where other programs than plain decoding's are met, they are timed as they come
+            longest = 1
+        rows = {n for n in (1, 2, 4, 7, 11) if n < longest} | {longest}
+        controller.costs.measure(self.target.model, rows, greedy=greedy)
+
+    @property
+    def exit_layer(self) -> int | None:
+        """Layers that early exit drafts with; None before they are chosen."""
+        if self.exit:
+            return self.exit.exit_layer
+        return None if self.options.exit_layer == AUTO else self.options.exit_layer
+
+    def choose_exit(self, prompt: Sequence[int]) -> None:
+        """Choose the layers of early exit by what the target itself writes after a prompt."""
+        from models.speculative.drafters.early_exit import choose_exit
+        from models.speculative.generate import generate
+
+        began = time.perf_counter()
+        model, options = self.target.model, self.options
+        room = self.max_seq_len - len(prompt)
+        if room < 2:
+            raise OptionError(
+                f"[exit_layer] {AUTO} has to see the target write two tokens after prompt 1, which leaves room for "
+                "one: shorten it, raise [max_seq_len] or give a number of layers"
+            )
+        written = generate(model, None, prompt, max_new_tokens=min(EXIT_TOKENS, room))
+        tokens = [*prompt, *(token.id for token in written)]
+        longest = max(1, min(options.longest_draft, self.max_seq_len - 1))
+        self.exit = choose_exit(model, tokens, len(prompt), range(1 if options.auto else longest, longest + 1))
+        self.exit_s = time.perf_counter() - began
+
+    @property
+    def fused(self) -> bool:
+        """Whether draft and verification are one program on the board, so that they have no times of their own."""
+        return self.board is not None and self.board.fused is not None
+
+    def _drafting_for(self, speculate: bool | Drafting) -> Drafting:
+        if isinstance(speculate, Drafting):
+            return speculate
+        if not speculate:
+            return Drafting(NONE, 0, None, None)
+        if self._default is None:
+            self._default = self.drafting()
+        return self._default
+
+    def _drafter(self, spec: DrafterSpec) -> Drafter:
+        def parts(sequence) -> Parts:
+            request, board = sequence.request, self.board
+            one_program = board and request.sampling.greedy and request.verification == "batched"
+            return Parts(
+                target=self.target.model,
+                draft=self.draft.model if self.draft else None,
+                sampling=request.sampling,
+                slot=sequence.slot,
+                rounds=board.fused if one_program else None,
+                confident=board is None,  # on a board probabilities would have to leave the device, step by step
+                settings={"tree_nodes": self.options.tree_nodes, "exit_layer": self.exit_layer},
+            )
+
+        return spec.drafter(parts) if spec.drafter else PerSequence(lambda sequence: spec.make(parts(sequence)))
+
+    def _prepare(self, drafting: Drafting, request: Request) -> None:
+        """What has to be known before a text begins: programs, the exit layer, costs."""
+        if self.board:
+            self.board.prepare_prompt(len(request.prompt), request.max_new_tokens)
+        if drafting.drafter is None:
+            return
+        if "exit_layer" in spec_of(drafting.name).settings and self.exit_layer is None:
+            self.choose_exit(request.prompt)
+        controller = drafting.controller
+        if isinstance(controller, AutoDraftLength) and id(controller) not in self._measured:
+            self._measured.add(id(controller))
+            if not self.engine.running and not controller.costs.known("verify"):
+                self.measure_costs(controller, greedy=request.sampling.greedy)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("this LLM is closed: load it again")
+
+
+def _board_options(options: EngineOptions) -> BoardOptions:
+    """How a board has to be prepared for what will run on it."""
+    from models.ttnn_llama.programs.options import DRAFT_LENGTHS, BoardOptions
+
+    return BoardOptions(
+        precision=options.precision,
+        draft_precision=options.draft_precision,
+        placement=options.draft_placement,
+        trace=options.trace,
+        weight_cache=options.weight_cache,
+        drafter=options.drafter if options.drafts else NONE,
+        exit_layer=None if options.exit_layer == AUTO else options.exit_layer,
+        tree_nodes=options.tree_nodes,
+        draft_lengths=DRAFT_LENGTHS if options.auto else (options.num_draft_tokens,),
+        greedy=options.greedy,
+        batched=options.verification == "batched",
+    )

@@ -1,0 +1,305 @@
+"""What a user may choose, with all rules of the product: validated dataclasses. Quick to import.
+
+`EngineOptions` says which models run where, and how they draft. A field that is None is filled in by `resolved`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.boards import PLACEMENTS
+from models.errors import OptionError, UserError
+from models.speculative.drafters import MAX_DRAFT_LENGTH
+from models.speculative.drafters.registry import NONE, DrafterSpec, spec_of
+from models.ttnn_llama.weights.precision import PRECISIONS
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+# Models that have a name: (target, the draft model that belongs to it).
+NAMED = {"tiny": (CHECKPOINTS / "tiny-target", CHECKPOINTS / "tiny-draft")}
+DEFAULT_TARGET = "tiny"
+EMBEDDED_DRAFT = str(NAMED[DEFAULT_TARGET][1])
+
+DEVICES = ("cpu", "cuda", "tt")
+DTYPES = ("bf16", "fp32", "fp16")
+DRAFT_DTYPES = (*DTYPES, "int8")
+PRECISION = "performance"  # as tt_transformers' demo
+VERIFICATIONS = ("batched", "sequential")
+
+AUTO = "auto"  # by what was measured: tokens to draft, from none to the longest; layers to leave early after
+# A padded decode of so many rows costs what one row does, within 5 % (bf16; 12 rows 1.12x; scripts/benchmark.py
+# verify-cost measures it).
+FREE_ROWS = 7
+AUTO_LONGEST = 15  # where rows are computed as they come
+AUTO_LONGEST_FIXED = FREE_ROWS - 1  # where every forward computes all rows that the longest draft needs
+DRAFT_TOKENS = 4
+TREE_NODES = 15
+TREE_NODES_FIXED = FREE_ROWS - 1
+
+# Options that have a meaning on some devices only, and what to do about one of them on another device.
+TORCH_OPTIONS = {
+    "dtype": "use [precision] or leave it out",
+    "draft_dtype": "use [draft_precision] or leave it out",
+    "row_invariant": "leave it out, on a board all rows are computed alike",
+}
+BOARD_OPTIONS = ("precision", "draft_precision", "draft_placement", "trace", "weight_cache")
+DRAFT_MODEL_OPTIONS = ("draft", "draft_dtype", "draft_precision", "draft_placement")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which models run where, and how they draft.
+
+    Args:
+        target: a checkpoint directory, a Hugging Face id, or a name of `NAMED`.
+        draft: the same for the draft model. None: the one that belongs to a named target, else the embedded one if it
+            fits.
+        device: "cpu", "cuda" or "tt", a Tenstorrent board.
+        max_seq_len: positions to reserve, in tokens (default: the models' own, at most 2048).
+        threads: CPU threads of torch, which on a board converts weights and draws samples (default: torch's own).
+        slots: texts that may be under way at once (CPU and CUDA).
+        dtype, draft_dtype: "bf16" (default), "fp32", "fp16"; of the draft (default: dtype) also "int8".
+        row_invariant: compute every target forward on as many rows as the longest verification has, so that greedy text
+            is the same bit for bit with and without speculation (default: where that costs plain decoding nothing).
+        precision, draft_precision: number formats on a board, a name in `precision.PRECISIONS`.
+        draft_placement: "shared" or "own-chip", on a board.
+        trace: replay captured programs on a board. weight_cache: keep converted weights on disk.
+        drafter: who drafts, a name in `drafters.registry` (default: "combined" where there is a draft model, "model" on
+            a board, else "prompt-lookup").
+        num_draft_tokens: tokens drafted a round, of a tree its levels: 0 to 31, or "auto" (default; 4 on a board and
+            with sequential verification).
+        tree_nodes: tokens of a tree at most, 1 to 31.
+        exit_layer: layers of the target that draft, or "auto" (default), for early exit.
+        verification: "batched" (default), or "sequential" for one token a forward.
+        greedy: whether a board prepares programs for greedy texts or for sampled ones; the others run too, slower.
+        speculative: False loads nothing that drafts; rows are computed as if something did.
+
+    Raises:
+        UserError: for what has no meaning.
+    """
+
+    target: str = DEFAULT_TARGET
+    draft: str | None = None
+    device: str = "cpu"
+    max_seq_len: int | None = None
+    threads: int | None = None
+    slots: int = 1
+    dtype: str | None = None
+    draft_dtype: str | None = None
+    row_invariant: bool | None = None
+    precision: str | None = None
+    draft_precision: str | None = None
+    draft_placement: str | None = None
+    trace: bool | None = None
+    weight_cache: bool | None = None
+    drafter: str | None = None
+    num_draft_tokens: int | str | None = None
+    tree_nodes: int | None = None
+    exit_layer: int | str | None = None
+    verification: str = "batched"
+    greedy: bool = True
+    speculative: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        self._check_device()
+        self._check_drafter()
+
+    # -------------------------------------------------------------------------------------------------- defaults
+    def resolved(self, drafter: str) -> EngineOptions:
+        """With every default filled in; `drafter` is who drafts where that is left open."""
+        chosen = self.drafter or drafter
+        length = self.num_draft_tokens
+        if length is None:
+            by_hand = self.verification == "sequential" or self.device == "tt"
+            length = 0 if chosen == NONE else DRAFT_TOKENS if by_hand else AUTO
+        longest = 0 if length == AUTO else int(length)
+        dtype = self.dtype or "bf16"
+        row_invariant = self.row_invariant
+        if row_invariant is None:
+            asked = longest if self.tree_nodes is None else self.tree_nodes
+            row_invariant = self.device != "tt" and dtype != "fp32" and asked < FREE_ROWS
+        precision = self.precision or PRECISION
+        return dataclasses.replace(
+            # Checked already, and filled-in values need not pass for given ones.
+            _Resolved(**vars(self)),
+            dtype=dtype,
+            draft_dtype=self.draft_dtype or dtype,
+            row_invariant=row_invariant,
+            precision=precision,
+            draft_precision=self.draft_precision or precision,
+            draft_placement=self.draft_placement or PLACEMENTS[0],
+            trace=self.trace is not False,
+            weight_cache=self.weight_cache is not False,
+            drafter=chosen,
+            num_draft_tokens=length,
+            tree_nodes=self.tree_nodes or max(longest, TREE_NODES_FIXED if row_invariant else TREE_NODES),
+            exit_layer=self.exit_layer or AUTO,
+        )
+
+    # ------------------------------------------------------------------- what follows from options that are resolved
+    @property
+    def spec(self) -> DrafterSpec | None:
+        """The drafter's row in the registry; None for plain decoding."""
+        return None if self.drafter in (None, NONE) or not self.speculative else spec_of(self.drafter)
+
+    @property
+    def auto(self) -> bool:
+        """Whether the draft length is chosen while it runs."""
+        return self.num_draft_tokens == AUTO
+
+    @property
+    def longest_draft(self) -> int:
+        """Tokens that a round drafts at most, one after the other; of a tree, its levels."""
+        chosen = AUTO_LONGEST_FIXED if self.row_invariant else AUTO_LONGEST
+        longest = chosen if self.auto else int(self.num_draft_tokens or 0)
+        return min(longest, self.tree_nodes) if self._is_tree else longest
+
+    @property
+    def verify_rows(self) -> int:
+        """Rows that a verification has at most."""
+        return 1 + (self.tree_nodes if self._is_tree and self.longest_draft else self.longest_draft)
+
+    @property
+    def fixed_rows(self) -> int | None:
+        """Rows every target forward is padded to, so that a row's bits do not depend on how many rows are computed.
+
+        Just enough for a verification. On a board nothing has to be padded: a tile has 32 rows anyway.
+        """
+        return self.verify_rows if self.row_invariant and self.device != "tt" else None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether anything is to be drafted by anybody."""
+        return self.spec is not None
+
+    @property
+    def uses_draft_model(self) -> bool:
+        """Whether a draft model is to be loaded."""
+        return self.spec is not None and self.spec.needs_draft_model
+
+    @property
+    def drafter_settings(self) -> dict[str, Any]:
+        """The drafter's own options."""
+        return {name: getattr(self, name) for name in self.spec.settings} if self.spec else {}
+
+    @property
+    def _is_tree(self) -> bool:
+        return self.drafter not in (None, NONE) and spec_of(self.drafter).workload.tree
+
+    # ---------------------------------------------------------------------------------------------------- checks
+    def _check_values(self) -> None:
+        for name, allowed in (
+            ("device", DEVICES),
+            ("dtype", (None, *DTYPES)),
+            ("draft_dtype", (None, *DRAFT_DTYPES)),
+            ("precision", (None, *PRECISIONS)),
+            ("draft_precision", (None, *PRECISIONS)),
+            ("draft_placement", (None, *PLACEMENTS)),
+            ("verification", VERIFICATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(filter(None, allowed))
+                raise OptionError(f"[{name}] {getattr(self, name)!r}: choose one of {choices}")
+        for name, low, high in (
+            ("max_seq_len", 2, None),
+            ("threads", 1, None),
+            ("slots", 1, None),
+            ("num_draft_tokens", 0, MAX_DRAFT_LENGTH),
+            ("tree_nodes", 1, MAX_DRAFT_LENGTH),
+            ("exit_layer", 1, None),
+        ):
+            value = getattr(self, name)
+            if value is None or (value == AUTO and name in ("num_draft_tokens", "exit_layer")):
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or value < low or (high is not None and value > high):
+                bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+                auto = f", or {AUTO!r}" * (name in ("num_draft_tokens", "exit_layer"))
+                raise OptionError(f"[{name}] {value!r}: give a whole number {bounds}{auto}")
+        if self.drafter not in (None, NONE):
+            spec_of(self.drafter)
+
+    def _check_device(self) -> None:
+        on_board = self.device == "tt"
+        given = [name for name in (TORCH_OPTIONS if on_board else BOARD_OPTIONS) if getattr(self, name) is not None]
+        if given:
+            option = f"[{given[0]}{'=False' * (getattr(self, given[0]) is False)}]"
+            remedy = TORCH_OPTIONS[given[0]] if on_board else "add [device] tt or leave it out"
+            raise OptionError(f"{option} has no meaning with [device] {self.device}: {remedy}")
+        if on_board and self.slots > 1:
+            raise OptionError(f"[slots] {self.slots}: a board writes one text at a time: leave it out")
+
+    def _check_drafter(self) -> None:
+        drafter, length = self.drafter, self.num_draft_tokens
+        if drafter == NONE and length:
+            raise OptionError(
+                f"[num_draft_tokens] {length} has no meaning with [drafter] {NONE}: leave one of them out"
+            )
+        spec = None if drafter in (None, NONE) else spec_of(drafter)
+        given = [name for name in DRAFT_MODEL_OPTIONS if getattr(self, name) is not None]
+        if given and drafter is not None and not (spec and spec.needs_draft_model):
+            raise OptionError(
+                f"[{given[0]}] has no meaning with [drafter] {drafter}: leave it out or use [drafter] model"
+            )
+        for name, owner in (("tree_nodes", "tree"), ("exit_layer", "early-exit")):
+            if getattr(self, name) is not None and not (spec and name in spec.settings):
+                raise OptionError(
+                    f"[{name}] has no meaning with [drafter] {drafter or 'combined'}: leave it out or use [drafter] "
+                    f"{owner}"
+                )
+        on_board = self.device == "tt"
+        if spec and "exit_layer" in spec.settings and on_board and self.exit_layer in (None, AUTO) and length != 0:
+            raise OptionError(
+                "a board prepares early exit for one layer: give it with [exit_layer], such as [exit_layer] 4"
+            )
+        if spec and spec.workload.tree and self.verification == "sequential":
+            raise OptionError(
+                f"[drafter] {drafter} cannot be verified token by token: leave out [verification] sequential"
+            )
+        if length == AUTO and self.verification == "sequential":
+            raise OptionError(
+                f"[num_draft_tokens] {AUTO} chooses by what batched verification costs: with [verification] "
+                f"sequential give a number, such as {DRAFT_TOKENS}"
+            )
+
+
+class _Resolved(EngineOptions):
+    """Options in which defaults are filled in, for devices and drafters that have no use for some of them too."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def engine_options(**options: Any) -> EngineOptions:
+    """`EngineOptions` of these fields. Raises UserError for a name that is none of them."""
+    known = [field.name for field in dataclasses.fields(EngineOptions)]
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(f"unknown option {unknown[0]!r}: there are {', '.join(known)}")
+    return EngineOptions(**options)
+
+
+def named_target(source: str) -> str:
+    """The checkpoint that a name stands for; anything else as it is."""
+    return str(NAMED[source][0]) if source in NAMED else source
+
+
+def named_draft(source: str) -> str:
+    """The draft checkpoint that a name stands for; anything else as it is."""
+    return str(NAMED[source][1]) if source in NAMED else source
+
+
+def draft_of(target: str) -> str | None:
+    """The draft model that belongs to a target with a name, or to its checkpoint; None for any other."""
+    for name, (checkpoint, draft) in NAMED.items():
+        if target in (name, str(checkpoint)):
+            return str(draft)
+    return None
+
+
+def describe_source(source: str) -> str:
+    """A checkpoint's name for people: shipped ones relative to the package's parent, others as given."""
+    path, root = Path(source), CHECKPOINTS.parent.parent
+    return str(path.relative_to(root)) if path.is_absolute() and path.is_relative_to(CHECKPOINTS) else source
