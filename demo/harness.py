@@ -10,11 +10,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from demo.prompt_files import read_prompts
 from demo.settings import Settings, parse_settings
 from models.cli.command import BROKEN_PIPE, INTERRUPTED, discard_stdout, run_command
+from models.cli.prompts import read_prompts
+
+PROMPTS = Path(__file__).resolve().parent / "prompts"
 
 if TYPE_CHECKING:
     from demo.session import Session
@@ -29,11 +32,11 @@ def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
     start = time.perf_counter()
     settings = parse_settings(argv, mode)
     if settings is None:
-        from demo.environment import project_version
+        from models.cli.environment import project_version
 
         print(project_version())
         return 0
-    prompts = read_prompts(settings)
+    prompts = read_prompts(settings, PROMPTS / ("instruct.txt" if settings.instruct else "python.txt"))
     _check_early(settings)
 
     # Only now the slow imports: a mistake above is answered at once.
@@ -73,7 +76,7 @@ def _run(session: "Session", start: float) -> int:
         gc.unfreeze()
     results = build_results(session, interrupted=code != 0, total_s=time.perf_counter() - start)
     if settings.json:
-        from demo.environment import write_json
+        from models.cli.environment import write_json
 
         write_json(settings.json, results)
     if settings.html:
@@ -88,7 +91,7 @@ def _run(session: "Session", start: float) -> int:
 
 def _check_early(settings: Settings) -> None:
     """Whatever can be found wrong without loading a model."""
-    from demo.environment import check_writable
+    from models.cli.environment import check_writable
     from models.device import check_device
 
     if settings.json:

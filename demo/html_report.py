@@ -6,7 +6,6 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from demo.environment import write_text
 from demo.explain import explain_slowdown
 from demo.html_charts import Bar, Limit, bar_chart, chart_figure, key, rounds_chart, stacked_chart
 from demo.html_page import ASSETS, Block, Heading, Markup, page, table
@@ -14,6 +13,7 @@ from demo.html_texts import texts
 from demo.report import Results
 from demo.session import Run, Session
 from demo.wording import MOCK, about, closing_lines, summary_sections
+from models.cli.environment import write_text
 from models.speculative.drafters.registry import reads_prompt, source_of
 
 TITLES = {

@@ -14,8 +14,10 @@ proposed ids, indices of those accepted, parents of a tree or 0, and what drafte
 from collections.abc import Sequence
 from typing import Any
 
-from demo.session import Prompt, Run, Session
+from demo.runs import Run
+from demo.session import Session
 from demo.wording import figures, pace
+from models.cli.prompts import Prompt
 from models.llama.tokenizer import LlamaTokenizer
 from models.speculative.stats import Round
 

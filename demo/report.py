@@ -10,10 +10,10 @@ import statistics
 import sys
 from typing import Any
 
-from demo.environment import date, machine, peak_memory, versions
 from demo.runs import Row, Run
 from demo.session import Session
-from models.options import BOARD_OPTIONS, DRAFT_MODEL_OPTIONS, TORCH_OPTIONS, describe_source
+from models.cli.environment import date, machine, peak_memory, versions
+from models.cli.settings import describe_settings
 from models.speculative.stats import GenerationStats, Round
 
 Results = dict[str, Any]
@@ -56,7 +56,7 @@ def _results(session: Session, interrupted: bool, total_s: float) -> Results:
         "total_s": total_s,
         "warm_up_s": session.warm_up_s,
         "memory": _memory(session),
-        "settings": describe_settings(session),
+        "settings": describe_settings(settings, session.llm),
         "date": date(),
         "versions": versions(),
         "machine": machine(settings.device, session.board and session.board.board, session.mock),
@@ -237,35 +237,3 @@ def _memory(session: Session) -> Results:
                 "kv_cache_bytes_per_chip": plan.kv_cache,
             }
     return memory | {f"peak_{name}": value for name, value in peak_memory(session.settings.device).items()}
-
-
-def describe_settings(session: Session) -> Results:
-    """The flags that mattered on this device, as they took effect."""
-    settings = session.settings
-    values = dataclasses.asdict(settings)
-    for name in (
-        "quiet",
-        "no_color",
-        "json",
-        "html",
-        "greedy",
-        "speculative",
-        "slots",
-        *(TORCH_OPTIONS if session.board else BOARD_OPTIONS),
-    ):
-        del values[name]
-    values["target"] = describe_source(settings.target)
-    values["draft"] = session.draft and describe_source(session.draft.opened.source)
-    for name in DRAFT_MODEL_OPTIONS[1:]:
-        if name in values and session.draft is None:
-            values[name] = None
-    own = settings.drafter_settings
-    values["tree_nodes"] = settings.tree_nodes if "tree_nodes" in own else None
-    values["exit_layer"] = session.exit_layer if "exit_layer" in own else None
-    values["max_seq_len"] = session.max_seq_len
-    if session.board:
-        values["trace"], values["fused"] = session.board.trace, session.fused
-    else:
-        values["fixed_rows"] = settings.fixed_rows
-    values["warm_up"] = "the first prompt, once on each path, not counted"
-    return values

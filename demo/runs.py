@@ -1,18 +1,10 @@
-"""What a demo run is made of: prompts, and a generation on each path for every one of them."""
+"""What a demo run is made of: for every prompt a generation on each path."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from models.cli.prompts import Prompt
 from models.speculative.stats import GenerationStats
-
-
-@dataclass
-class Prompt:
-    """One prompt: its place from 1, what the user sees, and what the models get."""
-
-    number: int
-    text: str
-    ids: list[int]
 
 
 @dataclass

@@ -1,17 +1,16 @@
 """The models and prompts of one demo run, and the runs over them."""
 
-import random
 from collections.abc import Sequence
 from contextlib import closing
 
 import torch
 from loguru import logger
 
-from demo.progress import loading_bar, show_memory
-from demo.runs import Prompt, Row, Run, Viewer
+from demo.runs import Row, Run, Viewer
 from demo.settings import Settings
+from models.cli.console import loading_bar, show_memory
+from models.cli.prompts import encode_prompts
 from models.device import is_mock
-from models.errors import UserError
 from models.llama.tokenizer import LlamaTokenizer
 from models.llm import LLM
 from models.loading import OpenedModel, OpenedPair, estimate_bytes, open_pair
@@ -36,8 +35,7 @@ class Session:
         self.settings = settings = settings.resolved_as(pair.options)
         self.max_seq_len = pair.max_seq_len
         self.tokenizer: LlamaTokenizer | None = pair.target.tokenizer
-        self.prompts = self._make_prompts(texts, pair.target)
-        self._check_lengths()
+        self.prompts = encode_prompts(settings, texts, pair)
         if pair.note:
             logger.info(pair.note)
         self.warm_up_s: float | None = None  # compiling and capturing on a board
@@ -95,29 +93,6 @@ class Session:
     def close(self) -> None:
         """Give the board back, if there is one."""
         self.llm.close()
-
-    def _make_prompts(self, texts: list[str], target: OpenedModel) -> list[Prompt]:
-        if self.settings.random_prompts:
-            count, length = self.settings.random_prompts
-            draw = random.Random(self.settings.seed)
-            vocab = target.checkpoint.config.vocab_size
-            rows = [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)][: self.settings.max_prompts]
-            return [Prompt(i, f"({length} random token ids)", ids) for i, ids in enumerate(rows, 1)]
-        if self.tokenizer is None:
-            raise UserError(
-                f"{describe_source(target.source)} has no tokenizer.json: add it, or run on token ids with "
-                "--random-prompts 10x64"
-            )
-        encode = self.tokenizer.chat if self.settings.instruct else self.tokenizer.encode
-        return [Prompt(i, text, encode(text)) for i, text in enumerate(texts, 1)]
-
-    def _check_lengths(self) -> None:
-        for prompt in self.prompts:
-            if len(prompt.ids) >= self.max_seq_len:
-                raise UserError(
-                    f"prompt {prompt.number} has {len(prompt.ids)} tokens, the context is {self.max_seq_len}: "
-                    "shorten it or raise --max-seq-len"
-                )
 
     # -------------------------------------------------------------------------------------------------- running
     @torch.inference_mode()

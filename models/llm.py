@@ -293,7 +293,7 @@ class LLM:
         name = drafter or options.drafter
         length = options.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
         if name == NONE or length == 0 or not options.speculative:
-            return Drafting(name, 0, None, None)
+            return Drafting(name, 0, None, FixedDraftLength(0))
         spec = spec_of(name)
         if spec.needs_draft_model and self.draft is None:
             raise UserError(f"drafter {name!r} needs a draft model, and none is loaded: load one with draft=...")

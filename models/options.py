@@ -124,7 +124,7 @@ class EngineOptions:
         precision = self.precision or PRECISION
         return dataclasses.replace(
             # Checked already, and filled-in values need not pass for given ones.
-            _Resolved(**vars(self)),
+            _Resolved(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}),
             dtype=dtype,
             draft_dtype=self.draft_dtype or dtype,
             row_invariant=row_invariant,

@@ -26,13 +26,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from demo.arguments import PRECISION
-from demo.progress import memory_table
 from models.board_mock import cluster
 from models.boards import BOARDS, PLACEMENTS, Board, board_named
 from models.cli.command import Parser, run_command
+from models.cli.console import memory_table
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES, LlamaConfig, named_config
+from models.options import PRECISION
 from models.ttnn_llama.device.mesh import first_line, open_mesh, target_chips
 from models.ttnn_llama.shapes import MAX_ROWS
 from models.ttnn_llama.weights import memory
@@ -410,7 +410,7 @@ def show_usage(console: Console, usages: dict[str, Usage], checks: list[Check]) 
 def command(argv: Sequence[str] | None) -> int:
     options = parse(argv)
     if options.json:
-        from demo.environment import check_writable
+        from models.cli.environment import check_writable
 
         check_writable(options.json)
     asked = question(options)
@@ -452,7 +452,7 @@ def write_results(
     usages: dict[str, Usage],
     verdict: str,
 ) -> None:
-    from demo.environment import versions, write_json
+    from models.cli.environment import versions, write_json
 
     parts = ("weights", "kv_cache", "activations", "traces", "total")
     planned = {name: {part: getattr(plan, part) for part in parts} for name, plan in plans.items()}

@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from demo.arguments import PRECISION
 from models.board_mock import cluster
 from models.boards import BOARDS, Board, board_named
 from models.cli.command import Parser, run_command
 from models.errors import UserError
 from models.llama.config import LlamaConfig, named_config
+from models.options import PRECISION
 from models.ttnn_llama.shapes import MAX_ROWS, padded_rows
 from models.ttnn_llama.weights.precision import PRECISIONS, Precision, precision_named
 
@@ -201,7 +201,7 @@ def command(argv: Sequence[str] | None) -> int:
     forms = [(n, tree) for tree, counts in ((False, options.rows), (True, options.trees)) for n in counts]
     if not all(1 <= n <= MAX_ROWS for n, _ in forms) or not 0 <= options.position <= 100_000:
         raise UserError(f"--rows and --trees must be within 1..{MAX_ROWS} and --position within 0..100000")
-    from demo.environment import check_writable, date, versions, write_json
+    from models.cli.environment import check_writable, date, versions, write_json
 
     if options.json:
         check_writable(options.json)

@@ -246,7 +246,7 @@ def command(argv: Sequence[str] | None) -> int:
     if options.capture:
         return capture_all()
     acceptance = check(options)
-    from demo.environment import check_writable, date, versions, write_json
+    from models.cli.environment import check_writable, date, versions, write_json
 
     if options.json:
         check_writable(options.json)

@@ -63,18 +63,10 @@ def median(values: Results | None) -> float | None:
 
 
 def demo() -> str:
-    """The demo's own table, from its JSON file."""
-    from demo.wording import closing_lines, summary_sections
-
-    results = read("demo-embedded-pair")
-    rows = [("", "baseline", "speculative", "ratio"), *(row for part in summary_sections(results) for row in part)]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]).rstrip() for row in rows
-    ]
-    return (
-        f"{source(results)}\n\n```\n" + "\n".join([*lines, *(line for line, _ in closing_lines(results))]) + "\n```\n"
-    )
+    """The demo's own table, as it printed it (`--quiet`) beside its JSON file."""
+    shown = (RESULTS / "demo-embedded-pair.txt").read_text(encoding="utf-8")
+    lines = [line.rstrip() for line in shown.splitlines()]
+    return f"{source(read('demo-embedded-pair'))}\n\n```\n" + "\n".join(lines).strip("\n") + "\n```\n"
 
 
 def compare() -> str:

@@ -6,6 +6,7 @@ import pytest
 
 import demo.display
 import demo.session
+import models.llm
 from demo.harness import main
 from tests.demo_fixtures import write_pair
 
@@ -42,7 +43,7 @@ def all_lengths(monkeypatch):
     """Automatic draft lengths that are 0, 1, .. in turn instead of going by times; the controllers that were made."""
     made = []
 
-    class InTurn(demo.session.AutoDraftLength):
+    class InTurn(models.llm.AutoDraftLength):
         def __init__(self, *args):
             super().__init__(*args)
             self.generations = self.rounds = 0
@@ -51,6 +52,7 @@ def all_lengths(monkeypatch):
         def begin(self, *args):
             super().begin(*args)
             self.generations += 1
+            return self
 
         def draft_length(self, source):
             return self.lengths[self.rounds % len(self.lengths)]
@@ -62,20 +64,20 @@ def all_lengths(monkeypatch):
             super().update(round)
             self.rounds += 1
 
-    monkeypatch.setattr(demo.session, "AutoDraftLength", InTurn)
+    monkeypatch.setattr(models.llm, "AutoDraftLength", InTurn)
     return made
 
 
 @pytest.fixture
 def wrong_third_token(monkeypatch):
     """Speculative text whose third token is not the target's."""
-    generate = demo.session.generate
+    stream = models.llm.stream
 
-    def wrong_at_third_token(target, drafter, prompt, **options):
-        for number, token in enumerate(generate(target, drafter, prompt, **options), 1):
-            yield token._replace(id=(token.id + 1) % 256) if drafter and number == 3 else token
+    def wrong_at_third_token(engine, sequence):
+        for number, token in enumerate(stream(engine, sequence), 1):
+            yield token._replace(id=(token.id + 1) % 256) if sequence.request.drafter and number == 3 else token
 
-    monkeypatch.setattr(demo.session, "generate", wrong_at_third_token)
+    monkeypatch.setattr(models.llm, "stream", wrong_at_third_token)
 
 
 @pytest.fixture

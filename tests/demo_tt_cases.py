@@ -20,6 +20,7 @@ import ttnn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import demo.session
+import models.llm
 from demo.harness import main
 
 calls: list[str] = []  # what was opened and closed
@@ -47,12 +48,12 @@ def note(name):
 
 
 def pressing_ctrl_c(after):
-    real = demo.session.generate
+    real = models.llm.stream
 
-    def generate(target, drafter, *args, **options):
-        for number, token in enumerate(real(target, drafter, *args, **options), 1):
+    def generate(engine, sequence):
+        for number, token in enumerate(real(engine, sequence), 1):
             yield token
-            if drafter and number == after:
+            if sequence.request.drafter and number == after:
                 signal.raise_signal(signal.SIGINT)
 
     return generate
@@ -64,15 +65,15 @@ def run(case, folder):
     path = Path(folder, "results.json")
     path.unlink(missing_ok=True)
     out, err = io.StringIO(), io.StringIO()
-    before, generate = dict(os.environ), demo.session.generate
+    before, stream = dict(os.environ), models.llm.stream
     os.environ.update(case.get("environ", {}))
     if case.get("interrupt"):
-        demo.session.generate = pressing_ctrl_c(case["interrupt"])
+        models.llm.stream = pressing_ctrl_c(case["interrupt"])
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main([*case["argv"], "--json", str(path)], case.get("mode"))
     finally:
-        demo.session.generate = generate
+        models.llm.stream = stream
         os.environ.clear()
         os.environ.update(before)
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -12,13 +12,11 @@ import numpy
 import pytest
 import torch
 
-from demo.arguments import DRAFTERS, MODEL_DRAFTERS
-from demo.session import Session
-from demo.settings import parse_settings
 from models.cli.command import INTERRUPTED, run_command
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES
 from models.llama.rope import rope_tables
+from models.speculative.drafters import registry
 from models.speculative.stats import GenerationStats, Round
 from models.tests.llama_fixtures import tiny_config, write_tiny_checkpoint
 from models.torch_llama.model import TorchLlama
@@ -37,7 +35,9 @@ from scripts.suites import (
     sweep,
     ways,
 )
+from scripts.suites.bench import Bench
 from scripts.suites.random_weights import RandomWeights
+from scripts.suites.suite import model_settings
 from tests.demo_fixtures import write_pair
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -247,18 +247,18 @@ def test_random_weights_are_seeded_differ_by_name_and_make_a_model():
 
 
 def test_an_unrelated_draft_has_the_drafts_shape_and_other_weights(pair):
-    session = Session(parse_settings([*pair, "--prompt", "def"]), ["def"])
+    session = Bench(model_settings("compare", [*pair, "--prompt", "def"]), ["def"])
     other = ways.with_unrelated_draft(session)
     assert other.target is session.target and other.draft is not session.draft
     assert other.draft.model.config.hidden_size == session.draft.model.config.hidden_size
     assert not torch.equal(other.draft.model.prefill([5, 6]), session.draft.model.prefill([5, 6]))
 
 
-@pytest.mark.parametrize("drafter", [name for name in DRAFTERS if name != "none"])
+@pytest.mark.parametrize("drafter", [spec.name for spec in registry.specs()])
 def test_every_drafter_of_the_demo_is_a_way_that_writes_the_plain_text(pair, drafter):
-    models = pair if drafter in MODEL_DRAFTERS else pair[:2]
-    settings = parse_settings([*models, "--drafter", drafter, "--max-new-tokens", "12"])
-    session = Session(settings, ["for i in"])
+    models = pair if registry.spec_of(drafter).needs_draft_model else pair[:2]
+    settings = model_settings("compare", [*models, "--drafter", drafter, "--max-new-tokens", "12"])
+    session = Bench(settings, ["for i in"])
     ids = session.prompts[0].ids
     expected = ways.write(ways.plain_way(session), ids, 12)
     for length in (2, "auto"):
@@ -269,7 +269,7 @@ def test_every_drafter_of_the_demo_is_a_way_that_writes_the_plain_text(pair, dra
 
 def test_there_are_at_least_seven_categories_with_prompts_of_their_own():
     assert len(categories.CATEGORIES) >= 7
-    settings = parse_settings([])
+    settings = model_settings("compare", [])
     texts = {name: categories.read_texts(name, settings) for name in categories.CATEGORIES}
     for name, category in categories.CATEGORIES.items():
         assert len(texts[name]) >= 4 if category.file else not texts[name]
@@ -442,7 +442,7 @@ def test_llama_cpp_writes_the_same_text_with_scaled_rotations(tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
     target, draft = write_pair(tmp_path, num_hidden_layers=2)
     flags = ["--target", str(target), "--draft", str(draft), "--dtype", "fp32", "--max-new-tokens", "16"]
-    session = Session(parse_settings(flags), ["for i in range(40):\n    print(i)" * 4])
+    session = Bench(model_settings("peers", flags), ["for i in range(40):\n    print(i)" * 4])
     ids = session.prompts[0].ids
     expected = ways.write(ways.plain_way(session), ids, 16).tokens
     for runner in gguf_peer.llama_cpp_runners(session, 3):

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import demo.display
-import demo.session
-from demo.settings import BOARD_FLAGS
+import models.llm
 from demo.wording import MOCK
 from models.llama.checkpoint import save_checkpoint
+from models.options import BOARD_OPTIONS
 from models.tests.llama_fixtures import random_tensors, tiny_config
 from tests.demo_fixtures import FOUR, make_tokenizer, refused, texts, write_tokenizer
 
@@ -58,7 +57,7 @@ def test_the_default_command_writes_the_text_of_its_baseline(tmp_path):
         assert row["baseline"]["token_ids"] == row["speculative"]["token_ids"]
         assert row["baseline"]["text"] in done.stdout
     settings = results["settings"]
-    assert (settings["drafter"], settings["num_draft_tokens"]) == ("model", "auto")
+    assert (settings["drafter"], settings["num_draft_tokens"]) == ("combined", "auto")
     assert (settings["tree_nodes"], settings["exit_layer"], results["early_exit"]) == (None, None, None)
 
 
@@ -79,13 +78,13 @@ def test_embedded_pair_verified_token_by_token_writes_the_same_text(run):
 # ----------------------------------------------------------------------------------------- how runs are counted
 def test_paths_take_turns_after_an_uncounted_warm_up(run, monkeypatch):
     order = []
-    generate = demo.session.generate
+    stream = models.llm.stream
 
-    def noting(target, drafter, prompt, **options):
-        order.append(("plain" if drafter is None else "speculative", len(prompt)))
-        return generate(target, drafter, prompt, **options)
+    def noting(engine, sequence):
+        order.append(("plain" if sequence.request.drafter is None else "speculative", len(sequence.request.prompt)))
+        return stream(engine, sequence)
 
-    monkeypatch.setattr(demo.session, "generate", noting)
+    monkeypatch.setattr(models.llm, "stream", noting)
     code, results = run("--prompt", "a", "--prompt", "bcd", "--prompt", "efghi")
     assert code == 0
     lengths = [row["prompt_tokens"] for row in results["prompts"]]
@@ -184,15 +183,15 @@ def test_on_a_mock_board_nothing_that_is_told_depends_on_time(mode, on_terminal,
 
 
 def test_an_interrupted_run_on_a_mock_board_has_no_times_either(run, as_on_a_mock, capsys, monkeypatch):
-    generate = demo.session.generate
+    stream = models.llm.stream
 
-    def interrupted(target, drafter, prompt, **options):
-        for number, token in enumerate(generate(target, drafter, prompt, **options), 1):
+    def interrupted(engine, sequence):
+        for number, token in enumerate(stream(engine, sequence), 1):
             yield token
-            if drafter and number == 3:
+            if sequence.request.drafter and number == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.session, "generate", interrupted)
+    monkeypatch.setattr(models.llm, "stream", interrupted)
     code, results = run("--prompt", "def")
     assert code == 130
     assert [run["tokens"] for run in results["partial"]] == [8, 3]
@@ -205,7 +204,7 @@ def test_each_device_reports_the_flags_that_mean_something_on_it(run):
     code, results = run("--prompt", "def")
     assert code == 0
     assert set(results["settings"]) >= {"dtype", "draft_dtype", "fixed_rows", "threads"}
-    assert not set(results["settings"]) & {*BOARD_FLAGS, "fused"}
+    assert not set(results["settings"]) & {*BOARD_OPTIONS, "fused"}
     machine = results["machine"]
     assert (machine["mock"], machine["board"], machine["chips"], machine["arch"], machine["ttnn"]) == (
         False,
@@ -330,7 +329,14 @@ def test_a_pair_with_different_vocabularies_is_refused_with_both(pair, tmp_path,
 
 
 def test_a_target_that_the_embedded_draft_does_not_fit_asks_for_a_draft(pair, capsys):
-    refused(capsys, ["--target", str(pair[0])], str(pair[0]), "--draft", "--drafter prompt-lookup", "--mode baseline")
+    flags = ["--target", str(pair[0]), "--drafter", "model"]
+    refused(capsys, flags, str(pair[0]), "--draft", "--drafter prompt-lookup")
+
+
+def test_where_no_draft_model_fits_drafts_are_copied(pair, run, capfd):
+    code, results = run("--target", str(pair[0]), "--prompt", "def def def", models=False)
+    assert (code, results["settings"]["drafter"], results["settings"]["draft"]) == (0, "prompt-lookup", None)
+    assert "no draft model" in capfd.readouterr().err
 
 
 def test_other_mistakes_name_the_value_and_the_remedy(pair, tmp_path, capsys):

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-import demo.session
+import models.llm
 from demo.harness import main
+from models.options import EMBEDDED_DRAFT
 from tests.demo_fixtures import FOUR, make_tokenizer, refused, texts, write_pair
 
 CONTROLLER_KEYS = {
@@ -156,7 +157,7 @@ def test_without_a_drafter_both_paths_decode_plainly(dtype, run, capsys):
 def test_where_no_draft_model_is_used_none_is_opened_or_reported(drafter, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DRAFT_MODEL", str(tmp_path / "missing"))
     flags = DRAFTERS.get(drafter, ["--drafter", drafter])
-    code, results = run(*flags, "--max-prompts", "1", "--target", str(demo.session.EMBEDDED_DRAFT))
+    code, results = run(*flags, "--max-prompts", "1", "--target", EMBEDDED_DRAFT)
     assert code == 2 and "missing" not in capsys.readouterr().err  # the pair's --draft is refused here
     code, results = run(*flags, "--max-prompts", "1", models=False)
     assert code == 0
@@ -225,8 +226,8 @@ def test_automatic_lengths_are_shown_while_they_run_and_in_the_end(run, all_leng
 @pytest.mark.parametrize(
     ("flags", "header", "live"),
     [
-        ("", "draft model, auto: 0 to 6 tokens a round", "draft model"),
-        ("--drafter combined", "prompt lookup or draft model, auto: 0 to 6 tokens", "prompt lookup or draft model"),
+        ("--drafter model", "draft model, auto: 0 to 6 tokens a round", "draft model"),
+        ("", "prompt lookup or draft model, auto: 0 to 6 tokens", "prompt lookup or draft model"),
         ("--drafter tree", "tree of up to 6 tokens, auto: 0 to 6 levels a round", "tree of up to 6 tokens"),
         ("--drafter tree --tree-nodes 3", "tree of up to 3 tokens, auto: 0 to 3 levels", "tree of up to 3 tokens"),
         ("--drafter early-exit", "early exit after layer (to be chosen), auto", "early exit after layer 1"),
@@ -237,7 +238,7 @@ def test_automatic_lengths_are_shown_while_they_run_and_in_the_end(run, all_leng
 )
 def test_who_drafts_is_named_while_it_runs(flags, header, live, pair, run, all_lengths, terminal, capsys):
     models = ["--target", str(pair[0])]
-    if not flags or "tree" in flags or "combined" in flags:
+    if not flags or "tree" in flags or "model" in flags:
         models += ["--draft", str(pair[1])]
     code, _ = run(*models, *flags.split(), "--prompt", "def", "--no-color", models=False)
     assert code == 0
@@ -248,15 +249,15 @@ def test_who_drafts_is_named_while_it_runs(flags, header, live, pair, run, all_l
 
 
 def test_an_interrupted_run_reports_the_lengths_so_far(run, all_lengths, monkeypatch):
-    generate = demo.session.generate
+    stream = models.llm.stream
 
-    def interrupted(target, drafter, prompt, **options):
-        for number, token in enumerate(generate(target, drafter, prompt, **options), 1):
+    def interrupted(engine, sequence):
+        for number, token in enumerate(stream(engine, sequence), 1):
             yield token
-            if drafter and number == 5:
+            if sequence.request.drafter and number == 5:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.session, "generate", interrupted)
+    monkeypatch.setattr(models.llm, "stream", interrupted)
     code, results = run("--prompt", "def")
     assert code == 130
     assert [len(lengths) for lengths in results["controller"]["chosen"]] == [results["partial"][-1]["rounds"]]

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from demo.harness import main
-from demo.settings import EMBEDDED_TARGET
 from demo.wording import MOCK
 from models.board_mock import cluster
+from models.options import NAMED
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = str(ROOT / "demo" / "simple_text_demo.py")
@@ -140,7 +140,7 @@ def test_results_name_the_mock_and_the_flags_that_took_effect(typed):
 def corrupt(tmp_path_factory):
     """The embedded target with a file that ends early."""
     path = tmp_path_factory.mktemp("corrupt") / "target"
-    shutil.copytree(EMBEDDED_TARGET, path)
+    shutil.copytree(NAMED["tiny"][0], path)
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     return path

@@ -7,15 +7,30 @@ import sys
 
 import pytest
 
-from demo.arguments import build_parser
-from demo.environment import check_writable, write_json
-from demo.prompt_files import read_prompts
-from demo.settings import EMBEDDED_DRAFT, EMBEDDED_TARGET, parse_settings
+from demo.harness import PROMPTS
+from demo.settings import build_parser, parse_settings
+from models.cli import prompts
+from models.cli.environment import check_writable, write_json
 from models.errors import UserError
+from models.options import NAMED
+from models.speculative.drafters import registry
+
+EMBEDDED_TARGET, EMBEDDED_DRAFT = NAMED["tiny"]
 
 
-def settings(*argv, mode=None, environ=None):
+def given(*argv, mode=None, environ=None):
+    """What was typed."""
     return parse_settings(list(argv), mode, environ or {})
+
+
+def settings(*argv, **rest):
+    """With defaults filled in, as for a pair that fits."""
+    typed = given(*argv, **rest)
+    return typed.resolved_as(typed.engine.resolved("model" if typed.device == "tt" else "combined"))
+
+
+def read_prompts(settings):
+    return prompts.read_prompts(settings, PROMPTS / "python.txt")
 
 
 def prompts_of(path, text):
@@ -24,18 +39,16 @@ def prompts_of(path, text):
 
 
 # ------------------------------------------------------------------------------------------------------- flags
-def test_every_drafter_of_the_command_line_is_in_the_table():
-    from demo.arguments import DRAFTERS
-    from demo.drafting import DRAFTING
-
-    assert tuple(DRAFTING) == DRAFTERS
+def test_every_drafter_of_the_table_is_on_the_command_line():
+    for name in registry.names():
+        assert given("--drafter", name).drafter == name
 
 
 def test_defaults_are_the_embedded_pair_greedy_in_bf16():
     defaults = settings()
-    assert (defaults.target, defaults.draft) == (str(EMBEDDED_TARGET), str(EMBEDDED_DRAFT))
+    assert (defaults.target, defaults.draft) == (str(EMBEDDED_TARGET), None)
     assert (defaults.mode, defaults.device, defaults.dtype, defaults.draft_dtype) == ("compare", "cpu", "bf16", "bf16")
-    assert (defaults.drafter, defaults.num_draft_tokens, defaults.exit_layer) == ("model", "auto", "auto")
+    assert (defaults.drafter, defaults.num_draft_tokens, defaults.exit_layer) == ("combined", "auto", "auto")
     assert (defaults.temperature, defaults.max_new_tokens, len(read_prompts(defaults))) == (0.0, 30, 10)
 
 
@@ -173,10 +186,10 @@ def test_the_baseline_demo_has_one_mode():
         (["--drafter", "tree", "--tree-nodes", "auto"], ["--tree-nodes", "auto", "1 to 31"]),
         (["--drafter", "tree", "--exit-layer", "2"], ["--exit-layer", "--drafter tree", "--drafter early-exit"]),
         (["--drafter", "tree", "--verification", "sequential"], ["--drafter tree", "--verification sequential"]),
-        (["--tree-nodes", "6"], ["--tree-nodes", "--drafter model", "use --drafter tree"]),
+        (["--tree-nodes", "6"], ["--tree-nodes", "--drafter combined", "use --drafter tree"]),
         (["--drafter", "none", "--tree-nodes", "6"], ["--tree-nodes", "--drafter none", "use --drafter tree"]),
         (["--drafter", "early-exit", "--tree-nodes", "6"], ["--tree-nodes", "use --drafter tree"]),
-        (["--exit-layer", "2"], ["--exit-layer", "--drafter model", "use --drafter early-exit"]),
+        (["--exit-layer", "2"], ["--exit-layer", "--drafter combined", "use --drafter early-exit"]),
         (["--drafter", "combined", "--exit-layer", "auto"], ["--exit-layer", "use --drafter early-exit"]),
         (["--drafter", "early-exit", "--exit-layer", "0"], ["--exit-layer", "0", "at least 1, or auto"]),
         (["--drafter", "early-exit", "--exit-layer", "half"], ["--exit-layer", "half", "whole number", "auto"]),

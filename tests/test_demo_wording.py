@@ -236,6 +236,7 @@ def test_a_text_that_differs_for_a_known_reason_is_explained(changes, words):
 def named(*argv, exit_layer=None):
     """As much of a session as its name needs."""
     chosen = parse_settings(list(argv), None, {})
+    chosen = chosen.resolved_as(chosen.engine.resolved("combined"))
     return SimpleNamespace(
         settings=chosen,
         sampling=SamplingParams(),
@@ -249,8 +250,8 @@ def named(*argv, exit_layer=None):
 @pytest.mark.parametrize(
     ("argv", "exit_layer", "name", "length"),
     [
-        ("", None, "draft model", "auto: 0 to 6 tokens a round"),
-        ("--dtype fp32 --drafter combined", None, "prompt lookup or draft model", "auto: 0 to 15 tokens a round"),
+        ("--drafter model", None, "draft model", "auto: 0 to 6 tokens a round"),
+        ("--dtype fp32", None, "prompt lookup or draft model", "auto: 0 to 15 tokens a round"),
         ("--drafter tree", None, "tree of up to 6 tokens", "auto: 0 to 6 levels a round"),
         ("--drafter tree --tree-nodes 1 --num-draft-tokens 3", None, "tree of up to 1 token", "1 level a round"),
         ("--drafter early-exit --num-draft-tokens 3", 4, "early exit after layer 4", "3 tokens a round"),
@@ -265,7 +266,7 @@ def test_the_heading_names_who_drafts_how_much(argv, exit_layer, name, length):
 
 
 def test_the_heading_lists_lengths_that_leave_some_out():
-    session = named()
+    session = named("--drafter", "model")
     session.controller.lengths = [0, 1, 3, 7, 15]
     assert "draft model, auto: 0, 1, 3, 7 or 15 tokens a round, " in run_settings(session)
 

@@ -10,6 +10,7 @@ import zlib
 import pytest
 
 import demo.session
+import models.llm
 from demo.harness import main
 from demo.html_page import Figure, Heading, Markup, Paragraph, Table, simple_page
 from demo.html_report import report
@@ -100,17 +101,17 @@ def test_the_page_has_the_numbers_of_the_json(run):
 @pytest.mark.parametrize("drafter", ["model", "combined", "none"])
 def test_tokens_texts_and_origins_are_those_of_the_run(drafter, run, monkeypatch):
     written = []
-    generate = demo.session.generate
+    stream = models.llm.stream
 
-    def noting(target, drafter, prompt, **options):
-        written.append(([], []) if options["controller"] else None)
-        for token in generate(target, drafter, prompt, **options):
+    def noting(engine, sequence):
+        written.append(([], []) if sequence.request.controller else None)
+        for token in stream(engine, sequence):
             if written[-1]:
                 written[-1][0].append(token.id)
                 written[-1][1].append(token.origin)
             yield token
 
-    monkeypatch.setattr(demo.session, "generate", noting)
+    monkeypatch.setattr(models.llm, "stream", noting)
     length = () if drafter == "none" else THREE
     code, results, page = run("--drafter", drafter, *length, "--prompt", "def add(self", "--prompt", "value value")
     assert code == 0
@@ -167,18 +168,18 @@ def test_automatic_lengths_are_drawn_with_their_break_even(run):
 
 @pytest.mark.parametrize(("count", "label"), [(4, "1: def (warm-up, interrupted)"), (19, "1: def (interrupted)")])
 def test_an_interrupted_run_shows_what_there_is(count, label, run, monkeypatch):
-    generate = demo.session.generate
+    stream = models.llm.stream
     written = 0
 
-    def interrupted(target, drafter, prompt, **options):
+    def interrupted(engine, sequence):
         nonlocal written
-        for token in generate(target, drafter, prompt, **options):
+        for token in stream(engine, sequence):
             yield token
-            written += options["controller"] is not None
+            written += sequence.request.controller is not None
             if written == count:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.session, "generate", interrupted)
+    monkeypatch.setattr(models.llm, "stream", interrupted)
     code, results, page = run("--prompt", "def")
     assert code == 130
     assert "interrupted before a prompt was complete: what had been begun is shown" in words_of(page)
@@ -199,18 +200,18 @@ def test_a_run_interrupted_before_its_first_token_has_a_page(run, monkeypatch):
 
 
 def test_complete_prompts_come_before_the_interrupted_one(run, monkeypatch):
-    generate = demo.session.generate
+    stream = models.llm.stream
     calls = 0
 
-    def interrupted(*args, **options):
+    def interrupted(engine, sequence):
         nonlocal calls
         calls += 1
-        for number, token in enumerate(generate(*args, **options), 1):
+        for number, token in enumerate(stream(engine, sequence), 1):
             yield token
             if calls == 6 and number == 5:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.session, "generate", interrupted)
+    monkeypatch.setattr(models.llm, "stream", interrupted)
     code, _, page = run("--prompt", "def", "--prompt", "self")
     assert code == 130
     assert [each["label"] for each in data_of(page)["runs"]] == ["1: def", "2: self (interrupted)"]

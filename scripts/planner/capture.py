@@ -166,7 +166,7 @@ def capture(
     progress=lambda text: None,
 ) -> dict:
     """Counts of boards, each in a process of its own on its mock. Needs ttnn; raises RuntimeError with what failed."""
-    from demo.environment import versions
+    from models.cli.environment import versions
 
     counts = {"forwards": [], "rounds": []}
     with tempfile.TemporaryDirectory() as directory:

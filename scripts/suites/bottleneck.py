@@ -11,9 +11,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from demo.arguments import AUTO, DRAFT_TOKENS
-from demo.prompt_files import read_prompts
 from models.errors import UserError
+from models.options import AUTO, DRAFT_TOKENS
 from models.speculative.stats import GenerationStats
 from scripts.suites import formula
 from scripts.suites.measuring import shuffled, spread
@@ -42,7 +41,7 @@ class Bottleneck:
 
     def __init__(self, options: argparse.Namespace, rest: Sequence[str]) -> None:
         self.options = options
-        self.settings = model_settings("bottleneck", rest, ["--num-draft-tokens", AUTO], REFUSED)
+        self.settings = model_settings("bottleneck", rest, REFUSED, drafter="model", num_draft_tokens=AUTO)
         self.device = self.settings.device
         self.machine: dict[str, float] = {}
         self.seconds: dict[str, list[float]] = {}
@@ -50,13 +49,14 @@ class Bottleneck:
         self.stats: list[GenerationStats] = []
 
     def prepare(self) -> None:
-        from demo.session import Session
+        from scripts.suites.bench import Bench
 
-        self.session = Session(self.settings, read_prompts(self.settings)[:PROMPTS])
-        longest = self.session.max_seq_len - max(LENGTHS) - 1
+        self.bench = Bench(self.settings)
+        self.bench.prompts = self.bench.prompts[:PROMPTS]
+        longest = self.bench.max_seq_len - max(LENGTHS) - 1
         if self.options.context > longest:
             raise UserError(f"--context {self.options.context} is more than {longest}: lower it or raise --max-seq-len")
-        model = self.session.target.model
+        model = self.bench.target.model
         model.kv.fill_(0.01)  # memory that was never written is read faster than any other
         self.computed_rows = model.fixed_rows or 1
 
@@ -65,7 +65,7 @@ class Bottleneck:
         from scripts.suites import hardware, parts
 
         progress.begin(2, "reading memory, multiplying matrices")
-        model, draft, context = self.session.target.model, self.session.draft.model, self.options.context
+        model, draft, context = self.bench.target.model, self.bench.draft.model, self.options.context
         self.machine["read_bytes_s"] = hardware.read_bandwidth(self.device)
         progress.step()
         self.machine["flops"] = hardware.gemm_flops(model.dtype, self.device)
@@ -94,10 +94,10 @@ class Bottleneck:
     def _measure_acceptance(self, progress: Progress) -> None:
         from scripts.suites.ways import drafting_way, write
 
-        way = drafting_way(self.session, "model", DRAFT_TOKENS)
-        progress.begin(len(self.session.prompts), "acceptance")
-        for prompt in self.session.prompts:
-            stats = write(way, prompt.ids, self.settings.max_new_tokens, self.session.stop_ids).stats
+        way = drafting_way(self.bench, "model", DRAFT_TOKENS)
+        progress.begin(len(self.bench.prompts), "acceptance")
+        for prompt in self.bench.prompts:
+            stats = write(way, prompt.ids, self.settings.max_new_tokens, self.bench.stop_ids).stats
             self.stats.append(stats)
             progress.step()
 
@@ -106,8 +106,8 @@ class Bottleneck:
         from scripts.suites.summary import describe_models, describe_settings
 
         circumstances = {
-            "models": describe_models(self.session),
-            "settings": describe_settings(self.session, self.options),
+            "models": describe_models(self.bench),
+            "settings": describe_settings(self.bench, self.options),
         }
         ms = {name: spread([1000 * value for value in values]) for name, values in self.seconds.items()}
         if not ms or not all(ms.values()):
@@ -126,7 +126,7 @@ class Bottleneck:
     def _bounds(self, seconds: dict[str, float]) -> Results:
         from scripts.suites import parts
 
-        model = self.session.target.model
+        model = self.bench.target.model
         forward = seconds[f"{FORWARD} 1"]
         config, positions = model.config, self.options.context + self.computed_rows
         kv_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions

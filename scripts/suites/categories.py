@@ -1,12 +1,11 @@
 """The kinds of text that the suite `compare` keeps apart: what a drafter is good for depends on them."""
 
-import dataclasses
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.prompt_files import read_prompts
-from demo.settings import Settings
+from models.cli.prompts import read_prompts
+from models.cli.settings import RunSettings
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 RANDOM_COUNT, RANDOM_LENGTH = 4, 64
@@ -45,12 +44,12 @@ CATEGORIES = {
 }
 
 
-def read_texts(name: str, settings: Settings) -> list[str]:
+def read_texts(name: str, settings: RunSettings) -> list[str]:
     """The texts of a category's prompts, cut to --max-prompts."""
     category = CATEGORIES[name]
     if category.file is None:
         return []
-    return read_prompts(dataclasses.replace(settings, prompts=str(PROMPTS / category.file)))
+    return read_prompts(settings, PROMPTS / category.file)
 
 
 def random_ids(vocab_size: int, seed: int, count: int | None) -> list[list[int]]:

@@ -13,10 +13,11 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from demo.arguments import AUTO, AUTO_LONGEST_FIXED, DRAFT_TOKENS, DRAFTERS, MODEL_DRAFTERS
+from models.cli.prompts import Prompt
 from models.errors import UserError
+from models.options import AUTO, AUTO_LONGEST_FIXED, DRAFT_TOKENS
 from models.speculative.control.policy import MAX_DRAFT_LENGTH
-from models.speculative.sampling import SamplingParams
+from models.speculative.drafters import registry
 from scripts.suites.categories import CATEGORIES, random_ids, read_texts
 from scripts.suites.measuring import ratios, spread, turns, winner
 from scripts.suites.report import header, number, percent, ranged, table, times
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 48
 REFUSED = ("--mode", "--drafter", "--num-draft-tokens", "--verification", "--prompts", "--prompt", "--random-prompts")
-DRAFTING = tuple(name for name in DRAFTERS if name != "none")
+DRAFTING = tuple(spec.name for spec in registry.specs())
 
 
 class Compare:
@@ -69,14 +70,19 @@ class Compare:
     def __init__(self, options: argparse.Namespace, rest: Sequence[str]) -> None:
         self.options = options
         self.drafters = [name for name in DRAFTING if name in (*options.drafters, options.auto_drafter)]
-        self.drafts_by_model = any(name in MODEL_DRAFTERS for name in self.drafters)
+        self.drafts_by_model = any(registry.spec_of(name).needs_draft_model for name in self.drafters)
         drafter = "combined" if self.drafts_by_model else options.auto_drafter
-        own = ["--drafter", drafter, "--num-draft-tokens", AUTO, "--max-new-tokens", str(options.max_new_tokens)]
-        if options.max_prompts:
-            own += ["--max-prompts", str(options.max_prompts)]
-        self.settings = model_settings("compare", rest, own, REFUSED)
-        SamplingParams(self.settings.temperature, self.settings.top_k, self.settings.top_p, self.settings.seed)
-        longest, rows = max(options.lengths + options.other_lengths), self.settings.fixed_rows
+        self.settings = model_settings(
+            "compare",
+            rest,
+            REFUSED,
+            drafter=drafter,
+            num_draft_tokens=AUTO,
+            max_new_tokens=options.max_new_tokens,
+            max_prompts=options.max_prompts,
+        )
+        longest = max(options.lengths + options.other_lengths)
+        rows = self.settings.resolved(drafter).fixed_rows
         if rows and longest >= rows:
             raise UserError(
                 f"a draft length of {longest} is more than the {rows} fixed rows of a forward hold: give lengths up to "
@@ -94,21 +100,21 @@ class Compare:
         self.samples: dict[str, list[dict[str, list[Sample]]]] = {name: [] for name in self.categories}
 
     def prepare(self) -> None:
-        from demo.session import Prompt, Session
+        from scripts.suites.bench import Bench
         from scripts.suites.ways import with_unrelated_draft
 
         texts = {name: read_texts(name, self.settings) for name in self.categories}
-        self.session = Session(self.settings, [text for some in texts.values() for text in some])
-        ids = iter([prompt.ids for prompt in self.session.prompts])
+        self.bench = Bench(self.settings, [text for some in texts.values() for text in some])
+        ids = iter([prompt.ids for prompt in self.bench.prompts])
         self.prompts = {name: [next(ids) for _ in some] for name, some in texts.items()}
         for name in self.prompts:
             if CATEGORIES[name].file is None:
-                vocab_size = self.session.target.model.vocab_size
+                vocab_size = self.bench.target.model.vocab_size
                 self.prompts[name] = random_ids(vocab_size, self.settings.seed, self.options.max_prompts)
-        if not self.session.prompts:  # early exit chooses its layers by the first
-            self.session.prompts = [Prompt(1, "random token ids", ids) for ids in self.prompts["random-tokens"]]
+        if not self.bench.prompts:  # early exit chooses its layers by the first
+            self.bench.prompts = [Prompt(1, "random token ids", ids) for ids in self.prompts["random-tokens"]]
         unrelated = any(CATEGORIES[name].unrelated_draft for name in self.prompts)
-        self.unrelated = with_unrelated_draft(self.session) if unrelated else None
+        self.unrelated = with_unrelated_draft(self.bench) if unrelated else None
 
     # -------------------------------------------------------------------------------------------------- measuring
     def measure(self, progress: Progress) -> None:
@@ -120,8 +126,8 @@ class Compare:
         total = sum(len(texts[name]) * len(self.ways[name]) for name in texts)
         every = [ids for prompts in self.prompts.values() for ids in prompts]
         progress.begin(total * self.options.repeats, "warm-up")
-        for session in filter(None, (self.session, self.unrelated)):
-            ways.prepare_lengths(session, every)
+        for bench in filter(None, (self.bench, self.unrelated)):
+            ways.prepare_lengths(bench, every)
         first: dict[int, tuple[str, Way]] = {}
         for name in self.prompts:
             first |= {id(way): (name, way) for way in self.ways[name] if id(way) not in first}
@@ -138,12 +144,12 @@ class Compare:
     def _own_ways(self) -> "list[Way]":
         from scripts.suites.ways import drafting_way, plain_way, sequential_way
 
-        ways = [plain_way(self.session)]
+        ways = [plain_way(self.bench)]
         if self.drafts_by_model:
-            ways.append(sequential_way(self.session))
+            ways.append(sequential_way(self.bench))
         for drafter in self.drafters:
             lengths = self.options.lengths if drafter == self.options.auto_drafter else self.options.other_lengths
-            ways += [drafting_way(self.session, drafter, length) for length in (*lengths, AUTO)]
+            ways += [drafting_way(self.bench, drafter, length) for length in (*lengths, AUTO)]
         return ways
 
     def _unrelated_ways(self) -> "list[Way]":
@@ -159,7 +165,7 @@ class Compare:
 
         asked = self.options.max_new_tokens
         new_tokens = min(CATEGORIES[category].new_tokens or asked, asked)
-        return write(way, ids, new_tokens, self.session.stop_ids if CATEGORIES[category].file else ())
+        return write(way, ids, new_tokens, self.bench.stop_ids if CATEGORIES[category].file else ())
 
     # -------------------------------------------------------------------------------------------------- results
     def results(self) -> Results:
@@ -172,8 +178,8 @@ class Compare:
             "auto_drafter": self.options.auto_drafter,
             "categories": categories,
             "overall": self._overall(),
-            "models": describe_models(self.session),
-            "settings": describe_settings(self.session, self.options),
+            "models": describe_models(self.bench),
+            "settings": describe_settings(self.bench, self.options),
         }
 
     def _overall(self) -> Results:

@@ -18,7 +18,7 @@ from models.llama.config import LlamaConfig
 from models.llama.rope import inverse_frequencies
 
 if TYPE_CHECKING:
-    from demo.session import Session
+    from scripts.suites.bench import Bench
 
 NAMES = {  # of a layer's tensors in GGUF
     "input_layernorm": "attn_norm",
@@ -35,7 +35,7 @@ OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", 
 Generate = Callable[[list[int]], list[int]]
 
 
-def llama_cpp_runners(session: "Session", k: int) -> tuple[Generate, Generate, Generate]:
+def llama_cpp_runners(bench: "Bench", k: int) -> tuple[Generate, Generate, Generate]:
     """llama.cpp's plain decoding, its decoding with the draft model and with prompt lookup of k tokens, as functions
     from prompt ids to new ids. UserError where it is not installed, or cannot run these weights."""
     try:
@@ -47,10 +47,10 @@ def llama_cpp_runners(session: "Session", k: int) -> tuple[Generate, Generate, G
         raise UserError(
             f"llama.cpp is left out ({error}): `pip install llama-cpp-python gguf` to have it take part"
         ) from error
-    settings = session.settings
+    settings = bench.settings
     if settings.device != "cpu":
         raise UserError(f"llama.cpp is left out: it is compared on the CPU only, not on {settings.device}")
-    longest = max(len(prompt.ids) for prompt in session.prompts) + settings.max_new_tokens + k + 1
+    longest = max(len(prompt.ids) for prompt in bench.prompts) + settings.max_new_tokens + k + 1
     threads = torch.get_num_threads()
 
     def load(path: Path, draft_model=None) -> Llama:
@@ -66,7 +66,7 @@ def llama_cpp_runners(session: "Session", k: int) -> tuple[Generate, Generate, G
         tokens: list[int] = []
         for token in llama.generate(ids, temp=0.0):
             tokens.append(int(token))
-            if len(tokens) == settings.max_new_tokens or token in session.stop_ids:
+            if len(tokens) == settings.max_new_tokens or token in bench.stop_ids:
                 break
         return tokens
 
@@ -82,8 +82,8 @@ def llama_cpp_runners(session: "Session", k: int) -> tuple[Generate, Generate, G
 
     with tempfile.TemporaryDirectory() as folder:  # what is loaded stays mapped into memory
         target, draft = Path(folder) / "target.gguf", Path(folder) / "draft.gguf"
-        write_gguf(target, session.target.opened.checkpoint, settings.dtype)
-        write_gguf(draft, session.draft.opened.checkpoint, settings.dtype)
+        write_gguf(target, bench.target.opened.checkpoint, settings.dtype)
+        write_gguf(draft, bench.draft.opened.checkpoint, settings.dtype)
         plain = load(target)
         lookup = load(target, LlamaPromptLookupDecoding(num_pred_tokens=k))
         assisted = load(target, ModelDraft(load(draft)))

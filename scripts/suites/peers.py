@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from demo.arguments import AUTO, AUTO_LONGEST_FIXED, DRAFT_TOKENS
-from demo.prompt_files import read_prompts
 from models.errors import UserError
+from models.options import AUTO, AUTO_LONGEST_FIXED, DRAFT_TOKENS
 from scripts.suites.measuring import spread, turns
 from scripts.suites.report import header, number, ranged, table
 from scripts.suites.suite import Progress, Results, integer, model_settings
@@ -26,7 +25,7 @@ from scripts.suites.suite import Progress, Results, integer, model_settings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from demo.session import Session
+    from scripts.suites.bench import Bench
 
 OWN_PLAIN, OWN_MODEL, OWN_LOOKUP = "own baseline", "own speculative", "own prompt lookup"
 OWN_AUTO = "own combined, auto"
@@ -65,22 +64,22 @@ class Peers:
 
     def __init__(self, options: argparse.Namespace, rest: Sequence[str]) -> None:
         self.options = options
-        self.settings = model_settings("peers", rest, ["--num-draft-tokens", AUTO], REFUSED)
+        self.settings = model_settings("peers", rest, REFUSED, drafter="combined", num_draft_tokens=AUTO)
         self.device = self.settings.device
         self.rates: dict[str, list[float]] = {}
         self.texts: dict[str, list[list[int]]] = {}  # of the last complete repetition
         self.notes: list[str] = []
 
     def prepare(self) -> None:
-        from demo.session import Session
+        from scripts.suites.bench import Bench
 
-        self.session = Session(self.settings, read_prompts(self.settings))
-        self.prompts = [prompt.ids for prompt in self.session.prompts]
+        self.bench = Bench(self.settings)
+        self.prompts = [prompt.ids for prompt in self.bench.prompts]
 
     def measure(self, progress: Progress) -> None:
         progress.begin(1, "loading the others")
         k = self.options.num_draft_tokens
-        runners = {**own_runners(self.session, k), **hf_runners(self.session, k)}
+        runners = {**own_runners(self.bench, k), **hf_runners(self.bench, k)}
         if not self.options.no_llama_cpp:
             runners |= self._llama_runners()
         self.rates = {name: [] for name in runners}
@@ -102,7 +101,7 @@ class Peers:
         from scripts.suites.gguf_peer import llama_cpp_runners
 
         try:
-            runners = llama_cpp_runners(self.session, self.options.num_draft_tokens)
+            runners = llama_cpp_runners(self.bench, self.options.num_draft_tokens)
         except UserError as error:
             self.notes.append(str(error))
             return {}
@@ -134,8 +133,8 @@ class Peers:
             "ways": ways,
             "notes": self.notes,
             "prompts": len(self.prompts),
-            "models": describe_models(self.session),
-            "settings": describe_settings(self.session, self.options),
+            "models": describe_models(self.bench),
+            "settings": describe_settings(self.bench, self.options),
         }
 
     # -------------------------------------------------------------------------------------------------- showing
@@ -168,25 +167,25 @@ def best_ratio(rates: dict[str, list[float]], above: str, below: Sequence[str]) 
     return [own / max(others) for own, *others in zip(rates[above], *(rates[name] for name in below), strict=True)]
 
 
-def own_runners(session: "Session", k: int) -> dict[str, Generate]:
+def own_runners(bench: "Bench", k: int) -> dict[str, Generate]:
     """This project's ways with k draft tokens, as functions from prompt ids to new ids."""
     from scripts.suites.ways import drafting_way, plain_way, write
 
-    settings = session.settings
+    settings = bench.settings
     ways = {
-        OWN_PLAIN: plain_way(session),
-        OWN_MODEL: drafting_way(session, "model", k),
-        OWN_LOOKUP: drafting_way(session, "prompt-lookup", k),
-        OWN_AUTO: drafting_way(session, "combined", AUTO),
+        OWN_PLAIN: plain_way(bench),
+        OWN_MODEL: drafting_way(bench, "model", k),
+        OWN_LOOKUP: drafting_way(bench, "prompt-lookup", k),
+        OWN_AUTO: drafting_way(bench, "combined", AUTO),
     }
 
     def run(name: str, ids: list[int]) -> list[int]:
-        return write(ways[name], ids, settings.max_new_tokens, session.stop_ids).tokens
+        return write(ways[name], ids, settings.max_new_tokens, bench.stop_ids).tokens
 
     return {name: lambda ids, name=name: run(name, ids) for name in ways}
 
 
-def hf_runners(session: "Session", k: int) -> dict[str, Generate]:
+def hf_runners(bench: "Bench", k: int) -> dict[str, Generate]:
     """transformers' ways. Settings of assisted generation are read from the assistant's generation_config."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -196,7 +195,7 @@ def hf_runners(session: "Session", k: int) -> dict[str, Generate]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    settings = session.settings
+    settings = bench.settings
 
     def load(opened):
         model = AutoModelForCausalLM.from_pretrained(
@@ -204,7 +203,7 @@ def hf_runners(session: "Session", k: int) -> dict[str, Generate]:
         )
         return model.to(settings.device).eval()
 
-    target, same_k, defaults = load(session.target.opened), load(session.draft.opened), load(session.draft.opened)
+    target, same_k, defaults = load(bench.target.opened), load(bench.draft.opened), load(bench.draft.opened)
     config = same_k.generation_config
     config.num_assistant_tokens = k
     config.num_assistant_tokens_schedule = "constant"
@@ -217,7 +216,7 @@ def hf_runners(session: "Session", k: int) -> dict[str, Generate]:
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=settings.max_new_tokens,
-            eos_token_id=list(session.stop_ids) or None,
+            eos_token_id=list(bench.stop_ids) or None,
             pad_token_id=0,
             use_cache=True,
             **options,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo.environment import check_writable, date, machine, versions, write_json, write_text
+from models.cli.environment import check_writable, date, machine, versions, write_json, write_text
 from models.errors import UserError
 
 if TYPE_CHECKING:

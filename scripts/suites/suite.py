@@ -1,17 +1,28 @@
 """What scripts/benchmark.py asks of a suite, and the flags that suites have in common."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from demo.settings import Settings, parse_settings
+from models.cli.arguments import (
+    add_drafting_arguments,
+    add_model_arguments,
+    add_prompt_arguments,
+    add_sampling_arguments,
+    integer,
+)
+from models.cli.command import Parser
+from models.cli.settings import RunSettings, settings_of
+from models.device import check_device
 from models.errors import UserError
+from models.speculative.drafters.registry import NONE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Results = dict[str, Any]
-OUTPUT_FLAGS = ("--html", "--no-color", "--version")  # of the demos, without a meaning here
+OUTPUT_FLAGS = ("--mode", "--html", "--no-color", "--version")  # of the demos, without a meaning here
 
 
 class Progress(Protocol):
@@ -22,7 +33,7 @@ class Progress(Protocol):
 
 
 class Suite(Protocol):
-    """One suite: made from its own flags and those left over, which are the demos'; a mistake in them is a UserError.
+    """One suite: made from its own flags and those left over, which all suites share; a mistake in them is a UserError.
 
     `measure` may be interrupted by Ctrl-C at any moment; `results` then holds what was complete. `markdown` and
     `figure` read nothing but results.
@@ -45,40 +56,28 @@ class Suite(Protocol):
     def figure(results: Results) -> "Figure": ...
 
 
-def model_settings(suite: str, rest: Sequence[str], own: Sequence[str] = (), refused: Sequence[str] = ()) -> Settings:
-    """Settings of the demos from the flags left over; `own` are the suite's additions to them.
+def model_settings(suite: str, rest: Sequence[str], refused: Sequence[str] = (), **chosen: Any) -> RunSettings:
+    """Settings from the flags left over; `chosen` are fields that the suite decides itself.
 
-    UserError for flags that the suite chooses itself, for --device tt, and for whatever the demos refuse.
+    UserError for flags that the suite chooses itself, for --device tt, and for whatever has no meaning.
     """
     flags = {arg.split("=", 1)[0] for arg in rest}
     for flag in (*refused, *OUTPUT_FLAGS):
         if flag in flags:
             raise UserError(f"{flag} has no meaning in the suite {suite}: leave it out")
-    given = parse_settings(rest)
+    parser = Parser(allow_abbrev=False, add_help=False)
+    add_model_arguments(parser, os.environ)
+    add_prompt_arguments(parser)
+    add_drafting_arguments(parser)
+    add_sampling_arguments(parser)
+    given = parser.parse_args(rest)
     if given.device == "tt":
         raise UserError(f"--device tt: the suite {suite} measures on cpu and cuda, on a board use the demo")
-    if given.drafter == "none":
+    if given.drafter == NONE:
         raise UserError(f"--drafter none drafts nothing, which is no use in the suite {suite}: leave it out")
-    from models.device import check_device
-
     check_device(given.device)
-    return parse_settings([*rest, *own])
-
-
-def integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """argparse type: a whole number in [low, high]."""
-
-    def parse(text: str) -> int:
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: give one {bounds}") from None
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{value} is out of range: give a whole number {bounds}")
-        return value
-
-    return parse
+    settings_of(RunSettings, given, os.environ)  # what was typed has to have a meaning by itself
+    return settings_of(RunSettings, given, os.environ, **chosen)
 
 
 def integers(low: int, high: int | None = None) -> Callable[[str], list[int]]:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from demo import report
+from models.cli import settings as cli_settings
 from models.speculative.stats import GenerationStats
 from scripts.suites.measuring import percentile, ratios, spread
 from scripts.suites.report import FORMATS
@@ -29,7 +29,7 @@ def summarise(way: Way, runs: Repetitions, plain: Repetitions) -> dict[str, Any]
     samples = [sample for samples in runs for sample in samples]
     stats = GenerationStats.merge([sample.stats for sample in samples])
     lengths = [round.drafted for round in stats.rounds if round.drafted and not round.cut]
-    greedy = way.session.sampling.greedy
+    greedy = way.bench.sampling.greedy
     equal = sum(
         a.tokens == b.tokens for run, base in zip(runs, plain, strict=True) for a, b in zip(run, base, strict=True)
     )
@@ -74,7 +74,7 @@ def latency(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def describe_models(session) -> dict[str, Any]:
+def describe_models(bench) -> dict[str, Any]:
     """Load time and memory of each model."""
     return {
         role: loaded
@@ -83,13 +83,13 @@ def describe_models(session) -> dict[str, Any]:
             "weight_bytes": loaded.model.weight_bytes,
             "kv_cache_bytes": loaded.model.kv_cache_bytes,
         }
-        for role, loaded in (("target", session.target), ("draft", session.draft))
+        for role, loaded in (("target", bench.target), ("draft", bench.draft))
     }
 
 
-def describe_settings(session, options) -> dict[str, Any]:
-    """The flags of the demos as they took effect, then those of the suite."""
-    settings = report.describe_settings(session)
+def describe_settings(bench, options) -> dict[str, Any]:
+    """The shared flags as they took effect, then those of the suite."""
+    settings = cli_settings.describe_settings(bench.settings, bench.llm)
     chosen_by_suite = ("mode", "drafter", "num_draft_tokens", "html", "warm_up")
     own = {name: value for name, value in vars(options).items() if name not in (*FORMATS, "suite", "quiet")}
     return {name: value for name, value in settings.items() if name not in chosen_by_suite} | own

@@ -13,14 +13,13 @@ Prompts and the drafter are chosen by the demos' flags (the default prompts, the
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from demo.arguments import AUTO, AUTO_LONGEST_FIXED
-from demo.prompt_files import read_prompts
 from models.errors import UserError
+from models.options import AUTO, AUTO_LONGEST_FIXED
 from models.speculative.control.policy import MAX_DRAFT_LENGTH
-from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
 from scripts.suites import formula
 from scripts.suites.measuring import spread, turns
@@ -56,35 +55,36 @@ class Sweep:
 
     def __init__(self, options: argparse.Namespace, rest: Sequence[str]) -> None:
         self.options = options
-        own = ["--num-draft-tokens", AUTO, "--max-new-tokens", str(options.max_new_tokens)]
+        chosen = {"num_draft_tokens": AUTO, "max_new_tokens": options.max_new_tokens}
         if options.longest > AUTO_LONGEST_FIXED:
             if "--row-invariant" in rest:
                 raise UserError(
                     f"--row-invariant computes {AUTO_LONGEST_FIXED + 1} rows: give --longest {AUTO_LONGEST_FIXED} with "
                     "it, or leave it out"
                 )
-            own.append("--no-row-invariant")
-        self.settings = settings = model_settings("sweep", rest, own, REFUSED)
-        SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+            chosen["row_invariant"] = False
+        settings = model_settings("sweep", rest, REFUSED, **chosen)
+        self.settings = settings if settings.drafter else dataclasses.replace(settings, drafter="model")
         self.device = settings.device
         self.ways = []
         self.repetitions: list[dict[str, list[Sample]]] = []  # [repetition][way]: a sample for each prompt
 
     def prepare(self) -> None:
-        from demo.session import Session
+        from scripts.suites.bench import Bench
 
-        self.session = Session(self.settings, read_prompts(self.settings))
-        self.prompts = [prompt.ids for prompt in self.session.prompts]
+        self.bench = Bench(self.settings)
+        self.settings = self.bench.settings
+        self.prompts = [prompt.ids for prompt in self.bench.prompts]
 
     def measure(self, progress: Progress) -> None:
         from scripts.suites.ways import drafting_way, plain_way, prepare_lengths, write
 
         lengths = (*range(self.options.longest + 1), AUTO)
-        drafting = [drafting_way(self.session, self.settings.drafter, length) for length in lengths]
-        self.ways = [plain_way(self.session), *drafting]
+        drafting = [drafting_way(self.bench, self.settings.drafter, length) for length in lengths]
+        self.ways = [plain_way(self.bench), *drafting]
         progress.begin(self.options.repeats * len(self.prompts) * len(self.ways), "warm-up")
-        prepare_lengths(self.session, self.prompts)
-        new_tokens, stop_ids = self.settings.max_new_tokens, self.session.stop_ids
+        prepare_lengths(self.bench, self.prompts)
+        new_tokens, stop_ids = self.settings.max_new_tokens, self.bench.stop_ids
         for way in self.ways:
             write(way, self.prompts[0], new_tokens, stop_ids)
         for repeat in range(self.options.repeats):
@@ -115,8 +115,8 @@ class Sweep:
             "lengths": lengths,
             "best": best and int(best),
             "auto": ways.get(f"{self.settings.drafter} {AUTO}"),
-            "models": describe_models(self.session),
-            "settings": describe_settings(self.session, self.options),
+            "models": describe_models(self.bench),
+            "settings": describe_settings(self.bench, self.options),
         }
 
     def _predicted(self, k: int, runs: "list[list[Sample]]", plain: "list[list[Sample]]") -> Results:

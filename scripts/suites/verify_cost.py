@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from demo.arguments import FREE_ROWS
 from models.errors import UserError
 from models.llama.config import LlamaConfig, named_config
+from models.options import FREE_ROWS
 from scripts.suites.measuring import shuffled, spread
 from scripts.suites.report import header, number, table
 from scripts.suites.suite import Progress, Results, integer, integers

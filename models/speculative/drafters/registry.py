@@ -194,16 +194,6 @@ _LOOKUP = {
     "lookup-short": Source("lookup, short match", "prompt lookup after a short match"),
 }
 
-register(
-    DrafterSpec(
-        "combined",
-        "prompt lookup or draft model",
-        "prompt-lookup where it finds something and promises more, else the draft model",
-        _combined,
-        _LOOKUP | _MODEL,
-        Workload("draft", fusible=True, mixed=True),
-    )
-)
 register(DrafterSpec("model", "draft model", "the draft model", _model, _MODEL, Workload("draft", fusible=True)))
 register(
     DrafterSpec(
@@ -212,6 +202,16 @@ register(
         "no model, a copy of what followed the same tokens earlier in the prompt or text",
         _lookup,
         _LOOKUP,
+    )
+)
+register(
+    DrafterSpec(
+        "combined",
+        "prompt lookup or draft model",
+        "prompt-lookup where it finds something and promises more, else the draft model",
+        _combined,
+        _LOOKUP | _MODEL,
+        Workload("draft", fusible=True, mixed=True),
     )
 )
 register(

@@ -1,11 +1,10 @@
-"""Command line of the demos: flags and their environment equals. Nothing heavy is imported here."""
+"""The flags that command lines share, and their environment equals. Nothing heavy is imported here."""
 
 import argparse
 import re
 from collections.abc import Mapping
 
 from models.boards import PLACEMENTS
-from models.cli.command import Parser
 from models.options import (
     AUTO,
     AUTO_LONGEST,
@@ -24,8 +23,6 @@ from models.options import (
 from models.speculative.drafters import MAX_DRAFT_LENGTH, registry
 from models.ttnn_llama.weights.precision import PRECISIONS
 
-MODES = ("compare", "speculative", "baseline")
-
 EPILOG = """\
 prompt files:
   *.json   a list of strings, or of objects with a "prompt" key
@@ -43,7 +40,7 @@ exit codes: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupt
 """
 
 
-def _integer(low: int, high: int | None = None):
+def integer(low: int, high: int | None = None):
     """argparse type: an integer in [low, high]."""
     bounds = f"at least {low}" if high is None else f"from {low} to {high}"
 
@@ -59,13 +56,13 @@ def _integer(low: int, high: int | None = None):
     return parse
 
 
-def _integer_or_auto(low: int, high: int | None = None):
+def integer_or_auto(low: int, high: int | None = None):
     """argparse type: an integer in [low, high], or AUTO."""
-    integer = _integer(low, high)
+    whole = integer(low, high)
 
     def parse(text: str) -> int | str:
         try:
-            return AUTO if text == AUTO else integer(text)
+            return AUTO if text == AUTO else whole(text)
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentTypeError(f"{error}, or {AUTO}") from None
 
@@ -79,22 +76,9 @@ def _count_by_length(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    """Parser of one demo. ``mode`` fixes the mode and takes the flag away; None offers --mode."""
-    about = "Plain decoding of one Llama model." if mode else "Speculative decoding of a Llama beside its own baseline."
-    parser = Parser(
-        description=f"{about}\nWithout arguments: the small pair of this project, ten prompts of 30 tokens.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-
+def add_model_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
+    """Which models run where, and in what formats."""
     group = parser.add_argument_group("models")
-    if mode is None:
-        group.add_argument("--mode", choices=MODES, default="compare", help="what to run (default: %(default)s)")
-    else:
-        parser.set_defaults(mode=mode)
     group.add_argument(
         "--target",
         metavar="PATH|ID",
@@ -116,13 +100,13 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     )
     group.add_argument(
         "--max-seq-len",
-        type=_integer(2),
+        type=integer(2),
         metavar="N",
         help="context to reserve, in tokens (default: the models' own, at most 2048)",
     )
     group.add_argument(
         "--threads",
-        type=_integer(1),
+        type=integer(1),
         metavar="N",
         help="CPU threads of torch, which on a board converts weights and draws samples (default: torch's own)",
     )
@@ -180,6 +164,9 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         help="keep converted weights on disk for the next run (default: on)",
     )
 
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """What they are to go on with."""
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompts", metavar="FILE", help="file of prompts, see below (default: demo/prompts/)")
     group.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be given several times")
@@ -190,10 +177,12 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         help="random token ids, for checkpoints without a tokenizer; ignores stop tokens",
     )
     group.add_argument("--instruct", action="store_true", help="put prompts through the model's chat template")
-    group.add_argument("--max-prompts", type=_integer(1), metavar="N", help="only the first N prompts")
+    group.add_argument("--max-prompts", type=integer(1), metavar="N", help="only the first N prompts")
 
-    group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=_integer(1), default=30, metavar="N", help="(default: %(default)s)")
+
+def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
+    """Who drafts, and how much."""
+    group = parser.add_argument_group("drafting")
     group.add_argument(
         "--drafter",
         choices=registry.names(),
@@ -205,7 +194,7 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     )
     group.add_argument(
         "--num-draft-tokens",
-        type=_integer_or_auto(0, MAX_DRAFT_LENGTH),
+        type=integer_or_auto(0, MAX_DRAFT_LENGTH),
         default=None,
         metavar=f"{AUTO}|K",
         help=f"tokens drafted per round, 0 to {MAX_DRAFT_LENGTH}, of a tree its levels; {AUTO}: before every round "
@@ -215,7 +204,7 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     )
     group.add_argument(
         "--tree-nodes",
-        type=_integer(1, MAX_DRAFT_LENGTH),
+        type=integer(1, MAX_DRAFT_LENGTH),
         default=None,
         metavar="N",
         help=f"tokens of a tree at most (--drafter tree), 1 to {MAX_DRAFT_LENGTH} (default: {TREE_NODES_FIXED}, "
@@ -223,7 +212,7 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     )
     group.add_argument(
         "--exit-layer",
-        type=_integer_or_auto(1),
+        type=integer_or_auto(1),
         default=None,
         metavar=f"{AUTO}|E",
         help=f"layers of the target that draft (--drafter early-exit), below the number it has; {AUTO}: by what each "
@@ -236,6 +225,12 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         help="check a round's drafted tokens in one forward, or one by one to see what that costs "
         "(default: %(default)s)",
     )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How long a text is, and how its tokens are chosen."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=integer(1), default=30, metavar="N", help="(default: %(default)s)")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
     group.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is off (default: %(default)s)")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default: %(default)s)")
@@ -247,12 +242,3 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         help="of sampling and random prompts; a sampled speculative text repeats only where --num-draft-tokens (and "
         f"with early exit --exit-layer) is a number, as {AUTO} goes by times (default: 0)",
     )
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--json", metavar="FILE", help="write all results, per prompt and in total, to this file")
-    group.add_argument(
-        "--html", metavar="FILE", help="write a page with charts and with the texts token by token, round by round"
-    )
-    group.add_argument("--quiet", action="store_true", help="print only the final table")
-    group.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does the same)")
-    return parser

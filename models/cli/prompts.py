@@ -1,17 +1,37 @@
-"""The prompts of a run: from flags, or from files."""
+"""The prompts of a run: from flags, or from files; as texts, then as token ids."""
+
+from __future__ import annotations
 
 import json
+import random
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from demo.settings import Settings
+from models.cli.settings import RunSettings
 from models.errors import UserError
+from models.options import describe_source
 
-PROMPTS = Path(__file__).resolve().parent / "prompts"
+if TYPE_CHECKING:
+    from models.loading import OpenedPair
 
 
-def read_prompts(settings: Settings) -> list[str]:
-    """Prompt texts in order, cut to --max-prompts; none for --random-prompts. Raises UserError for a bad file."""
+@dataclass
+class Prompt:
+    """One prompt: its place from 1, what the user sees, and what the models get."""
+
+    number: int
+    text: str
+    ids: list[int]
+
+
+def read_prompts(settings: RunSettings, default: Path) -> list[str]:
+    """Prompt texts in order, cut to max_prompts; none for random prompts. default: the file where none is named.
+
+    Raises UserError for a bad file.
+    """
     if settings.random_prompts:
         return []
     if settings.prompt:
@@ -19,9 +39,36 @@ def read_prompts(settings: Settings) -> list[str]:
         if not all(prompt.strip() for prompt in prompts):
             raise UserError("--prompt '' is empty: give some text")
     else:
-        default = PROMPTS / ("instruct.txt" if settings.instruct else "python.txt")
         prompts = _read_file(Path(settings.prompts) if settings.prompts else default)
     return prompts[: settings.max_prompts]
+
+
+def encode_prompts(settings: RunSettings, texts: Sequence[str], pair: OpenedPair) -> list[Prompt]:
+    """Texts, or random token ids, as prompts for a pair.
+
+    Raises UserError without a tokenizer, and for a prompt that leaves no room in the context.
+    """
+    tokenizer, target = pair.target.tokenizer, pair.target
+    if settings.random_prompts:
+        count, length = settings.random_prompts
+        draw, vocab = random.Random(settings.seed), target.checkpoint.config.vocab_size
+        rows = [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)][: settings.max_prompts]
+        prompts = [Prompt(i, f"({length} random token ids)", ids) for i, ids in enumerate(rows, 1)]
+    elif tokenizer is None:
+        raise UserError(
+            f"{describe_source(target.source)} has no tokenizer.json: add it, or run on token ids with "
+            "--random-prompts 10x64"
+        )
+    else:
+        encode = tokenizer.chat if settings.instruct else tokenizer.encode
+        prompts = [Prompt(i, text, encode(text)) for i, text in enumerate(texts, 1)]
+    for prompt in prompts:
+        if len(prompt.ids) >= pair.max_seq_len:
+            raise UserError(
+                f"prompt {prompt.number} has {len(prompt.ids)} tokens, the context is {pair.max_seq_len}: "
+                "shorten it or raise --max-seq-len"
+            )
+    return prompts
 
 
 def _read_file(path: Path) -> list[str]:

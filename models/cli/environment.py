@@ -15,7 +15,7 @@ from models.errors import UserError
 if TYPE_CHECKING:
     from models.boards import Board
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "ttnn")
 
 

@@ -1,0 +1,39 @@
+"""Models that are loaded, prompts for them, and how texts are written: what a suite measures with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from models.cli.prompts import encode_prompts, read_prompts
+from models.cli.settings import RunSettings
+from models.llm import LLM
+from models.loading import open_pair
+
+PROMPTS = Path(__file__).resolve().parents[2] / "demo" / "prompts"
+
+
+class Bench:
+    """Opens and loads what settings ask for.
+
+    Args:
+        settings: as a suite chose them.
+        texts: of the prompts; None: those that the settings name.
+
+    Attributes:
+        settings: as they took effect.
+        prompts: with their ids. llm: the models. target, draft, stop_ids, sampling, max_seq_len: theirs.
+    """
+
+    def __init__(self, settings: RunSettings, texts: Sequence[str] | None = None) -> None:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        if texts is None:
+            texts = read_prompts(settings, PROMPTS / ("instruct.txt" if settings.instruct else "python.txt"))
+        pair = open_pair(settings.engine)
+        self.settings = settings.resolved_as(pair.options)
+        self.prompts = encode_prompts(self.settings, texts, pair) if texts or settings.random_prompts else []
+        self.llm = LLM(pair)
+        self.target, self.draft = self.llm.target, self.llm.draft
+        self.sampling, self.max_seq_len = self.settings.sampling, self.llm.max_seq_len
+        self.stop_ids = () if settings.random_prompts else self.llm.stop_ids
