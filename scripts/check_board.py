@@ -213,7 +213,7 @@ def refused(error: BaseException) -> tuple[str, str]:
     while trace is not None:
         frame, line = trace.tb_frame, trace.tb_lineno
         file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(ROOT / "models/llama"):
+        if file.is_relative_to(ROOT / "models/ttnn_llama"):
             where = f"{file.relative_to(ROOT)}:{line}"
         elif frame.f_globals.get("__name__") == "ttnn.decorators":
             op = getattr(frame.f_locals.get("self"), "python_fully_qualified_name", op)

