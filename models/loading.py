@@ -23,7 +23,7 @@ from models.options import (
     named_target,
 )
 from models.speculative.drafters.registry import NONE, spec_of
-from models.torch_llama.first_layers import check_exit_layer
+from models.llama.config import check_exit_layer
 from models.torch_llama.model import TorchLlama
 
 DEFAULT_CONTEXT = 2048

@@ -143,10 +143,8 @@ def drafter_of(models, sampling):
     if options.drafter == "tree":
         return TreeDrafter(models.drafting, sampling, options.tree_nodes)
     if options.drafter == "early-exit":
-        alone = EarlyExit(target, options.exit_layer, sampling)
-    else:
-        alone = ModelDrafter(models.drafting, sampling, confident=False)
-    drafter = FusedDrafter(models.fused, models.drafting, alone) if models.fused else alone
+        return EarlyExit(target, options.exit_layer, sampling, confident=False, rounds=models.fused)
+    drafter = ModelDrafter(models.drafting, sampling, confident=False, rounds=models.fused)
     return Combined(PromptLookup(), drafter) if options.drafter == "combined" else drafter
 
 
