@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -46,42 +47,42 @@ class TextStream:
         self._detokenizer = detokenizer
         self._stop = tuple(stop)
         self._held = ""  # text that is not yet certain
-        self._ready = ""  # text that is, and was not taken
+        self._certain: deque[str] = deque()  # text that has become certain with each token, and was not taken
         self.stopped: str | None = None  # the stop string that ended the text
 
     def push(self, token: Token) -> bool:
         """Take the next token; True: a stop string is complete."""
-        self._add(self._detokenizer.push(token.id) if self._detokenizer else f" {token.id}")
+        self._certain.append(self._add(self._detokenizer.push(token.id) if self._detokenizer else f" {token.id}"))
         return self.stopped is not None
 
     def take(self) -> str:
-        """The text that has become certain since the last call."""
-        ready, self._ready = self._ready, ""
-        return ready
+        """The text that has become certain with the next token that was not asked about; tokens may be far ahead."""
+        return self._certain.popleft()
 
     def finish(self) -> str:
-        """What is left, when no token follows."""
+        """All that was not taken, and what was held back, when no token follows."""
         if self.stopped is None:
-            self._add(self._detokenizer.flush() if self._detokenizer else "")
+            self._certain.append(self._add(self._detokenizer.flush() if self._detokenizer else ""))
             if self.stopped is None:
-                self._ready, self._held = self._ready + self._held, ""
-        return self.take()
+                self._certain.append(self._held)
+                self._held = ""
+        rest = "".join(self._certain)
+        self._certain.clear()
+        return rest
 
-    def _add(self, text: str) -> None:
-        if self.stopped is not None:
-            return
+    def _add(self, text: str) -> str:
+        """What more text makes certain."""
         if not self._stop:
-            self._ready += text
-            return
+            return text
         held = self._held + text
         found = [(at + len(stop), at, stop) for stop in self._stop if (at := held.find(stop)) >= 0]
         if found:
             _, at, self.stopped = min(found)
-            self._ready, self._held = self._ready + held[:at], ""
-            return
+            self._held = ""
+            return held[:at]
         keep = max(_begun(held, stop) for stop in self._stop)
-        self._ready += held[: len(held) - keep]
         self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
 
 
 def _begun(text: str, stop: str) -> int:

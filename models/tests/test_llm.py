@@ -97,18 +97,19 @@ def test_a_stream_that_is_left_frees_its_slot(llm):
 
 # --------------------------------------------------------------------------------------------------- stop strings
 def test_a_stop_string_ends_a_text_wherever_it_lies_in_a_block(llm):
-    """Stop strings that begin with a token's last character and end with the next one's first, for all origins."""
+    """Stop strings that begin inside a token and end with the next one, for all origins."""
     drafting, ends = llm.drafting("model", 3), set()
     for prompt in (PROMPT, "class Stack:\n", "import os\n\n", "# Sum of squares\n", "for i in range(10):\n"):
         whole, at = list(llm.stream(prompt, max_new_tokens=60, speculate=drafting)), 0
         text = "".join(piece.text for piece in whole)
         for i, (piece, following) in enumerate(itertools.pairwise(whole), 1):
             at += len(piece.text)
-            stop = text[at - 1 : at + 1]
-            if not (piece.text and following.text) or text.find(stop) != at - 1:
+            start = at - len(piece.text[1:] or piece.text)
+            stop = text[start : at + len(following.text)]
+            if not (piece.text and following.text) or text.find(stop) != start:
                 continue
             pieces = list(llm.stream(prompt, max_new_tokens=60, stop=stop, speculate=drafting))
-            assert "".join(each.text for each in pieces) == text[: at - 1]
+            assert "".join(each.text for each in pieces) == text[:start]
             assert [each.id for each in pieces] == [each.id for each in whole[: i + 1]]
             assert pieces[-1].finish_reason == llm.stats.finish_reason == "stop"
             assert sum(round.emitted for round in llm.stats.rounds) == len(pieces) - 1

@@ -93,6 +93,14 @@ def test_tokens_borders_make_no_difference(seed):
     assert 100 < stopped < 490
 
 
+def test_each_token_has_its_own_piece_however_far_ahead_it_was_read():
+    stream = TextStream(Spelled(["a", "b", "ST", "c"]), ["STOP"])
+    for id in range(4):
+        stream.push(Token(id, "plain"))
+    assert [stream.take() for _ in range(4)] == ["a", "b", "", "STc"]
+    assert stream.finish() == ""
+
+
 def test_without_a_detokenizer_ids_are_shown():
     stream = TextStream(None)
     assert not stream.push(Token(7, "plain"))
