@@ -256,6 +256,12 @@ def named_config(name: str) -> LlamaConfig:
     raise UserError(f"no Llama size is called {name!r}: use one of {', '.join(NAMED_SIZES)} (or 1b, 3b, 8b)")
 
 
+def check_exit_layer(count: int, layers: int) -> None:
+    """UserError for a number of first layers that leaves none of so many to verify with."""
+    if not 0 < count < layers:
+        raise UserError(f"exit layer {count}: must be between 1 and {layers - 1}, one less than the model's layers")
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; UserError naming the file if it is missing, unreadable or something else."""
     path = Path(path)

@@ -2,21 +2,26 @@
 
 `LanguageModel` is what every target and every draft model fulfils: one call, `extend`, computes rows of any number of
 sequences. `SequenceModel` is one slot of it, seen as a model of one sequence: what drafters work with. What only some
-networks can do has protocols of its own: `Chains`, `Trees`, `EarlyExit`, `FusedRounds`.
+networks can do has protocols of its own: `Chains`, `Trees`, `EarlyExit`, `Tapped`, `FusedRounds`.
 
 Addresses are absolute: a call that is given n tokens and a position writes the cache at position .. position+n-1 and
 attends to everything before. Rollback needs no call: pass the position to go on from; what lies beyond it is stale,
 never attended to, and overwritten in time.
+
+Quick to import: torch is imported when something is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
-import torch
-from torch import Tensor
+from models.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Rows(NamedTuple):
@@ -60,6 +65,23 @@ class Limits(NamedTuple):
     vocabulary: int
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What forwards drafting asks of models beside plain decoding, so that programs can be prepared for them.
+
+    Args:
+        drafts_with: "draft" (a draft model), "first-layers" (of the target) or "" (no forward).
+        tree: whether drafts are trees.
+        fusible: whether a greedy round may be one program.
+        mixed: whether there are drafts that come from no model too, to be verified by themselves.
+    """
+
+    drafts_with: Literal["", "draft", "first-layers"] = ""
+    tree: bool = False
+    fusible: bool = False
+    mixed: bool = False
+
+
 class Step:
     """What a forward gave, by the order of its `Rows`. The device's work may still be under way: reading waits for it.
 
@@ -74,17 +96,22 @@ class Step:
 
     def ids(self) -> list[list[int]]:
         """The id of the greatest logit of each row, by sequence; of equal logits the lowest id."""
-        return [each.argmax(-1).tolist() if isinstance(each, Tensor) else each for each in self._results]
+        return [each if isinstance(each, list) else each.argmax(-1).tolist() for each in self._results]
 
     def logits(self, i: int) -> Tensor:
         """Logits [n, V] of sequence i, of any floating type, on the model's device. Only if they were wanted."""
         result = self._results[i]
-        if not isinstance(result, Tensor):
+        if isinstance(result, list):
             raise ValueError("these rows were computed for their ids alone: ask for logits")
         return result
 
     def features(self, i: int) -> Tensor:
-        """Hidden states [n, taps x H] of sequence i, on the model's device. Only if taps were wanted."""
+        """Hidden states [n, taps x H] of sequence i, on the model's device. Only if taps were wanted.
+
+        Of all n rows, also where the logits of the last one alone were wanted.
+        """
+        if not self._features:
+            raise ValueError("these rows were computed without their hidden states: name the layers in `Want.taps`")
         return self._features[i]
 
 
@@ -102,11 +129,11 @@ class SequenceModel(Protocol):
         """Fill the cache from position 0 with at least one token, any number that fits: logits [V] of the last."""
         ...
 
-    def forward(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> Tensor:
-        """Logits [n, V]: row i follows tokens[i]. parents: as of `Rows`, where the model has `Trees`."""
+    def forward(self, tokens: Sequence[int], position: int) -> Tensor:
+        """Logits [n, V]: row i follows tokens[i]."""
         ...
 
-    def greedy(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> list[int]:
+    def greedy(self, tokens: Sequence[int], position: int) -> list[int]:
         """The n ids of greatest logit, one for each row of `forward`; only ids leave the device."""
         ...
 
@@ -122,7 +149,15 @@ class Chains(Protocol):
 
 @runtime_checkable
 class Trees(Protocol):
-    """A model whose forwards take trees."""
+    """A model whose forwards take trees. parents: as of `Rows`."""
+
+    def forward(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> Tensor:
+        """As of `SequenceModel`, of a tree's rows too."""
+        ...
+
+    def greedy(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> list[int]:
+        """As of `SequenceModel`, of a tree's rows too."""
+        ...
 
     def keep(self, position: int, rows: Sequence[int]) -> int:
         """Of a tree at position, make these rows (one below the other, row 0 first) the sequence itself.
@@ -132,15 +167,19 @@ class Trees(Protocol):
         ...
 
 
-class DraftModel(SequenceModel, Chains, Trees, Protocol):
+class DraftModel(SequenceModel, Chains, Protocol):
     """What a draft model is asked for, in one slot."""
+
+
+class TreeModel(Trees, DraftModel, Protocol):
+    """What a draft model is asked for that drafts trees."""
 
 
 @runtime_checkable
 class EarlyExit(Protocol):
     """A model whose first layers draft for it."""
 
-    def first_layers(self, count: int) -> SequenceModel:
+    def first_layers(self, count: int) -> DraftModel:
         """The model's first layers with its norm and head, as a model that drafts in this one's cache.
 
         What it writes there are this model's own keys and values. What it computed for tokens is not computed again
@@ -199,6 +238,9 @@ class SlotBySlot:
     A class that inherits it has the methods of `SequenceModel`; with more than one slot it overrides `slot`.
     """
 
+    vocab_size: int
+    max_seq_len: int
+    max_rows: int
     slots = 1
 
     @property
@@ -210,18 +252,26 @@ class SlotBySlot:
         """The model itself, which is its only slot."""
         if index:
             raise IndexError(f"slot {index} of a model with one")
-        return self
+        return cast("SequenceModel", self)
 
     def extend(self, rows: Sequence[Rows], want: Want = IDS) -> Step:
-        """Compute rows of any number of sequences, one after the other."""
+        """Compute rows of any number of sequences, one after the other.
+
+        Raises UserError for more rows, or positions, than the limits allow, ValueError for what the model cannot do:
+        two `Rows` of one slot, hidden states of a network that keeps none.
+        """
+        if len({each.slot for each in rows}) < len(rows):
+            raise ValueError(f"several Rows of one slot: {[each.slot for each in rows]}")
         results: list[list[int] | Tensor] = []
         features: list[Tensor] = []
         for each in rows:
             model = self.slot(each.slot)
             if want.taps:
+                if not isinstance(model, Tapped):
+                    raise ValueError(f"{type(model).__name__} keeps no hidden states: leave out taps")
                 with model.tap(want.taps) as states:
                     results.append(_computed(model, each, want))
-                features.append(torch.cat(states, -1))
+                features.append(_side_by_side(states))
             else:
                 results.append(_computed(model, each, want))
         return Step(results, features)
@@ -244,11 +294,30 @@ class OneSlot(SlotBySlot):
 
 
 def _computed(model: SequenceModel, rows: Rows, want: Want) -> list[int] | Tensor:
-    if want.last and rows.position == 0:
-        logits = model.prefill(rows.tokens)[None]
+    """Of one sequence: logits [n, V], or n ids; of the last row alone where that is wanted."""
+    _, tokens, position, parents = rows
+    if want.last and position == 0:
+        logits = model.prefill(tokens)[None]
         return logits if want.logits else logits.argmax(-1).tolist()
-    if rows.parents is None:  # a call that a model without trees has too
-        result = (model.forward if want.logits else model.greedy)(rows.tokens, rows.position)
+    if want.last and parents is None:  # a further piece of a prompt, of any length
+        while len(tokens) > model.max_rows:
+            model.greedy(tokens[: model.max_rows], position)
+            tokens, position = tokens[model.max_rows :], position + model.max_rows
+    if len(tokens) > model.max_rows:
+        raise UserError(f"{len(tokens)} rows exceed the {model.max_rows} of a forward: draft fewer tokens")
+    result: list[int] | Tensor
+    if parents is None:
+        result = model.forward(tokens, position) if want.logits else model.greedy(tokens, position)
+    elif isinstance(model, Trees):
+        compute = model.forward if want.logits else model.greedy
+        result = compute(tokens, position, parents)
     else:
-        result = (model.forward if want.logits else model.greedy)(rows.tokens, rows.position, rows.parents)
+        raise ValueError(f"{type(model).__name__} computes no trees: leave out parents")
     return result[-1:] if want.last else result
+
+
+def _side_by_side(states: list[Tensor]) -> Tensor:
+    """Hidden states [n, H] of each layer -> [n, layers x H]."""
+    import torch
+
+    return torch.cat(states, -1)

@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models.errors import UserError
+from models.llama.config import check_exit_layer
+from models.speculative.model import SlotBySlot
 
 if TYPE_CHECKING:
     from models.torch_llama.model import Tokens, TorchLlama
 
 
-class FirstLayers:
+class FirstLayers(SlotBySlot):
     """The first layers of a TorchLlama with its norm and head: a draft that needs no weights and no cache of its own.
 
-    Implements `LanguageModel` but for trees. What it writes into the cache are the model's own keys and values, and
-    the hidden states it leaves are where the model goes on when it is given the same tokens next.
+    Implements `LanguageModel` of one slot, `SequenceModel` and `Chains`. What it writes into the cache are the model's
+    own keys and values, and the hidden states it leaves are where the model goes on when it is given the same tokens
+    next.
 
     Raises UserError for a number of layers that is not below the model's.
     """
 
-    def __init__(self, model: TorchLlama, count: int):
+    def __init__(self, model: TorchLlama, count: int) -> None:
         check_exit_layer(count, len(model.layers))
         self.model = model
         self.layers = count
@@ -52,9 +54,11 @@ class FirstLayers:
         return model._head(hidden)[:n]
 
     def greedy(self, tokens: Tokens, position: int) -> list[int]:
+        """The argmax ids [n] of `forward`."""
         return self.forward(tokens, position).argmax(dim=-1).tolist()
 
     def draft_greedy(self, tokens: Tokens, position: int, k: int) -> list[int]:
+        """k greedy ids after tokens, each fed in turn."""
         return chained_greedy(self.forward, tokens, position, k)
 
     def computed(self, ids: torch.Tensor, positions: list[int]) -> torch.Tensor:
@@ -64,12 +68,6 @@ class FirstLayers:
         pairs = zip(ids[0].tolist(), torch.cat(self.ids).tolist(), strict=False)
         same = next((i for i, (new, old) in enumerate(pairs) if new != old), ids.shape[1])
         return torch.cat(self.hidden)[:same]
-
-
-def check_exit_layer(count: int, layers: int) -> None:
-    """UserError for a number of layers that leaves none to verify with."""
-    if not 0 < count < layers:
-        raise UserError(f"exit layer {count}: must be between 1 and {layers - 1}, one less than the model's layers")
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from models.board_mock import cluster
 from models.boards import Board
 from models.loading import LoadedModel, OpenedModel
-from models.torch_llama.first_layers import check_exit_layer
+from models.llama.config import check_exit_layer
 from models.ttnn_llama.device.mesh import detect_board, errors_passed_on, open_mesh, target_chips
 from models.ttnn_llama.device.runner import Runner
 from models.ttnn_llama.model import TtnnLlama

@@ -59,7 +59,10 @@ class Layer:
 
 
 class TtnnLlama(Decoder):
-    """A Llama on all chips of a mesh. Implements `models.speculative.model.LanguageModel`.
+    """A Llama on all chips of a mesh.
+
+    Implements `models.speculative.model.LanguageModel` of one slot, and `SequenceModel` with the capabilities `Chains`,
+    `Trees` and `EarlyExit`.
 
     Args:
         config: the architecture.

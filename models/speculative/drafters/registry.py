@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from models.errors import UserError
+from models.speculative.model import Workload
 
 if TYPE_CHECKING:
     from models.speculative.drafters import Drafter, SequenceDrafter
@@ -33,23 +34,6 @@ class Source:
     label: str
     words: str
     reads_prompt: bool = False
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What forwards a drafter asks the models for, so that a board can prepare programs for them.
-
-    Args:
-        drafts_with: "draft" (a draft model), "first-layers" (of the target) or "" (no forward).
-        tree: whether drafts are trees.
-        fusible: whether a greedy round may be one program.
-        mixed: whether there are drafts that come from no model too, to be verified by themselves.
-    """
-
-    drafts_with: str = ""
-    tree: bool = False
-    fusible: bool = False
-    mixed: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 import ttnn
 
 from models.errors import UserError
+from models.speculative.model import SlotBySlot
 from models.ttnn_llama.modules.rows import RowInputs, RowPlan, TreeInputs, make_row_plan, tree_shape
 from models.ttnn_llama.programs.needed import TREE
 from models.ttnn_llama.shapes import MAX_ROWS, padded_rows
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
     from models.ttnn_llama.modules.rope import RopeTables
 
 
-class Decoder:
-    """Embedding, layers and head: the forwards of `LanguageModel` but for the prompt's, as programs of a runner.
+class Decoder(SlotBySlot):
+    """Embedding, layers and head: the forwards of `SequenceModel` but for the prompt's, as programs of a runner.
 
-    A program is made when it is first asked for, or ahead by `prepare` and `prepare_chain`; it serves every forward
-    of its kind that has no more rows. `TtnnLlama` and `FirstLayers` set the attributes.
+    One sequence, one slot: `extend` computes its rows by these forwards. A program is made when it is first asked for,
+    or ahead by `prepare` and `prepare_chain`; it serves every forward of its kind that has no more rows. `TtnnLlama`
+    and `FirstLayers` set the attributes.
     """
 
     layout: Layout
@@ -40,11 +42,9 @@ class Decoder:
     embedding: ttnn.Tensor
     layers: list[Layer]
     head: LMHead
-    vocab_size: int
-    max_seq_len: int
     max_rows = MAX_ROWS
 
-    def __init__(self, plans: dict[tuple[int, bool], RowPlan]):
+    def __init__(self, plans: dict[tuple[int, bool], RowPlan]) -> None:
         self._plans = plans  # by rows, and whether they are a tree's
         self._inputs: dict[tuple, RowInputs | tuple[RowInputs, RowInputs]] = {}
 

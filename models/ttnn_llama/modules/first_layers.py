@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models.torch_llama.first_layers import check_exit_layer
+from models.llama.config import check_exit_layer
 from models.ttnn_llama.modules.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class FirstLayers(Decoder):
     """The first layers of a `TtnnLlama` with its norm and head, in its cache: no weights and no memory of their own.
+
+    Implements `LanguageModel` of one slot, `SequenceModel` and `Chains`.
 
     What they write there are the model's own keys and values. The model computes them again when it verifies: hidden
     states that a program left for another would save no bytes of weights, which is what a forward costs, since the
