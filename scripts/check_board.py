@@ -33,6 +33,7 @@ from models.boards import BOARDS, PLACEMENTS, Board, board_named
 from models.cli.command import Parser, run_command
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES, LlamaConfig, named_config
+from models.speculative.drafters.registry import spec_of
 from models.ttnn_llama.device.mesh import first_line, open_mesh, target_chips
 from models.ttnn_llama.shapes import MAX_ROWS
 from models.ttnn_llama.weights import memory
@@ -179,6 +180,7 @@ def memory_plans(asked: Question) -> dict[str, memory.MemoryPlan]:
         precision=asked.precisions["target"].name,
         draft_precision=asked.precisions.get("draft", asked.precisions["target"]).name,
         placement=asked.placement,
+        workload=spec_of("model").workload,
         draft_lengths=(asked.draft_tokens,),
     )
     # of an opened model only the configuration is looked at
@@ -213,7 +215,7 @@ def refused(error: BaseException) -> tuple[str, str]:
     while trace is not None:
         frame, line = trace.tb_frame, trace.tb_lineno
         file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(ROOT / "models/llama"):
+        if file.is_relative_to(ROOT / "models/ttnn_llama"):
             where = f"{file.relative_to(ROOT)}:{line}"
         elif frame.f_globals.get("__name__") == "ttnn.decorators":
             op = getattr(frame.f_locals.get("self"), "python_fully_qualified_name", op)
