@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from models.board_mock import cluster
 from models.boards import Board
 from models.llama.config import check_exit_layer
 from models.loading import LoadedModel, OpenedModel
@@ -93,7 +92,7 @@ class BoardModels:
         drafting: the model that drafts: the draft's, for early exit the target's first layers, or None.
         fused: greedy rounds as one program, or None: sampling, sequential verification, a draft on its own chip, trees.
         lengths: what a controller may choose from, in rising order from 0: what programs are prepared for.
-        board, mock: which board it is, and whether it is a mock of one.
+        board: which board it is.
         plans: memory per chip of "target" and "draft".
         trace: whether programs are replayed as traces.
 
@@ -114,13 +113,12 @@ class BoardModels:
         self.options = options
         self._warm: set[int] = set()  # padded lengths of prompts, and of texts that a draft reads, that are compiled
         self.max_seq_len = max_seq_len
-        self.mock = cluster.is_mock()
         self.board = detect_board()
         self.plans = memory_plans(self.board, target, draft, max_seq_len, options)
         if announce:
             announce(self.board, self.plans)
         check_fit(self.board, self.plans, options.placement if draft else "shared")
-        self.trace = options.trace and not self.mock
+        self.trace = options.trace and not self.board.mock
         with contextlib.ExitStack() as stack:
             meshes = stack.enter_context(
                 open_mesh(
@@ -188,6 +186,11 @@ class BoardModels:
                 keys.append(models[program.model].prepare(program.what, program.n))
         self._paths = {"baseline": keys[0], "speculative": keys[-1]}
         return fused
+
+    @property
+    def mock(self) -> bool:
+        """Whether the board is a mock, whose clock says nothing."""
+        return self.board.mock
 
     def computed_rows(self, n: int) -> int:
         """Rows that the target computes to verify n of them: forwards that compute the same cost the same."""
