@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models.board_mock import cluster
+from models.boards import BOARDS
 
 BOARD = os.environ.get("MESH_DEVICE")  # tt-metal's way to say which board a test runs on
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never waits for a network
@@ -18,8 +19,8 @@ for name in ("HF_MODEL", "MESH_DEVICE"):  # the demos honour these, the tests ch
 def pytest_addoption(parser):
     parser.addoption(
         "--board",
-        choices=list(cluster.BOARDS),
-        default=BOARD if BOARD in cluster.BOARDS else "N150",
+        choices=list(BOARDS),
+        default=BOARD if BOARD in BOARDS else "N150",
         help="Tenstorrent board of the ttnn tests (default: MESH_DEVICE, else N150)",
     )
 

@@ -1,46 +1,103 @@
 """The boards that models run on: how many chips, how they are wired, how much memory each has and how fast it is.
 
-Importable where ttnn is not installed: plans and checks for a board need no board.
+The only table of boards: models, plans, the planner and mocks read it. Importable where ttnn is not installed.
 """
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from models.errors import UserError
 
 # Where the draft runs: on all chips beside the target, or on a chip of its own.
 PLACEMENTS = ("shared", "own-chip")
+MOCK_VARIABLE = "TT_METAL_MOCK_CLUSTER_DESC_PATH"  # ttnn opens this file's cluster instead of the driver's
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How the chips of a system are mounted and linked, as ttnn's cluster descriptors say it.
+
+    What is harvested, switched off for a defect, is that of one system: others of its kind have other rows off, and as
+    many.
+
+    Args:
+        card: kind of each card, such as "n150".
+        cards: chips of each card; the first one is on PCIe.
+        harvested_rows: of each chip, a bit mask of its Tensix rows.
+        places: (x, y) of each chip; empty where no chip has a neighbour.
+        links: (chip, channel, chip, channel) of the first of two Ethernet links between two chips.
+        harvested_ethernet, harvested_pcie: of every chip, bit masks of its channels.
+    """
+
+    card: str
+    cards: tuple[tuple[int, ...], ...]
+    harvested_rows: tuple[int, ...]
+    places: tuple[tuple[int, int], ...] = ()
+    links: tuple[tuple[int, int, int, int], ...] = ()
+    harvested_ethernet: int = 0
+    harvested_pcie: int = 0
 
 
 @dataclass(frozen=True)
 class Board:
-    """One system as tt-metal names it in MESH_DEVICE."""
+    """One system as tt-metal names it in MESH_DEVICE.
+
+    Args:
+        name: in MESH_DEVICE.
+        mesh_shape: rows, columns of chips.
+        arch: "wormhole_b0" or "blackhole", as ttnn.get_arch_name() says it.
+        dram_bytes: per chip, what ttnn's allocator can give out when no trace region is reserved.
+        dram_banks: per chip; a DRAM-sharded matrix has one shard in each.
+        dram_gb_per_s: per chip, published.
+        wiring: of its chips.
+        mock: whether it is ttnn's mock of the board: its clock says nothing, and it replays no traces.
+    """
 
     name: str
-    mesh_shape: tuple[int, int]  # rows, columns of chips
-    arch: str  # "wormhole_b0" or "blackhole", as ttnn.get_arch_name() says it
-    dram_bytes: int  # per chip, what ttnn's allocator can give out when no trace region is reserved
-    dram_banks: int  # per chip; a DRAM-sharded matrix has one shard in each
-    dram_gb_per_s: float  # per chip, published
+    mesh_shape: tuple[int, int]
+    arch: str
+    dram_bytes: int
+    dram_banks: int
+    dram_gb_per_s: float
+    wiring: Wiring
+    mock: bool = field(default=False, compare=False)
 
     @property
     def chips(self) -> int:
+        """How many it has."""
         rows, columns = self.mesh_shape
         return rows * columns
 
 
-def _wormhole(name: str, chips: int) -> Board:
+def _wormhole(name: str, wiring: Wiring) -> Board:
     # n150 and n300 data sheets: 12 GB of GDDR6 at 12 GT/s on 192 bits, 288 GB/s for each chip
-    return Board(name, (1, chips), "wormhole_b0", 12 * 1_072_693_184, 12, 288.0)
+    chips = sum(map(len, wiring.cards))
+    return Board(name, (1, chips), "wormhole_b0", 12 * 1_072_693_184, 12, 288.0, wiring)
 
+
+_N150 = Wiring("n150", cards=((0,),), harvested_rows=(64,), places=((0, 0),))
+_N300 = Wiring("n300", cards=((0, 1),), harvested_rows=(65, 5), places=((0, 0), (1, 0)), links=((0, 8, 1, 0),))
+# Four N300 cards: the chips on PCIe, 0-3, are the middle of a 4 x 2 mesh, their partners 4-7 its two ends.
+_T3K = Wiring(
+    "n300",
+    cards=((0, 4), (1, 5), (2, 6), (3, 7)),
+    harvested_rows=(544, 513, 640, 513, 576, 513, 513, 528),
+    places=((1, 0), (1, 1), (2, 0), (2, 1), (0, 0), (0, 1), (3, 0), (3, 1)),
+    links=(
+        *((chip, 8, chip + 4, 0) for chip in range(4)),  # within a card
+        *((0, 6, 2, 6), (1, 0, 3, 0), (0, 14, 1, 14), (2, 14, 3, 14), (4, 6, 5, 6), (6, 6, 7, 6)),  # between cards
+    ),
+)
+_P150 = Wiring("p150", cards=((0,),), harvested_rows=(192,), harvested_ethernet=288, harvested_pcie=2)
 
 BOARDS = {
     board.name: board
     for board in (
-        _wormhole("N150", 1),
-        _wormhole("N300", 2),
-        _wormhole("T3K", 8),  # four N300 cards, TT-LoudBox and TT-QuietBox
-        Board("P150", (1, 1), "blackhole", 8 * 4_277_141_376, 8, 512.0),  # 32 GB at 16 GT/s on 256 bits
+        _wormhole("N150", _N150),
+        _wormhole("N300", _N300),
+        _wormhole("T3K", _T3K),  # TT-LoudBox and TT-QuietBox
+        Board("P150", (1, 1), "blackhole", 8 * 4_277_141_376, 8, 512.0, _P150),  # 32 GB at 16 GT/s on 256 bits
     )
 }
 
@@ -58,3 +115,8 @@ def board_of_environment(environ: Mapping[str, str]) -> Board | None:
     if name and name not in BOARDS:
         raise UserError(f"MESH_DEVICE={name} is no known board: set one of {', '.join(BOARDS)}")
     return BOARDS[name] if name else None
+
+
+def is_mock(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a process with this environment has a mock board: ttnn reads the same variable."""
+    return bool(environ.get(MOCK_VARIABLE))

@@ -11,8 +11,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from models.board_mock import cluster
-from models.boards import BOARDS, board_of_environment
+from models.boards import BOARDS, board_of_environment, is_mock
 from models.errors import UserError
 
 TTNN_VERSION = "0.81.1"  # as pinned in pyproject.toml: the one that these models were checked with
@@ -43,17 +42,12 @@ def _check_tenstorrent(environ: Mapping[str, str]) -> None:
             "--device tt: ttnn is not installed: use CPython 3.10 or 3.12 on x86-64 Linux and "
             f"`pip install ttnn=={TTNN_VERSION}` (this is {here}), or use --device cpu"
         )
-    if not cluster.is_mock() and not any(DEVICE_FILES.glob("*")):
+    if not is_mock() and not any(DEVICE_FILES.glob("*")):
         raise UserError(
             f"--device tt: no Tenstorrent board was found (nothing in {DEVICE_FILES}): use --device cpu here, or "
             f"scripts/check_board.py to try a model on a board ({', '.join(BOARDS)}) that is not there"
         )
     _warn_of_another_ttnn()
-
-
-def is_mock() -> bool:
-    """Whether the board is a mock one, whose clock says nothing."""
-    return cluster.is_mock()
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from models.speculative.drafters import Drafter, PerSequence
 from models.speculative.drafters.registry import NONE, DrafterSpec, Parts, spec_of
 from models.speculative.engine import Engine
 from models.speculative.generate import stream
+from models.speculative.model import Workload
 from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import Request
 from models.speculative.stats import GenerationStats
@@ -396,16 +397,19 @@ def _board_options(options: EngineOptions) -> BoardOptions:
     """How a board has to be prepared for what will run on it."""
     from models.ttnn_llama.programs.options import DRAFT_LENGTHS, BoardOptions
 
+    lengths: tuple[int, ...] = ()
+    if options.spec:
+        lengths = DRAFT_LENGTHS if options.auto else (int(options.num_draft_tokens or 0),)
     return BoardOptions(
         precision=options.precision,
         draft_precision=options.draft_precision,
         placement=options.draft_placement,
         trace=options.trace,
         weight_cache=options.weight_cache,
-        drafter=options.drafter if options.drafts else NONE,
+        workload=options.spec.workload if options.spec else Workload(),
         exit_layer=None if options.exit_layer == AUTO else options.exit_layer,
         tree_nodes=options.tree_nodes,
-        draft_lengths=DRAFT_LENGTHS if options.auto else (options.num_draft_tokens,),
+        draft_lengths=lengths,
         greedy=options.greedy,
         batched=options.verification == "batched",
     )

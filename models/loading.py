@@ -12,6 +12,7 @@ import torch
 from models.device import check_device
 from models.errors import OptionError, UserError
 from models.llama.checkpoint import Checkpoint
+from models.llama.config import check_exit_layer
 from models.llama.tokenizer import LlamaTokenizer, check_pair
 from models.options import (
     AUTO,
@@ -23,7 +24,6 @@ from models.options import (
     named_target,
 )
 from models.speculative.drafters.registry import NONE, spec_of
-from models.llama.config import check_exit_layer
 from models.torch_llama.model import TorchLlama
 
 DEFAULT_CONTEXT = 2048

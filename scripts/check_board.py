@@ -33,6 +33,7 @@ from models.cli.console import memory_table
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES, LlamaConfig, named_config
 from models.options import PRECISION
+from models.speculative.drafters.registry import spec_of
 from models.ttnn_llama.device.mesh import first_line, open_mesh, target_chips
 from models.ttnn_llama.shapes import MAX_ROWS
 from models.ttnn_llama.weights import memory
@@ -179,6 +180,7 @@ def memory_plans(asked: Question) -> dict[str, memory.MemoryPlan]:
         precision=asked.precisions["target"].name,
         draft_precision=asked.precisions.get("draft", asked.precisions["target"]).name,
         placement=asked.placement,
+        workload=spec_of("model").workload,
         draft_lengths=(asked.draft_tokens,),
     )
     # of an opened model only the configuration is looked at

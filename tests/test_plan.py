@@ -517,6 +517,7 @@ cluster.activate("N150")
 from types import SimpleNamespace as Some
 from models.llama.config import named_config
 from models.ttnn_llama import board_models as pair
+from models.speculative.drafters.registry import spec_of
 from models.boards import BOARDS
 from models.ttnn_llama.device.mesh import open_mesh
 from scripts.planner.capture import forward_entries, round_entries
@@ -526,7 +527,7 @@ with open_mesh(BOARDS["N150"], trace_region_bytes=0) as meshes:
         "rounds": round_entries("N150", meshes.target, [1]),
     }
 opened = [Some(checkpoint=Some(config=named_config(size))) for size in ("8B", "1B")]
-options = pair.BoardOptions(draft_lengths=(4,))
+options = pair.BoardOptions(workload=spec_of("model").workload, draft_lengths=(4,))
 plans = pair.memory_plans(BOARDS["N150"], *opened, 2048, options)
 found["memory"] = {name: [plan.weights, plan.kv_cache, plan.activations, plan.traces] for name, plan in plans.items()}
 print(json.dumps(found))

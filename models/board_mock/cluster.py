@@ -16,82 +16,48 @@ import re
 import struct
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+from models.boards import BOARDS, MOCK_VARIABLE, Board, is_mock
 from models.errors import UserError
 
-DESCRIPTOR_VARIABLE = "TT_METAL_MOCK_CLUSTER_DESC_PATH"  # ttnn opens this file's cluster instead of the driver's
 LOG_LEVEL_VARIABLE = "TT_LOGGER_LEVEL"
 
-# ---- boards ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Board:
-    """What a cluster descriptor says of one system: its chips, how they are linked, and the mesh they form."""
-
-    arch: str
-    kind: str  # of each card
-    cards: tuple[tuple[int, ...], ...]  # chips of each card; the first one is on PCIe
-    harvested_rows: tuple[int, ...]  # bit mask of disabled Tensix rows, per chip
-    mesh_shape: tuple[int, int]
-    places: tuple[tuple[int, int], ...] = ()  # (x, y) of each chip
-    links: tuple[tuple[int, int, int, int], ...] = ()  # chip, channel, chip, channel of the first of two Ethernet links
-    harvested_ethernet: int = 0
-    harvested_pcie: int = 0
-
-    def descriptor(self) -> str:
-        """YAML text that ttnn reads as a cluster descriptor."""
-        chips = range(len(self.harvested_rows))
-        lines = ["arch:"]
-        lines += [f"  {chip}: {self.arch}" for chip in chips]
-        lines += ["chips:"]
-        lines += [f"  {chip}: [{x}, {y}, 0, 0]" for chip, (x, y) in enumerate(self.places)] or ["  {}"]
-        lines += ["ethernet_connections:"]
-        lines += [
-            f"  - [{{chip: {a}, chan: {a_channel + i}}}, {{chip: {b}, chan: {b_channel + i}}}]"
-            for a, a_channel, b, b_channel in self.links
-            for i in range(2)
-        ] or ["  []"]
-        lines += ["chips_with_mmio:"]
-        lines += [f"  - {card[0]}: {card[0]}" for card in self.cards]
-        lines += ["harvesting:"]
-        lines += [
-            f"  {chip}: {{noc_translation: true, harvest_mask: {rows}, dram_harvesting_mask: 0, "
-            f"eth_harvesting_mask: {self.harvested_ethernet}, pcie_harvesting_mask: {self.harvested_pcie}}}"
-            for chip, rows in enumerate(self.harvested_rows)
-        ]
-        lines += ["boards:"]
-        lines += [
-            f"  - [{{board_id: {CARD_IDS[self.kind] + i}}}, {{board_type: {self.kind}}}, {{chips: {list(card)}}}]"
-            for i, card in enumerate(self.cards)
-        ]
-        lines += ["chip_unique_ids:"]
-        lines += [f"  {chip}: {chip + 1}" for chip in chips]
-        return "\n".join(lines) + "\n"
-
+# ---- cluster descriptors --------------------------------------------------------------------------------------------
 
 CARD_IDS = {"n150": 0x18 << 36, "n300": 0x14 << 36, "p150": 0x40 << 36}  # the kind of card stands in bits 36-55
 
-BOARDS = {
-    "N150": Board("wormhole_b0", "n150", ((0,),), (64,), (1, 1), ((0, 0),)),
-    "N300": Board("wormhole_b0", "n300", ((0, 1),), (65, 5), (1, 2), ((0, 0), (1, 0)), ((0, 8, 1, 0),)),
-    # Four N300 cards: the chips on PCIe, 0-3, are the middle of a 4 x 2 mesh, their partners 4-7 its two ends.
-    "T3K": Board(
-        "wormhole_b0",
-        "n300",
-        ((0, 4), (1, 5), (2, 6), (3, 7)),
-        (544, 513, 640, 513, 576, 513, 513, 528),
-        (1, 8),
-        ((1, 0), (1, 1), (2, 0), (2, 1), (0, 0), (0, 1), (3, 0), (3, 1)),
-        (
-            *((chip, 8, chip + 4, 0) for chip in range(4)),  # within a card
-            *((0, 6, 2, 6), (1, 0, 3, 0), (0, 14, 1, 14), (2, 14, 3, 14), (4, 6, 5, 6), (6, 6, 7, 6)),  # between cards
-        ),
-    ),
-    "P150": Board("blackhole", "p150", ((0,),), (192,), (1, 1), harvested_ethernet=288, harvested_pcie=2),
-}
+
+def descriptor(board: Board) -> str:
+    """YAML text that ttnn reads as the cluster descriptor of a board."""
+    wiring, chips = board.wiring, range(board.chips)
+    lines = ["arch:"]
+    lines += [f"  {chip}: {board.arch}" for chip in chips]
+    lines += ["chips:"]
+    lines += [f"  {chip}: [{x}, {y}, 0, 0]" for chip, (x, y) in enumerate(wiring.places)] or ["  {}"]
+    lines += ["ethernet_connections:"]
+    lines += [
+        f"  - [{{chip: {a}, chan: {a_channel + i}}}, {{chip: {b}, chan: {b_channel + i}}}]"
+        for a, a_channel, b, b_channel in wiring.links
+        for i in range(2)
+    ] or ["  []"]
+    lines += ["chips_with_mmio:"]
+    lines += [f"  - {card[0]}: {card[0]}" for card in wiring.cards]
+    lines += ["harvesting:"]
+    lines += [
+        f"  {chip}: {{noc_translation: true, harvest_mask: {rows}, dram_harvesting_mask: 0, "
+        f"eth_harvesting_mask: {wiring.harvested_ethernet}, pcie_harvesting_mask: {wiring.harvested_pcie}}}"
+        for chip, rows in enumerate(wiring.harvested_rows)
+    ]
+    lines += ["boards:"]
+    lines += [
+        f"  - [{{board_id: {CARD_IDS[wiring.card] + i}}}, {{board_type: {wiring.card}}}, {{chips: {list(card)}}}]"
+        for i, card in enumerate(wiring.cards)
+    ]
+    lines += ["chip_unique_ids:"]
+    lines += [f"  {chip}: {chip + 1}" for chip in chips]
+    return "\n".join(lines) + "\n"
+
 
 # ---- the stand-in for the compiler ----------------------------------------------------------------------------------
 
@@ -230,7 +196,7 @@ def _make_root(where: Path | None) -> Path:
     _put(root / "empty.elf", empty_program())
     _put(root / "runtime/sfpi/compiler/bin/riscv-tt-elf-g++", COMPILER.encode(), 0o755)
     for name, board in BOARDS.items():
-        _put(root / f"{name}.yaml", board.descriptor().encode())
+        _put(root / f"{name}.yaml", descriptor(board).encode())
     return root
 
 
@@ -241,7 +207,7 @@ def environment(board: str, where: str | os.PathLike | None = None) -> dict[str,
     """The variables that put a process of ttnn on a mock `board`, for `subprocess`; makes what they point at.
 
     Args:
-        board: a name of `BOARDS`.
+        board: a name of `boards.BOARDS`.
         where: directory for the runtime root; by default one in the user's cache directory.
 
     Raises:
@@ -251,7 +217,7 @@ def environment(board: str, where: str | os.PathLike | None = None) -> dict[str,
         raise UserError(f"unknown board {board!r}: the mock has {', '.join(BOARDS)}")
     root = _make_root(None if where is None else Path(where))
     return {
-        DESCRIPTOR_VARIABLE: str(root / f"{board}.yaml"),
+        MOCK_VARIABLE: str(root / f"{board}.yaml"),
         "TT_METAL_RUNTIME_ROOT": str(root),
         "TT_METAL_CACHE": str(root / "cache"),
         "TT_METAL_LOGS_PATH": str(root),
@@ -293,11 +259,6 @@ def has_silicon() -> bool:
     return os.path.exists("/dev/tenstorrent")
 
 
-def is_mock() -> bool:
-    """Is this process, or one started with its environment, on a mock board?"""
-    return bool(os.environ.get(DESCRIPTOR_VARIABLE))
-
-
 def mock_board() -> str | None:
     """Name of the mock board, None on silicon."""
-    return Path(os.environ[DESCRIPTOR_VARIABLE]).stem if is_mock() else None
+    return Path(os.environ[MOCK_VARIABLE]).stem if is_mock() else None

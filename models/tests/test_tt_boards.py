@@ -10,8 +10,7 @@ import pytest
 from loguru import logger
 
 from models import device
-from models.board_mock import cluster
-from models.boards import BOARDS, board_named, board_of_environment
+from models.boards import BOARDS, MOCK_VARIABLE, board_named, board_of_environment
 from models.errors import UserError
 from models.ttnn_llama.device import mesh
 
@@ -35,7 +34,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: device.TTNN_VERSION)
     monkeypatch.setattr(device, "DEVICE_FILES", tmp_path)
-    monkeypatch.delenv(cluster.DESCRIPTOR_VARIABLE, raising=False)
+    monkeypatch.delenv(MOCK_VARIABLE, raising=False)
     return tmp_path
 
 
@@ -46,14 +45,32 @@ def one_line(caught):
 
 
 # ------------------------------------------------------------------------------------------------------ boards
-def test_every_board_is_the_one_that_the_mock_imitates():
-    assert set(BOARDS) == set(cluster.BOARDS)
-    for name, board in BOARDS.items():
-        assert (board.name, board.arch, board.mesh_shape) == (
-            name,
-            cluster.BOARDS[name].arch,
-            cluster.BOARDS[name].mesh_shape,
-        )
+@pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS)
+def test_every_chip_of_a_board_is_on_a_card_and_linked_to_the_others(board):
+    wiring, chips = board.wiring, set(range(board.chips))
+    assert sorted(chip for card in wiring.cards for chip in card) == sorted(chips)
+    assert len(wiring.harvested_rows) == board.chips
+    assert len(set(wiring.places)) == len(wiring.places) and len(wiring.places) in (0, board.chips)
+    reached = {0}
+    for _ in chips:
+        reached |= {chip for a, _, b, _ in wiring.links if reached & {a, b} for chip in (a, b)}
+    assert reached == chips
+    ends = [end for a, a_channel, b, b_channel in wiring.links for end in ((a, a_channel), (b, b_channel))]
+    assert len(set(ends)) == len(ends)  # no channel has two links
+
+
+def test_a_board_is_a_mock_where_ttnn_would_open_one(monkeypatch):
+    class Ttnn:
+        get_num_devices = staticmethod(lambda: 2)
+        get_arch_name = staticmethod(lambda: "wormhole_b0")
+
+    monkeypatch.setitem(sys.modules, "ttnn", Ttnn)
+    for environ in ({}, {"MESH_DEVICE": "N300"}):
+        monkeypatch.delenv(MOCK_VARIABLE, raising=False)
+        assert mesh.detect_board(environ) == BOARDS["N300"] and not mesh.detect_board(environ).mock
+        monkeypatch.setenv(MOCK_VARIABLE, "N300.yaml")
+        assert mesh.detect_board(environ) == BOARDS["N300"] and mesh.detect_board(environ).mock
+    assert not BOARDS["N300"].mock
 
 
 def test_a_board_knows_its_chips():
@@ -168,12 +185,12 @@ def test_a_board_is_accepted_in_silence(machine, warnings):
 
 
 def test_a_mock_board_is_accepted(machine, monkeypatch):
-    monkeypatch.setenv(cluster.DESCRIPTOR_VARIABLE, "N300.yaml")
+    monkeypatch.setenv(MOCK_VARIABLE, "N300.yaml")
     device.check_device("tt", {})
 
 
 def test_an_unknown_mesh_device_is_refused_on_a_mock_board_too(machine, monkeypatch):
-    monkeypatch.setenv(cluster.DESCRIPTOR_VARIABLE, "N300.yaml")
+    monkeypatch.setenv(MOCK_VARIABLE, "N300.yaml")
     with pytest.raises(UserError, match="MESH_DEVICE=TG"):
         device.check_device("tt", {"MESH_DEVICE": "TG"})
 
@@ -205,5 +222,5 @@ def test_the_ttnn_that_is_expected_is_the_one_that_is_pinned():
 def test_a_single_model_is_not_loaded_onto_a_board():
     from models.loading import OpenedModel, load_model
 
-    with pytest.raises(UserError, match="--device tt: only the demos run on a board"):
+    with pytest.raises(UserError, match="load_model puts a model on cpu or cuda"):
         load_model(OpenedModel("somewhere", None, None, 0.0), device="tt")

@@ -7,6 +7,8 @@ import pytest
 from models.boards import BOARDS
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES
+from models.speculative.drafters.registry import spec_of, specs
+from models.speculative.model import Workload
 from models.ttnn_llama.programs.needed import (
     TRACE_BYTES_PER_LAYER,
     TYPICAL_LENGTH,
@@ -16,7 +18,7 @@ from models.ttnn_llama.programs.needed import (
     trace_bytes,
     usable_lengths,
 )
-from models.ttnn_llama.programs.options import DRAFT_LENGTHS, DRAFTERS, BoardOptions
+from models.ttnn_llama.programs.options import DRAFT_LENGTHS, BoardOptions
 from models.ttnn_llama.shapes import ROW_COUNTS
 from models.ttnn_llama.weights.memory import check_fit, plan
 from models.ttnn_llama.weights.precision import precision_named
@@ -26,7 +28,10 @@ EXTRAS = {"early-exit": {"exit_layer": 8}, "tree": {"tree_nodes": 15}}
 
 
 def options(drafter="model", **changes):
-    return BoardOptions(drafter=drafter, **{**EXTRAS.get(drafter, {}), **changes})
+    """What a drafter of this name asks of a board, with 4 drafted tokens if nothing else is said."""
+    return BoardOptions(
+        workload=spec_of(drafter).workload, **{"draft_lengths": (4,), **EXTRAS.get(drafter, {}), **changes}
+    )
 
 
 def needed(drafter="model", shared=True, **changes):
@@ -50,7 +55,7 @@ def test_a_draft_that_may_fall_behind_can_read():
     verified = [Program("target", "ids", k + 1) for k in (1, 3)]
     assert needed("combined", draft_lengths=(1, 3)) == [Program("target", "ids"), read, *verified, *rounds(1, 3)]
     assert read not in needed("early-exit", draft_lengths=DRAFT_LENGTHS)  # has the target's cache
-    assert [reads_late(options(drafter)) for drafter in DRAFTERS] == [False, False, True, False, False, False]
+    assert [spec.name for spec in specs() if reads_late(options(spec.name))] == ["combined"]
     assert reads_late(options(draft_lengths=(1, 3))) and reads_late(options("tree", draft_lengths=(1, 3)))
 
 
@@ -92,8 +97,20 @@ def test_a_tree_has_rows_for_what_the_last_one_left_to_feed(what):
 
 
 def test_without_lengths_decoding_is_plain():
-    for asked in ({"draft_lengths": ()}, {"draft_lengths": (0,)}, {"drafter": "none"}):
-        assert needed(**asked) == [Program("target", "ids")]
+    plain = [Program("target", "ids")]
+    for spec in specs():
+        assert needed(spec.name, draft_lengths=()) == needed(spec.name, draft_lengths=(0,)) == plain
+    assert programs(BoardOptions(), [], shared=True) == plain
+
+
+def test_first_layers_beside_lookup_need_both_kinds_of_programs():
+    """A drafter that no row of the registry names: only the workload counts."""
+    asked = BoardOptions(workload=Workload("first-layers", fusible=True, mixed=True), exit_layer=8, draft_lengths=(3,))
+    assert programs(asked, asked.lengths, shared=True) == [
+        Program("target", "ids"),
+        Program("target", "ids", 4),
+        *rounds(3),
+    ]
 
 
 def test_lengths_to_choose_from_fill_the_rows_that_are_computed():
@@ -148,12 +165,20 @@ def test_traces_that_do_not_fit_beside_the_models_are_refused_with_the_way_aroun
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"drafter": "magic"}, "drafter 'magic': choose one of model, prompt-lookup, combined, early-exit, tree, none"),
         ({"draft_lengths": (4, 32)}, "32 drafted tokens are outside 1..31: use --num-draft-tokens in that range"),
         ({"draft_lengths": (-1,)}, "-1 drafted tokens are outside 1..31"),
-        ({"drafter": "early-exit"}, "a board prepares early exit for one layer: name it with --exit-layer"),
-        ({"drafter": "tree"}, "a tree of None tokens: give --tree-nodes from 1 to 31"),
-        ({"drafter": "tree", "tree_nodes": 32}, "a tree of 32 tokens: give --tree-nodes from 1 to 31"),
+        (
+            {"workload": Workload("first-layers"), "draft_lengths": (4,)},
+            "a board prepares early exit for one layer: name it with --exit-layer",
+        ),
+        (
+            {"workload": Workload("draft", tree=True), "draft_lengths": (4,)},
+            "a tree of None tokens: give --tree-nodes from 1 to 31",
+        ),
+        (
+            {"workload": Workload("draft", tree=True), "draft_lengths": (4,), "tree_nodes": 32},
+            "a tree of 32 tokens: give --tree-nodes from 1 to 31",
+        ),
     ],
 )
 def test_options_without_a_meaning_are_refused(asked, message):

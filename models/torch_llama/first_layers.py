@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class FirstLayers(SlotBySlot):
     """The first layers of a TorchLlama with its norm and head: a draft that needs no weights and no cache of its own.
 
-    Implements `LanguageModel` of one slot, `SequenceModel` and `Chains`. What it writes into the cache are the model's own keys and values, and
-    the hidden states it leaves are where the model goes on when it is given the same tokens next.
+    Implements `LanguageModel` of one slot, `SequenceModel` and `Chains`. What it writes into the cache are the model's
+    own keys and values, and the hidden states it leaves are where the model goes on when it is given the same tokens
+    next.
 
     Raises UserError for a number of layers that is not below the model's.
     """

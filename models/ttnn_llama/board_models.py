@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from models.board_mock import cluster
 from models.boards import Board
-from models.loading import LoadedModel, OpenedModel
 from models.llama.config import check_exit_layer
+from models.loading import LoadedModel, OpenedModel
 from models.ttnn_llama.device.mesh import detect_board, errors_passed_on, open_mesh, target_chips
 from models.ttnn_llama.device.runner import Runner
 from models.ttnn_llama.model import TtnnLlama
@@ -32,7 +31,7 @@ def memory_plans(
     """What "target" and "draft" take of each chip. Traces count with the target, and on a chip of its own with the
     draft too: every chip reserves the same for them. Raises UserError if the chips cannot share a model, or for an
     exit layer that the target has not."""
-    if options.drafter == "early-exit" and options.lengths:
+    if _exits(options):
         check_exit_layer(options.exit_layer, target.checkpoint.config.num_hidden_layers)
     own_chip = _on_own_chip(draft, options)
     chips = {"target": target_chips(board, own_chip_for_draft=own_chip)} | ({"draft": 1} if own_chip else {})
@@ -59,14 +58,19 @@ def memory_plans(
     return plans
 
 
+def _exits(options: BoardOptions) -> bool:
+    """Whether the target's first layers draft."""
+    return options.workload.drafts_with == "first-layers" and bool(options.lengths)
+
+
 def _on_own_chip(draft: OpenedModel | None, options: BoardOptions) -> bool:
     return draft is not None and options.placement == "own-chip"
 
 
 def _lengths(draft: OpenedModel | None, options: BoardOptions, chips: int, shared: bool) -> list[int]:
     """The draft lengths to prepare; none without the model that would draft."""
-    needs_draft = options.drafter in ("model", "combined", "tree")
-    return [] if needs_draft and draft is None else usable_lengths(options, chips, shared)
+    lacking = options.workload.drafts_with == "draft" and draft is None
+    return [] if lacking else usable_lengths(options, chips, shared)
 
 
 def _trace_bytes(target: OpenedModel, draft: OpenedModel | None, options: BoardOptions, chips: dict[str, int]) -> int:
@@ -88,7 +92,7 @@ class BoardModels:
         drafting: the model that drafts: the draft's, for early exit the target's first layers, or None.
         fused: greedy rounds as one program, or None: sampling, sequential verification, a draft on its own chip, trees.
         lengths: what a controller may choose from, in rising order from 0: what programs are prepared for.
-        board, mock: which board it is, and whether it is a mock of one.
+        board: which board it is.
         plans: memory per chip of "target" and "draft".
         trace: whether programs are replayed as traces.
 
@@ -109,13 +113,12 @@ class BoardModels:
         self.options = options
         self._warm: set[int] = set()  # padded lengths of prompts, and of texts that a draft reads, that are compiled
         self.max_seq_len = max_seq_len
-        self.mock = cluster.is_mock()
         self.board = detect_board()
         self.plans = memory_plans(self.board, target, draft, max_seq_len, options)
         if announce:
             announce(self.board, self.plans)
         check_fit(self.board, self.plans, options.placement if draft else "shared")
-        self.trace = options.trace and not self.mock
+        self.trace = options.trace and not self.board.mock
         with contextlib.ExitStack() as stack:
             meshes = stack.enter_context(
                 open_mesh(
@@ -163,7 +166,7 @@ class BoardModels:
         return LoadedModel(opened, model, precision_name, opened.seconds + time.perf_counter() - start)
 
     def _drafting_model(self) -> Decoder | None:
-        if self.options.drafter == "early-exit" and self.options.lengths:
+        if _exits(self.options):
             return self.target.model.first_layers(self.options.exit_layer)
         return self.draft.model if self.draft else None
 
@@ -184,10 +187,15 @@ class BoardModels:
         self._paths = {"baseline": keys[0], "speculative": keys[-1]}
         return fused
 
+    @property
+    def mock(self) -> bool:
+        """Whether the board is a mock, whose clock says nothing."""
+        return self.board.mock
+
     def computed_rows(self, n: int) -> int:
         """Rows that the target computes to verify n of them: forwards that compute the same cost the same."""
         what = "ids" if self.options.greedy else "logits"
-        tree = TREE if self.options.drafter == "tree" and n > 1 else ""
+        tree = TREE if self.options.workload.tree and n > 1 else ""
         return self.target.model.computed_rows(tree + what, n)
 
     def warm_up(self, prompt_lengths: Iterable[int], max_new_tokens: int | None = None) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from models.boards import Board
 from models.errors import UserError
 from models.llama.config import named_config
+from models.speculative.drafters.registry import spec_of
 from models.ttnn_llama.device.mesh import target_chips
 from models.ttnn_llama.programs.needed import LEVEL_ROWS, programs, trace_bytes
 from models.ttnn_llama.programs.options import BoardOptions
@@ -64,12 +65,13 @@ class Memory:
 
 def memory_of(board: Board, pair: Pair, k: int, drafter: str = "model") -> Memory:
     """What a pair takes of each chip when k tokens are drafted, as `pair.memory_plans` has it, with a cache for the
-    pair's context. drafter: one of `options.DRAFTERS`."""
+    pair's context. drafter: a name in `drafters.registry`."""
+    spec = spec_of(drafter)
     options = BoardOptions(
-        drafter=drafter, exit_layer=pair.draft_layers, tree_nodes=TREE_NODES, draft_lengths=(max(k, 1),)
+        workload=spec.workload, exit_layer=pair.draft_layers, tree_nodes=TREE_NODES, draft_lengths=(max(k, 1),)
     )
     models = {"target": (pair.target, pair.precision)}
-    if drafter in ("model", "tree"):
+    if spec.needs_draft_model:
         models["draft"] = (pair.draft, pair.draft_precision)
     chips = {name: pair.places[name].chips for name in (("target", "draft") if pair.own_chip else ("target",))}
     layers = named_config(pair.target).num_hidden_layers

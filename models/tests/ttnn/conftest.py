@@ -7,6 +7,7 @@ fixture `shadow`.
 import pytest
 
 from models.board_mock import cluster
+from models.boards import BOARDS
 
 MISSING = None if cluster.is_installed() else "ttnn is not installed"  # why the tests cannot run
 
@@ -55,7 +56,7 @@ class MeshOpener:
     """Keeps one mesh open from test to test; another shape or other parameters take its place."""
 
     def __init__(self, board):
-        self.board, self.board_shape = board, cluster.BOARDS[board].mesh_shape
+        self.board, self.board_shape = board, BOARDS[board].mesh_shape
         self._mesh, self._key = None, None
 
     def open(self, shape=None, parameters=None):
@@ -66,7 +67,7 @@ class MeshOpener:
         if shape[0] * shape[1] > self.board_shape[0] * self.board_shape[1]:
             pytest.skip(f"mesh {shape[0]}x{shape[1]}: this board has {self.board_shape[0]}x{self.board_shape[1]}")
         found = f"{ttnn.get_arch_name()} x {ttnn.get_num_devices()}"
-        wanted = f"{cluster.BOARDS[self.board].arch} x {self.board_shape[0] * self.board_shape[1]}"
+        wanted = f"{BOARDS[self.board].arch} x {self.board_shape[0] * self.board_shape[1]}"
         if found != wanted:  # only on silicon
             pytest.skip(f"--board {self.board} is {wanted}, this machine has {found}")
         key = (shape, repr(sorted((parameters or {}).items())))

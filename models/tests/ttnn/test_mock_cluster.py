@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from models.board_mock import cluster
+from models.boards import MOCK_VARIABLE
 from models.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -16,10 +17,11 @@ ROOT = Path(__file__).parents[3]
 OPEN = """
 import sys
 from models.board_mock import cluster
+from models.boards import BOARDS
 if len(sys.argv) > 1:
     cluster.activate(sys.argv[1])
 import ttnn
-shape = cluster.BOARDS[cluster.mock_board()].mesh_shape
+shape = BOARDS[cluster.mock_board()].mesh_shape
 options = {}
 if shape != (1, 1):
     ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_1D)
@@ -95,7 +97,7 @@ def test_environment_changes_nothing_in_this_process(tmp_path):
 
 
 def test_mock_is_known_from_the_environment(monkeypatch, tmp_path):
-    monkeypatch.delenv(cluster.DESCRIPTOR_VARIABLE, raising=False)
+    monkeypatch.delenv(MOCK_VARIABLE, raising=False)
     assert not cluster.is_mock() and cluster.mock_board() is None
     for name, value in cluster.environment("T3K", tmp_path).items():
         monkeypatch.setenv(name, value)

@@ -15,11 +15,7 @@ from models.boards import BOARDS
 from models.errors import UserError
 from models.loading import OpenedModel
 from models.speculative.control.policy import FixedDraftLength
-from models.speculative.drafters.combined import Combined
-from models.speculative.drafters.early_exit import EarlyExit
-from models.speculative.drafters.model import ModelDrafter
-from models.speculative.drafters.prompt_lookup import PromptLookup
-from models.speculative.drafters.tree import TreeDrafter
+from models.speculative.drafters.registry import Parts, spec_of
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
@@ -36,19 +32,20 @@ CONTEXT = 96
 PROMPTS = [random_ids(length, seed=length) for length in (1, 5, 38)]
 SAMPLING = SamplingParams(temperature=0.8, top_k=20, seed=3)
 LENGTHS = (1, 3, 7)
-KINDS = {
-    "fused": {},
-    "sequential": {"batched": False},
-    "sampling": {"greedy": False},
-    "own chip": {"placement": "own-chip"},
-    "own chip, sampling": {"placement": "own-chip", "greedy": False},
-    "several lengths": {"draft_lengths": LENGTHS},
-    "combined": {"drafter": "combined", "draft_lengths": LENGTHS},
-    "lookup, sampling": {"drafter": "prompt-lookup", "draft_lengths": LENGTHS, "greedy": False},
-    "early exit": {"drafter": "early-exit", "exit_layer": 1, "draft_lengths": LENGTHS},
-    "tree": {"drafter": "tree", "tree_nodes": 9},
-    "tree on its own chip, sampling": {"drafter": "tree", "tree_nodes": 9, "placement": "own-chip", "greedy": False},
+KINDS = {  # (drafter, options)
+    "fused": ("model", {}),
+    "sequential": ("model", {"batched": False}),
+    "sampling": ("model", {"greedy": False}),
+    "own chip": ("model", {"placement": "own-chip"}),
+    "own chip, sampling": ("model", {"placement": "own-chip", "greedy": False}),
+    "several lengths": ("model", {"draft_lengths": LENGTHS}),
+    "combined": ("combined", {"draft_lengths": LENGTHS}),
+    "lookup, sampling": ("prompt-lookup", {"draft_lengths": LENGTHS, "greedy": False}),
+    "early exit": ("early-exit", {"exit_layer": 1, "draft_lengths": LENGTHS}),
+    "tree": ("tree", {"tree_nodes": 9}),
+    "tree on its own chip, sampling": ("tree", {"tree_nodes": 9, "placement": "own-chip", "greedy": False}),
 }
+DRAFTER = {kind: drafter for kind, (drafter, _) in KINDS.items()}
 FUSED = ("fused", "several lengths", "combined", "early exit")
 
 
@@ -120,8 +117,9 @@ def values():
 def options_of(kind, board, **changes):
     """A kind's options, K drafted tokens if it says nothing else, exact and without files; skips what the board
     cannot do."""
+    drafter, own = KINDS[kind]
     options = {"precision": "bf16", "draft_precision": "bf16", "weight_cache": False, "draft_lengths": (K,)}
-    options |= KINDS[kind] | changes
+    options |= {"workload": spec_of(drafter).workload, **own, **changes}
     if options.get("placement") == "own-chip" and board.chips == 1:
         pytest.skip(f"{board.name} has no chip for the draft alone")
     return BoardOptions(**options)
@@ -129,23 +127,24 @@ def options_of(kind, board, **changes):
 
 def load(pair, options, **rest):
     target, draft = pair
-    if options.drafter in ("prompt-lookup", "early-exit"):
+    if options.workload.drafts_with != "draft":
         draft = None
     return BoardModels(target, draft, **{"max_seq_len": CONTEXT, "options": options, **rest})
 
 
-def drafter_of(models, sampling):
-    """As the demo makes it."""
-    options, sampling = models.options, sampling or SamplingParams()
-    target = models.target.model
-    if options.drafter == "prompt-lookup":
-        return PromptLookup()
-    if options.drafter == "tree":
-        return TreeDrafter(models.drafting, sampling, options.tree_nodes)
-    if options.drafter == "early-exit":
-        return EarlyExit(target, options.exit_layer, sampling, confident=False, rounds=models.fused)
-    drafter = ModelDrafter(models.drafting, sampling, confident=False, rounds=models.fused)
-    return Combined(PromptLookup(), drafter) if options.drafter == "combined" else drafter
+def drafter_of(models, kind, sampling):
+    """As the registry makes it."""
+    options = models.options
+    parts = Parts(
+        target=models.target.model,
+        draft=models.draft.model if models.draft else None,
+        sampling=sampling or SamplingParams(),
+        slot=0,
+        rounds=models.fused,
+        confident=False,
+        settings={"tree_nodes": options.tree_nodes, "exit_layer": options.exit_layer},
+    )
+    return spec_of(DRAFTER[kind]).make(parts)
 
 
 class Changing(FixedDraftLength):
@@ -162,13 +161,13 @@ class Changing(FixedDraftLength):
         self.rounds += 1
 
 
-def write(models, prompt, sampling=None, draft=True, max_new_tokens=12):
-    """(ids, stats) that these models write, as the demo makes them."""
+def write(models, prompt, kind=None, sampling=None, max_new_tokens=12):
+    """(ids, stats) that these models write; kind: of drafts, None for plain decoding."""
     stats = GenerationStats()
-    models.select("speculative" if draft else "baseline")
+    models.select("speculative" if kind else "baseline")
     tokens = generate(
         models.target.model,
-        drafter_of(models, sampling) if draft else None,
+        drafter_of(models, kind, sampling) if kind else None,
         prompt,
         sampling=sampling,
         controller=FixedDraftLength(K) if len(models.options.draft_lengths) == 1 else Changing(models.lengths),
@@ -193,7 +192,7 @@ def test_a_placement_that_the_board_has_no_chip_for_is_refused_before_anything_i
     if board.chips > 1:
         pytest.skip(f"{board.name} has one")
     with pytest.raises(UserError, match=f"needs 2 chips, {board.name} has 1"):
-        load(pair, BoardOptions(placement="own-chip", weight_cache=False))
+        load(pair, BoardOptions(placement="own-chip", weight_cache=False, workload=spec_of("model").workload))
     assert calls == []
 
 
@@ -208,7 +207,7 @@ def test_every_chip_reserves_the_trace_region(pair):
     n300 = BOARDS["N300"]
 
     def traces(**changes):
-        options = BoardOptions(**changes)
+        options = BoardOptions(**{"workload": spec_of("model").workload, "draft_lengths": (4,), **changes})
         return {role: plan.traces for role, plan in memory_plans(n300, target, draft, CONTEXT, options).items()}
 
     shared, own_chip = traces(), traces(placement="own-chip")
@@ -320,20 +319,20 @@ def test_after_warming_up_nothing_is_compiled(kind, board, calls, guesses):
     """A kernel that came to the device after traces were captured could lie where their replay writes."""
     options = options_of(kind, board)
     sampling = None if options.greedy else SAMPLING
-    layers = 2 if options.drafter == "early-exit" else 1
+    layers = 2 if options.exit_layer else 1
     with contextlib.closing(load(pair_of(board, layers), options)) as models:
         models.warm_up(len(prompt) for prompt in PROMPTS)
         before, rounds = programs_of(models), []
         for prompt in PROMPTS:
-            for draft in (False, True):
-                ids, stats = write(models, prompt, sampling, draft=draft, max_new_tokens=40)
+            for path in (None, kind):
+                ids, stats = write(models, prompt, path, sampling, max_new_tokens=40)
                 assert len(ids) == 40
             rounds += stats.rounds
         assert programs_of(models) == before
     assert any(r.accepted for r in rounds) and any(r.accepted < r.drafted for r in rounds)
     sources = {r.source.partition("-")[0] for r in rounds if r.drafted}
-    assert ("model" in sources) == (options.drafter in ("model", "combined"))
-    assert ("lookup" in sources) == (options.drafter in ("prompt-lookup", "combined"))
+    expected = {"model": {"model"}, "combined": {"model", "lookup"}, "prompt-lookup": {"lookup"}}
+    assert sources == expected.get(DRAFTER[kind], {DRAFTER[kind].partition("-")[0]})
 
 
 @pytest.mark.parametrize("kind", ["fused", "combined", "own chip"])
@@ -343,11 +342,11 @@ def test_both_paths_write_the_targets_own_text(kind, board, calls, values):
     rounds, prompts = [], PROMPTS[1:]
     with contextlib.closing(load(pair_of(board, layers=1, forgetful=looks_up), options_of(kind, board))) as models:
         if looks_up:
-            written, _ = write(models, prompts[0], draft=False)
+            written, _ = write(models, prompts[0])
             prompts = [prompts[0], [*prompts[0], *written[:6], *prompts[0]]]  # the answer to the second begins in it
         for prompt in prompts:
-            plain, _ = write(models, prompt, draft=False)
-            speculative, stats = write(models, prompt)
+            plain, _ = write(models, prompt)
+            speculative, stats = write(models, prompt, kind)
             assert speculative == plain and len(plain) == 12
             rounds += stats.rounds
     assert any(r.accepted for r in rounds) and any(r.accepted < r.drafted for r in rounds)
@@ -374,7 +373,7 @@ def test_a_draft_that_reads_late_finds_its_programs(board, calls):
         list(
             generate(
                 models.target.model,
-                drafter_of(models, None),
+                drafter_of(models, "several lengths", None),
                 prompt,
                 controller=Late(0),
                 max_new_tokens=20,
@@ -390,7 +389,7 @@ def verifying(models, kind):
     what = "ids" if models.options.greedy else "logits"
     if not models.options.batched:
         return models.target.model.prepare(what, 1)
-    if models.options.drafter == "tree":
+    if models.options.workload.tree:
         return models.target.model.prepare("tree-" + what, 9 + K + 1)
     return models.target.model.prepare(what, max(models.lengths) + 1)
 
@@ -400,7 +399,7 @@ def test_each_path_selects_the_program_that_it_spends_its_time_in(kind, board, c
     selected = []
     monkeypatch.setattr(Runner, "select", lambda self, key: selected.append((self, key)))
     options = options_of(kind, board)
-    layers = 2 if options.drafter == "early-exit" else 1
+    layers = 2 if options.exit_layer else 1
     with contextlib.closing(load(pair_of(board, layers), options)) as models:
         target, runner = models.target.model, models.target.model.runner
         alone = target.prepare("ids" if models.options.greedy else "logits", 1)

@@ -9,13 +9,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from models.boards import BOARDS, Board, board_of_environment
+from models.boards import BOARDS, Board, board_of_environment, is_mock
 from models.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def target_chips(board: Board, *, own_chip_for_draft: bool = False) -> int:
 
 
 def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
-    """The board that MESH_DEVICE names, else the one whose number and architecture of chips is found.
+    """The board that MESH_DEVICE names, else the one whose number and architecture of chips is found; on ttnn's mock of
+    one, that board as a mock.
 
     Raises UserError for an unknown name, for a board that the chips found cannot form, and for chips that form none
     of the boards.
@@ -69,7 +70,7 @@ def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
     if board is None:
         for board in BOARDS.values():
             if (board.chips, board.arch) == (chips, arch):
-                return board
+                return replace(board, mock=is_mock())
         known = ", ".join(f"{board.name} ({board.chips} {board.arch})" for board in BOARDS.values())
         raise UserError(f"found {chips} {arch} chips, which is none of {known}: set MESH_DEVICE to the one to use")
     if board.arch != arch:
@@ -79,7 +80,7 @@ def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
             f"MESH_DEVICE={board.name} needs {board.chips} chips, found {chips}: unset MESH_DEVICE to detect the "
             "board; if a chip is missing, look for it with `tt-smi -ls`"
         )
-    return board
+    return replace(board, mock=is_mock())
 
 
 @contextlib.contextmanager

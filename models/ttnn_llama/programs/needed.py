@@ -21,7 +21,7 @@ TRACE_BYTES_PER_LAYER = 800_000
 
 @dataclass(frozen=True)
 class Program:
-    """One program of "target" or "draft" (early exit: the target's first layers), or a "round" of both.
+    """One program of "target" or "draft" (or the target's first layers, where they draft), or a "round" of both.
 
     what: "ids", "logits", with TREE before them, "chain" or "round". n: tokens that it is given, k: tokens it drafts.
     """
@@ -40,12 +40,13 @@ class Program:
 
 def is_fused(options: BoardOptions, shared: bool) -> bool:
     """Whether a round is one program. shared: the draft, if there is one, lies on the target's chips."""
-    return options.greedy and options.batched and shared and options.drafter in ("model", "combined", "early-exit")
+    return options.greedy and options.batched and shared and options.workload.fusible
 
 
 def reads_late(options: BoardOptions) -> bool:
     """Whether a draft model may be asked for the first time, or again, after others have written a part of the text."""
-    return options.drafter == "combined" or (options.drafter in ("model", "tree") and len(options.lengths) > 1)
+    workload = options.workload
+    return workload.drafts_with == "draft" and (workload.mixed or len(options.lengths) > 1)
 
 
 def usable_lengths(options: BoardOptions, chips: int, shared: bool) -> list[int]:
@@ -65,12 +66,12 @@ def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> lis
         return [plain]
     needed = [plain, *_drafting(options, lengths, shared)]
     if is_fused(options, shared):
-        if options.drafter == "combined":
+        if options.workload.mixed:
             needed += [Program("target", what, k + 1) for k in lengths]
         return needed + [Program("round", "round", k=k) for k in lengths]
     if not options.batched:
         return [*needed, plain]
-    if options.drafter != "tree":
+    if not options.workload.tree:
         return needed + [Program("target", what, k + 1) for k in lengths]
     # What the cache could not keep of a tree, up to all its levels, comes before the next one, or without one.
     again = max(lengths) + 1
@@ -80,24 +81,24 @@ def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> lis
 
 def _drafting(options: BoardOptions, lengths: Sequence[int], shared: bool) -> list[Program]:
     """What drafts by itself, apart from rounds."""
-    drafter = options.drafter
-    if drafter == "prompt-lookup":
+    workload = options.workload
+    if not workload.drafts_with:
         return []
     needed: list[Program] = []
-    if drafter == "tree":
+    if workload.tree:
         needed += [Program("draft", "logits", n) for n in READING_ROWS]
         needed += [Program("draft", TREE + "logits", n) for n in LEVEL_ROWS]
     elif not is_fused(options, shared):
         # After full acceptance two tokens are to be fed, but not to layers that share the target's cache.
-        fed = (1,) if drafter == "early-exit" else (1, 2)
+        fed = (1,) if workload.drafts_with == "first-layers" else (1, 2)
         if options.greedy:
             needed += [Program("draft", "chain", n, k) for n in fed for k in lengths]
         else:
             needed += [Program("draft", "logits", n) for n in fed]
     # What it has not read since it was last asked.
-    if reads_late(options) or drafter == "tree":
+    if reads_late(options) or workload.tree:
         needed.append(Program("draft", "ids", MAX_ROWS))
-        if not options.greedy and drafter != "tree":
+        if not options.greedy and not workload.tree:
             needed.append(Program("draft", "logits", MAX_ROWS))
     return needed
 
