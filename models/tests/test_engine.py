@@ -71,7 +71,7 @@ def test_two_sequences_in_turn_write_what_each_writes_alone(pair, kind, length):
 def test_two_engines_with_automatic_lengths_write_what_each_writes_alone():
     pairs = [build_pair(seed, noise=0.07) for seed in (0, 1)]
     streams, expected = [], []
-    for number, (target, draft) in enumerate(pairs):
+    for number, (target, _) in enumerate(pairs):
         expected.append(plain(target, random_prompt(3 + 5 * number, seed=number), max_new_tokens=60))
     for number, (target, draft) in enumerate(pairs):
         engine = Engine(target)
