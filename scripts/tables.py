@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/comparison.md anew from the files in docs/results.
+"""Write the tables of README.md and docs/measured.md anew from the files in docs/results.
 
     python scripts/tables.py            # after a benchmark, the demo or the planner has written its results there
     python scripts/tables.py --check    # change nothing, name the tables that are not what the results say
@@ -23,7 +23,7 @@ from scripts.suites.report import number, percent, ranged, table, times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-DOCUMENTS = ("README.md", "docs/comparison.md")
+DOCUMENTS = ("README.md", "docs/measured.md", "docs/board.md", "docs/planner.md")
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 OUTPUT_FLAGS = ("--json", "--markdown", "--png", "--html")  # with a file behind them
 BOARDS = ("N150", "N300", "T3K", "P150")
@@ -60,13 +60,6 @@ def median(values: Results | None) -> float | None:
 
 
 # ---- measured on this kind of machine -------------------------------------------------------------------------------
-
-
-def demo() -> str:
-    """The demo's own table, as it printed it (`--quiet`) beside its JSON file."""
-    shown = (RESULTS / "demo-embedded-pair.txt").read_text(encoding="utf-8")
-    lines = [line.rstrip() for line in shown.splitlines()]
-    return f"{source(read('demo-embedded-pair'))}\n\n```\n" + "\n".join(lines).strip("\n") + "\n```\n"
 
 
 def compare() -> str:
@@ -170,6 +163,27 @@ def peers() -> str:
     return f"{source(results)}; transformers {results['versions']['transformers']}\n\n" + table(head, rows)
 
 
+EXPECTED = {
+    "own plain": "own baseline",
+    "own best (combined, auto)": "own combined, auto",
+    "transformers": "HF generate",
+    "transformers, assisted": "HF assisted, defaults",
+    "llama.cpp": "llama.cpp",
+}
+
+
+def expect() -> str:
+    """The few figures that a newcomer asks for first."""
+    results = read("peers")
+    plain = median(results["ways"]["own baseline"]["tok_s"])
+    rows = []
+    for label, name in EXPECTED.items():
+        rate = median(results["ways"][name]["tok_s"])
+        rows.append((label, number(rate, 0), times(rate / plain)))
+    head = ("embedded pair, 13.6 M parameters", "tok/s, prefill included", "of own plain")
+    return f"{source(results)}\n\n" + table(head, rows)
+
+
 def bottleneck() -> str:
     """What bounds a forward, and from which acceptance drafting pays."""
     results = read("bottleneck")
@@ -237,13 +251,13 @@ def _banded(value: float, band: Sequence[float], digits: int) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "demo": demo,
     "compare": compare,
     "configurations": configurations,
     "sweep": sweep,
     "verify-cost": verify_cost,
     "pairs": pairs,
     "peers": peers,
+    "expect": expect,
     "bottleneck": bottleneck,
     "op-counts": op_counts,
     "plan-8B": lambda: plan("8B"),

@@ -42,12 +42,12 @@ def test_new_results_are_found_and_written(copy, capsys):
     results = json.loads(file.read_text())
     results["lengths"]["2"]["speedup"]["median"] = 1234.5
     file.write_text(json.dumps(results))
-    before = (copy / "docs" / "comparison.md").read_text()
+    before = (copy / "docs" / "measured.md").read_text()
     assert tables.command(["--check"]) == 1
-    assert "docs/comparison.md: not what docs/results says: sweep" in capsys.readouterr().err
-    assert (copy / "docs" / "comparison.md").read_text() == before
+    assert "docs/measured.md: not what docs/results says: sweep" in capsys.readouterr().err
+    assert (copy / "docs" / "measured.md").read_text() == before
     assert tables.command([]) == 0
-    assert "1234.50x" in (copy / "docs" / "comparison.md").read_text()
+    assert "1234.50x" in (copy / "docs" / "measured.md").read_text()
     assert tables.command(["--check"]) == 0
 
 
@@ -62,7 +62,7 @@ def test_results_that_cannot_be_read_are_one_line(copy, content):
 
 
 def test_a_name_without_a_table_is_refused():
-    with pytest.raises(UserError, match="there is no table oracle: choose from demo, "):
+    with pytest.raises(UserError, match="there is no table oracle: choose from compare, "):
         tables.filled("<!-- table oracle -->\n<!-- /table -->\n")
 
 
