@@ -1,0 +1,76 @@
+"""The front door on a board: the same calls as on a CPU, the same promises."""
+
+import pytest
+
+from models import LLM, SamplingParams, UserError
+from models.boards import BOARDS
+from models.options import NAMED
+from models.speculative.drafters import registry
+
+PROMPT = "def add(a, b):"
+
+
+@pytest.fixture
+def board(pytestconfig, mesh_opener):
+    """The board's name; the mesh of other tests is closed, since an LLM opens its own."""
+    name = pytestconfig.getoption("--board")
+    if BOARDS[name].chips > 2:
+        pytest.skip("the shipped pair has 2 KV heads, too few for 8 chips")
+    mesh_opener.close()
+    return name
+
+
+@pytest.fixture
+def shadowed():
+    """Numbers on a mock too."""
+    from models.board_mock import cluster, shadow
+
+    if not cluster.is_mock():
+        yield
+        return
+    with shadow.shadowed():
+        yield
+
+
+@pytest.mark.parametrize("drafter", ["combined", "prompt-lookup"])
+def test_the_same_calls_write_plain_decodings_text(board, shadowed, drafter):
+    with LLM.load("tiny", device="tt", max_seq_len=128, drafter=drafter, weight_cache=False) as llm:
+        assert llm.board is not None and (llm.options.num_draft_tokens, llm.options.dtype) == (4, "bf16")
+        plain = llm.generate(PROMPT, max_new_tokens=10, speculate=False)
+        pieces = list(llm.stream(PROMPT, max_new_tokens=10))
+        assert "".join(piece.text for piece in pieces) == plain.text
+        assert [piece.id for piece in pieces] == plain.token_ids
+        drafted = {round.source for round in llm.stats.rounds if round.drafted}
+        assert drafted <= set(registry.spec_of(drafter).sources)
+        stopped = llm.generate(PROMPT, max_new_tokens=10, stop=plain.text[4:8])
+        assert stopped.text == plain.text[:4] and stopped.finish_reason == "stop"
+    assert llm.engine.idle
+
+
+def test_a_longer_prompt_is_prepared_before_its_clock_starts(board, shadowed):
+    with LLM.load("tiny", device="tt", max_seq_len=256, drafter="model", weight_cache=False) as llm:
+        llm.generate(PROMPT, max_new_tokens=3)
+        warm = set(llm.board._warm)
+        long = [llm.tokenizer.bos_id, *llm.encode(PROMPT)[1:] * 20][:140]
+        plain = llm.generate(long, max_new_tokens=4, speculate=False).token_ids
+        assert llm.board._warm > warm
+        assert llm.generate(long, max_new_tokens=4).token_ids == plain
+
+
+def test_sampled_text_repeats_with_its_seed(board, shadowed):
+    options = {"device": "tt", "max_seq_len": 128, "drafter": "model", "greedy": False, "weight_cache": False}
+    with LLM.load("tiny", **options) as llm:
+        params = SamplingParams(temperature=0.8, seed=4)
+        first, second = (llm.generate(PROMPT, params, max_new_tokens=6).token_ids for _ in range(2))
+        assert first == second
+
+
+def test_what_a_board_cannot_do_is_refused_in_one_line(board):
+    for options, words in (
+        ({"dtype": "fp32"}, "dtype has no meaning with device tt: use precision"),
+        ({"slots": 2}, "slots 2"),
+        ({"max_seq_len": 10**6}, "max_seq_len 1000000"),
+        ({"drafter": "early-exit"}, "exit_layer"),
+    ):
+        with pytest.raises(UserError, match=words):
+            LLM.load(str(NAMED["tiny"][0]), device="tt", **options)
