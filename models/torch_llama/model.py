@@ -420,7 +420,8 @@ class TorchLlama(SlotBySlot):
 
         if x is None:
             x = self.embedding[ids.flatten()].to(self.dtype)  # [B R, H]
-        self._keep_states(first, x, used)
+        if self._taps:
+            self._keep_states(first, x, used)
         for count, layer in enumerate(self.layers[first:stop], first + 1):
             qkv = layer.qkv(F.rms_norm(x, shape, layer.attention_norm, eps))
             qk = qkv[:, : rotated * dim].view(batch, n, rotated, dim)
