@@ -13,6 +13,7 @@ from models.device import check_device
 from models.errors import OptionError, UserError
 from models.llama.checkpoint import Checkpoint
 from models.llama.config import check_exit_layer
+from models.llama.gguf_checkpoint import GgufCheckpoint, gguf_file
 from models.llama.tokenizer import LlamaTokenizer, check_pair
 from models.options import (
     AUTO,
@@ -36,7 +37,7 @@ class OpenedModel:
     """A checked checkpoint whose weights are not read yet. ``tokenizer`` is None when the directory has none."""
 
     source: str
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | GgufCheckpoint
     tokenizer: LlamaTokenizer | None
     seconds: float
 
@@ -52,9 +53,10 @@ class LoadedModel:
 
 
 def open_model(source: str) -> OpenedModel:
-    """Open a checkpoint directory or hub id. Raises UserError for whatever is wrong with its files."""
+    """Open a checkpoint directory, a hub id, or a GGUF file. Raises UserError for whatever is wrong with its files."""
     start = time.perf_counter()
-    checkpoint = Checkpoint.open(source)
+    file = gguf_file(source)
+    checkpoint = GgufCheckpoint.open(file) if file else Checkpoint.open(source)
     has_tokenizer = (checkpoint.path / "tokenizer.json").exists()
     tokenizer = LlamaTokenizer.load(checkpoint.path) if has_tokenizer else None
     return OpenedModel(source, checkpoint, tokenizer, time.perf_counter() - start)

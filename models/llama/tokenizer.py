@@ -20,13 +20,17 @@ _FIXED_CLOCK = "{%- macro strftime_now(format) -%}{{ date_string }}{%- endmacro 
 class LlamaTokenizer:
     """Reads tokenizer.json and the files beside it; ids are those of the model in the same directory.
 
-    ``bos_id`` is None where the model has none; ``eos_ids`` are all ids that end a text; ``vocab_size`` counts the
-    tokenizer's entries, which may be fewer than the rows of a model whose vocabulary is padded.
+    ``bos_id`` is None where the model has none, ``begins_with_bos`` whether texts begin with it; ``eos_ids`` are all
+    ids that end a text; ``vocab_size`` counts the tokenizer's entries, which may be fewer than the rows of a model
+    whose vocabulary is padded.
     """
 
-    def __init__(self, tokenizer: Tokenizer, bos_id: int | None, eos_ids: Sequence[int], path: Path) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, bos_id: int | None, begins_with_bos: bool, eos_ids: Sequence[int], path: Path
+    ) -> None:
         """Use `LlamaTokenizer.load`."""
         self.bos_id = bos_id
+        self.begins_with_bos = begins_with_bos
         self.eos_ids = tuple(eos_ids)
         self.path = path
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -69,20 +73,25 @@ class LlamaTokenizer:
             model.get("eos_token_id"),
             _id_of(tokenizer, settings.get("eos_token")),
         )
+        bos = model.get("bos_token_id") if bos is None else bos
+        begins = settings.get("add_bos_token")
+        if not isinstance(begins, bool):
+            begins = bos is not None and tokenizer.encode("a").ids[:1] == [bos]
         return cls(
             tokenizer,
-            bos_id=model.get("bos_token_id") if bos is None else bos,
+            bos_id=bos,
+            begins_with_bos=begins and bos is not None,
             eos_ids=as_token_ids(next((stop for stop in stops if stop is not None), None)),
             path=path,
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` behind exactly one BOS, whether or not the text spells one already.
+        """Ids of ``text``, behind exactly one BOS where the model's own tokenizer puts one, also if the text spells it.
 
         Special tokens that the text spells out ("<|eot_id|>") become those tokens.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if self.bos_id is None:
+        if not self.begins_with_bos:
             return ids
         start = next((i for i, id in enumerate(ids) if id != self.bos_id), len(ids))
         return [self.bos_id, *ids[start:]]
