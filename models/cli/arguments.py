@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 from models.boards import PLACEMENTS
+from models.fetch import PACKAGED
 from models.options import (
     AUTO,
     AUTO_LONGEST,
@@ -83,8 +84,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, s
         "--target",
         metavar="PATH|ID",
         default=environ.get("HF_MODEL") or None,
-        help=f"checkpoint directory or Hugging Face id of the target model, or a name: {', '.join(NAMED)} "
-        "(default: tiny, the small pair of this project)",
+        help="checkpoint directory, GGUF file or Hugging Face id of the target model, or a name: "
+        f"{', '.join((*NAMED, *PACKAGED))} (default: tiny, the small pair of this project)",
     )
     group.add_argument(
         "--draft",

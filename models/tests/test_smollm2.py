@@ -1,0 +1,108 @@
+"""A real chat model: SmolLM2-135M-Instruct beside transformers' own reading of the same file.
+
+It is fetched once, as `--target smollm2` does. Where it cannot be, these tests are skipped, unless REQUIRE_SMOLLM2 is
+set.
+"""
+
+import os
+
+import pytest
+import torch
+
+from models import LLM, SamplingParams, UserError
+from models.fetch import fetched
+from models.llama.tokenizer import LlamaTokenizer
+from models.loading import open_model
+from models.torch_llama.model import TorchLlama
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUESTIONS = ("What is the capital of France?", "Name three uses of a paperclip.", "Say hello in Chinese: 你好 🙂")
+TEXTS = (
+    *QUESTIONS,
+    "def f(x):\n    return x ** 2  # 1234567",
+    "مرحبا بالعالم",
+    "日本語のテキスト、改行\n\nと  空白",
+    "it's 12,345.67 — naïve café 🦙🦙👩‍👩‍👧",
+    "<|im_start|>user\nhi<|im_end|>\n",
+)
+
+
+@pytest.fixture(scope="module")
+def file():
+    try:
+        return fetched("smollm2")
+    except UserError as error:
+        if os.environ.get("REQUIRE_SMOLLM2"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def theirs(file):
+    """(model, tokenizer) of transformers, in fp32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        **where
+    )
+
+
+@pytest.fixture(scope="module")
+def opened(file):
+    return open_model("smollm2")
+
+
+@pytest.fixture(scope="module")
+def llm(file):
+    with LLM.load("smollm2", max_seq_len=512) as llm:
+        yield llm
+
+
+def test_its_tokenizer_writes_the_same_ids(opened, theirs):
+    tokenizer = LlamaTokenizer.load(opened.checkpoint.path)
+    assert not tokenizer.begins_with_bos
+    for text in TEXTS:
+        ids = theirs[1](text, add_special_tokens=False).input_ids
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.decode(ids) == theirs[1].decode(ids, skip_special_tokens=True)
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        rendered = theirs[1].apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert tokenizer.chat(messages) == theirs[1](rendered, add_special_tokens=False).input_ids
+
+
+def test_its_logits_and_its_greedy_text_are_the_same(opened, theirs):
+    model = TorchLlama(opened.checkpoint.config, opened.checkpoint, dtype="fp32", max_seq_len=256)
+    for question in QUESTIONS:
+        ids = opened.tokenizer.chat(question)
+        with torch.inference_mode():
+            expected = theirs[0](torch.tensor([ids])).logits[0]
+        assert (model.prefill(ids) - expected[-1]).abs().max() < 1e-4 * expected[-1].abs().max()
+        best = model.prefill(ids)
+        written = []
+        for position in range(len(ids), len(ids) + 20):
+            written.append(int(best.argmax()))
+            best = model.forward(written[-1:], position)[-1]
+        with torch.inference_mode():
+            out = theirs[0].generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=2)
+        answer = out[0, len(ids) :].tolist()
+        assert written[: len(answer)] == answer
+
+
+def test_answers_with_drafts_are_those_without(llm):
+    for question in QUESTIONS:
+        plain = llm.chat(question, max_new_tokens=40, speculate=False)
+        assert llm.chat(question, max_new_tokens=40).text == plain.text
+        assert plain.finish_reason in ("stop", "length") and "<|im_end|>" not in plain.text
+    assert llm.chat(QUESTIONS[0], max_new_tokens=40).finish_reason == "stop"
+    assert "Paris" in llm.chat(QUESTIONS[0], max_new_tokens=40).text
+
+
+def test_characters_of_several_bytes_come_whole(llm):
+    prompt = "你好，世界 🙂 مرحبا — 你好，世界 🙂 مرحبا — 你好，世界 🙂 "
+    pieces = list(llm.stream(prompt, SamplingParams(temperature=1.0, seed=3), max_new_tokens=40))
+    text = "".join(piece.text for piece in pieces)
+    assert text == llm.tokenizer.decode([piece.id for piece in pieces])
+    for piece in pieces[:-1]:
+        assert not piece.text.endswith("\ufffd")
