@@ -6,13 +6,14 @@ configuration and tokenizer and check the files, `load_model` puts the weights o
 
 import time
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from models.device import check_device
 from models.errors import OptionError, UserError
 from models.llama.checkpoint import Checkpoint
-from models.llama.config import check_exit_layer
+from models.llama.config import LlamaConfig, check_exit_layer
 from models.llama.tokenizer import LlamaTokenizer, check_pair
 from models.options import (
     AUTO,
@@ -24,6 +25,7 @@ from models.options import (
     named_target,
 )
 from models.speculative.drafters.registry import NONE, spec_of
+from models.speculative.model import EarlyExit, LanguageModel, TreeModel
 from models.torch_llama.model import TorchLlama
 
 DEFAULT_CONTEXT = 2048
@@ -41,12 +43,31 @@ class OpenedModel:
     seconds: float
 
 
+class Network(LanguageModel, TreeModel, EarlyExit, Protocol):
+    """A Llama on any device; it is its own first slot."""
+
+    config: LlamaConfig
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of its weights."""
+        ...
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory of its cache."""
+        ...
+
+
+AnyNetwork = TypeVar("AnyNetwork", bound=Network, covariant=True)
+
+
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(Generic[AnyNetwork]):
     """A model ready to run; ``load_s`` is the time from opening the checkpoint to here, in seconds."""
 
     opened: OpenedModel
-    model: TorchLlama
+    model: AnyNetwork
     dtype: str
     load_s: float
 
@@ -160,7 +181,7 @@ def load_model(
     fixed_rows: int | None = None,
     typical_rows: int | None = None,
     slots: int = 1,
-) -> LoadedModel:
+) -> LoadedModel[TorchLlama]:
     """Put a model's weights on ``device`` ("cpu" or "cuda"; boards by `ttnn_llama.board_models.BoardModels`).
 
     ``dtype`` is "bf16", "fp32", "fp16", or "int8" (8-bit matrices, the rest in fp32). ``max_seq_len`` is the context

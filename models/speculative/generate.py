@@ -45,7 +45,7 @@ def generate(
     Raises:
         UserError: at the call, for what `Request.check` refuses.
     """
-    model: LanguageModel = target if hasattr(target, "extend") else OneSlot(target)
+    model = target if isinstance(target, LanguageModel) else OneSlot(target)
     engine = Engine(model, clock=time.perf_counter)
     request = Request(
         list(prompt),
