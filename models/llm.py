@@ -12,16 +12,16 @@ This is the only place that knows files, devices, drafters and policies at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
 
 from models.errors import OptionError, UserError
-from models.loading import OpenedPair, load_model, open_pair
-from models.options import AUTO, EngineOptions, describe_source, engine_options
+from models.loading import LoadedModel, OpenedPair, load_model, open_pair
+from models.options import AUTO, ResolvedOptions, describe_source, engine_options
 from models.speculative.control.costs import Costs
 from models.speculative.control.policy import AutoDraftLength, Controller, FixedDraftLength
 from models.speculative.drafters import Drafter, PerSequence
@@ -123,6 +123,8 @@ class LLM:
         self.tokenizer: LlamaTokenizer | None = pair.target.tokenizer
         self.stop_ids: tuple[int, ...] = tuple(pair.target.checkpoint.config.eos_token_ids)
         self.stats = GenerationStats()
+        self.target: LoadedModel
+        self.draft: LoadedModel | None = None
         self.board: BoardModels | None = None
         self.exit: ExitChoice | None = None
         self.exit_s = 0.0  # that the choice took
@@ -135,12 +137,23 @@ class LLM:
             self._load_on_board(pair, announce, progress)
         else:
             options = self.options
-            rows = {"fixed_rows": options.fixed_rows, "typical_rows": options.verify_rows}
-            where = {"device": options.device, "slots": options.slots}
-            self.target = load_model(pair.target, dtype=options.dtype, max_seq_len=self.max_seq_len, **rows, **where)
-            self.draft = None
+            self.target = load_model(
+                pair.target,
+                device=options.device,
+                dtype=options.dtype,
+                max_seq_len=self.max_seq_len,
+                slots=options.slots,
+                fixed_rows=options.fixed_rows,
+                typical_rows=options.verify_rows,
+            )
             if pair.draft:
-                self.draft = load_model(pair.draft, dtype=options.draft_dtype, max_seq_len=pair.draft_seq_len, **where)
+                self.draft = load_model(
+                    pair.draft,
+                    device=options.device,
+                    dtype=options.draft_dtype,
+                    max_seq_len=pair.draft_seq_len,
+                    slots=options.slots,
+                )
         self.engine = Engine(self.target.model)
 
     @classmethod
@@ -182,7 +195,7 @@ class LLM:
         stop_ids: Iterable[int] | None = None,
         speculate: bool | Drafting = True,
         stats: GenerationStats | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Write what follows a prompt, token by token, as it comes.
 
         Args:
@@ -215,6 +228,14 @@ class LLM:
         self._prepare(drafting, request)
         return self._pieces(request, text, self.stats)
 
+    @overload
+    def generate(
+        self, prompt: list[str], sampling: SamplingParams | None = None, **options: Any
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any) -> Completion: ...
+
     def generate(
         self, prompt: Prompt | list[str], sampling: SamplingParams | None = None, **options: Any
     ) -> Completion | list[Completion]:
@@ -223,8 +244,8 @@ class LLM:
         Arguments and errors are those of `stream`.
         """
         if isinstance(prompt, list) and prompt and all(isinstance(each, str) for each in prompt):
-            return [self._complete(each, sampling, **options) for each in prompt]
-        return self._complete(prompt, sampling, **options)
+            return [self._complete(str(each), sampling, **options) for each in prompt]
+        return self._complete(cast("Prompt", prompt), sampling, **options)
 
     def chat(
         self, messages: str | Sequence[Mapping[str, str]], sampling: SamplingParams | None = None, **options: Any
@@ -240,12 +261,14 @@ class LLM:
         """A prompt's token ids. Raises UserError for a text, or a conversation, without a tokenizer or template."""
         self._check_open()
         if not isinstance(prompt, str) and (len(prompt) == 0 or not isinstance(prompt[0], Mapping)):
-            return [int(id) for id in prompt]
+            return [int(id) for id in cast("Sequence[int]", prompt)]
         if self.tokenizer is None:
             raise UserError(
                 f"{describe_source(self.options.target)} has no tokenizer.json: add it, or give token ids as the prompt"
             )
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.chat(prompt)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.chat(cast("Sequence[Mapping[str, str]]", prompt))
 
     def close(self) -> None:
         """Give the device back. A second call does nothing."""
@@ -267,7 +290,7 @@ class LLM:
         text = "".join(piece.text for piece in written)
         return Completion(text, [piece.id for piece in written], stats.finish_reason, stats)
 
-    def _pieces(self, request: Request, text: TextStream, stats: GenerationStats) -> Iterator[Piece]:
+    def _pieces(self, request: Request, text: TextStream, stats: GenerationStats) -> Generator[Piece, None, None]:
         with closing(stream(self.engine, self.engine.add(request, stats))) as tokens:
             for token in tokens:
                 reason = stats.finish_reason
@@ -323,7 +346,8 @@ class LLM:
         """Layers that early exit drafts with; None before they are chosen."""
         if self.exit:
             return self.exit.exit_layer
-        return None if self.options.exit_layer == AUTO else self.options.exit_layer
+        layer = self.options.exit_layer
+        return layer if isinstance(layer, int) else None
 
     def choose_exit(self, prompt: Sequence[int]) -> None:
         """Choose the layers of early exit by what the target itself writes after a prompt."""
@@ -361,13 +385,13 @@ class LLM:
     def _drafter(self, spec: DrafterSpec) -> Drafter:
         def parts(sequence) -> Parts:
             request, board = sequence.request, self.board
-            one_program = board and request.sampling.greedy and request.verification == "batched"
+            one_program = request.sampling.greedy and request.verification == "batched"
             return Parts(
                 target=self.target.model,
                 draft=self.draft.model if self.draft else None,
                 sampling=request.sampling,
                 slot=sequence.slot,
-                rounds=board.fused if one_program else None,
+                rounds=board.fused if board and one_program else None,
                 confident=board is None,  # on a board probabilities would have to leave the device, step by step
                 settings={"tree_nodes": self.options.tree_nodes, "exit_layer": self.exit_layer},
             )
@@ -393,13 +417,13 @@ class LLM:
             raise UserError("this LLM is closed: load it again")
 
 
-def _board_options(options: EngineOptions) -> BoardOptions:
+def _board_options(options: ResolvedOptions) -> BoardOptions:
     """How a board has to be prepared for what will run on it."""
     from models.ttnn_llama.programs.options import DRAFT_LENGTHS, BoardOptions
 
     lengths: tuple[int, ...] = ()
     if options.spec:
-        lengths = DRAFT_LENGTHS if options.auto else (int(options.num_draft_tokens or 0),)
+        lengths = DRAFT_LENGTHS if options.auto else (int(options.num_draft_tokens),)
     return BoardOptions(
         precision=options.precision,
         draft_precision=options.draft_precision,
@@ -407,7 +431,7 @@ def _board_options(options: EngineOptions) -> BoardOptions:
         trace=options.trace,
         weight_cache=options.weight_cache,
         workload=options.spec.workload if options.spec else Workload(),
-        exit_layer=None if options.exit_layer == AUTO else options.exit_layer,
+        exit_layer=options.exit_layer if isinstance(options.exit_layer, int) else None,
         tree_nodes=options.tree_nodes,
         draft_lengths=lengths,
         greedy=options.greedy,

@@ -6,6 +6,7 @@ configuration and tokenizer and check the files, `load_model` puts the weights o
 
 import time
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from loguru import logger
@@ -14,19 +15,19 @@ from models.device import check_device
 from models.errors import OptionError, UserError
 from models.fetch import PACKAGED, fetched
 from models.llama.checkpoint import Checkpoint
-from models.llama.config import check_exit_layer
+from models.llama.config import LlamaConfig, check_exit_layer
 from models.llama.gguf_checkpoint import GgufCheckpoint, gguf_file
 from models.llama.tokenizer import LlamaTokenizer, check_pair
 from models.options import (
-    AUTO,
     EMBEDDED_DRAFT,
     EngineOptions,
+    ResolvedOptions,
     describe_source,
     draft_of,
     named_draft,
     named_target,
 )
-from models.speculative.drafters.registry import NONE, spec_of
+from models.speculative.model import EarlyExit, LanguageModel, TreeModel
 from models.torch_llama.model import TorchLlama
 
 DEFAULT_CONTEXT = 2048
@@ -44,12 +45,31 @@ class OpenedModel:
     seconds: float
 
 
+class Network(LanguageModel, TreeModel, EarlyExit, Protocol):
+    """A Llama on any device; it is its own first slot."""
+
+    config: LlamaConfig
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of its weights."""
+        ...
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory of its cache."""
+        ...
+
+
+AnyNetwork = TypeVar("AnyNetwork", bound=Network, covariant=True)
+
+
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(Generic[AnyNetwork]):
     """A model ready to run; ``load_s`` is the time from opening the checkpoint to here, in seconds."""
 
     opened: OpenedModel
-    model: TorchLlama
+    model: AnyNetwork
     dtype: str
     load_s: float
 
@@ -75,7 +95,7 @@ class OpenedPair:
         note: what a user should know of the choices made; "" if nothing.
     """
 
-    options: EngineOptions
+    options: ResolvedOptions
     target: OpenedModel
     draft: OpenedModel | None
     max_seq_len: int
@@ -100,9 +120,9 @@ def open_pair(options: EngineOptions) -> OpenedPair:
     if options.speculative and options.drafter is None:
         draft, note = _fitting_draft(options, target)
         drafter = drafter if draft else "prompt-lookup"
-    elif options.speculative and options.drafter != NONE and spec_of(options.drafter).needs_draft_model:
+    elif options.uses_draft_model:
         draft = _required_draft(options, target)
-    options = options.resolved(drafter)
+    resolved = options.resolved(drafter)
     max_seq_len = options.max_seq_len
     if max_seq_len is None:
         # A board has one context for both.
@@ -114,15 +134,15 @@ def open_pair(options: EngineOptions) -> OpenedPair:
                 f"[max_seq_len] {max_seq_len} is longer than the context of {describe_source(opened.source)}, "
                 f"{longest} tokens: lower it"
             )
-    if options.spec and "exit_layer" in options.spec.settings and options.num_draft_tokens != 0:
+    if resolved.spec and "exit_layer" in resolved.spec.settings and resolved.num_draft_tokens != 0:
         layers = target.checkpoint.config.num_hidden_layers
         if layers == 1:
             raise OptionError(
-                f"[drafter] {options.drafter} cannot leave a target of one layer early: use another drafter"
+                f"[drafter] {resolved.drafter} cannot leave a target of one layer early: use another drafter"
             )
-        if options.exit_layer != AUTO:
-            check_exit_layer(options.exit_layer, layers)
-    return OpenedPair(options, target, draft, max_seq_len, note)
+        if isinstance(resolved.exit_layer, int):
+            check_exit_layer(resolved.exit_layer, layers)
+    return OpenedPair(resolved, target, draft, max_seq_len, note)
 
 
 def _fitting_draft(options: EngineOptions, target: OpenedModel) -> tuple[OpenedModel | None, str]:
@@ -164,7 +184,7 @@ def load_model(
     fixed_rows: int | None = None,
     typical_rows: int | None = None,
     slots: int = 1,
-) -> LoadedModel:
+) -> LoadedModel[TorchLlama]:
     """Put a model's weights on ``device`` ("cpu" or "cuda"; boards by `ttnn_llama.board_models.BoardModels`).
 
     ``dtype`` is "bf16", "fp32", "fp16", or "int8" (8-bit matrices, the rest in fp32). ``max_seq_len`` is the context

@@ -108,7 +108,7 @@ class EngineOptions:
         self._check_drafter()
 
     # -------------------------------------------------------------------------------------------------- defaults
-    def resolved(self, drafter: str) -> EngineOptions:
+    def resolved(self, drafter: str) -> ResolvedOptions:
         """With every default filled in; `drafter` is who drafts where that is left open."""
         chosen = self.drafter or drafter
         length = self.num_draft_tokens
@@ -122,9 +122,9 @@ class EngineOptions:
             asked = longest if self.tree_nodes is None else self.tree_nodes
             row_invariant = self.device != "tt" and dtype != "fp32" and asked < FREE_ROWS
         precision = self.precision or PRECISION
+        given = ResolvedOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         return dataclasses.replace(
-            # Checked already, and filled-in values need not pass for given ones.
-            _Resolved(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}),
+            given,
             dtype=dtype,
             draft_dtype=self.draft_dtype or dtype,
             row_invariant=row_invariant,
@@ -155,12 +155,13 @@ class EngineOptions:
         """Tokens that a round drafts at most, one after the other; of a tree, its levels."""
         chosen = AUTO_LONGEST_FIXED if self.row_invariant else AUTO_LONGEST
         longest = chosen if self.auto else int(self.num_draft_tokens or 0)
-        return min(longest, self.tree_nodes) if self._is_tree else longest
+        return min(longest, self.tree_nodes or longest) if self._is_tree else longest
 
     @property
     def verify_rows(self) -> int:
         """Rows that a verification has at most."""
-        return 1 + (self.tree_nodes if self._is_tree and self.longest_draft else self.longest_draft)
+        longest = self.longest_draft
+        return 1 + (self.tree_nodes if longest and self._is_tree and self.tree_nodes else longest)
 
     @property
     def fixed_rows(self) -> int | None:
@@ -266,11 +267,25 @@ class EngineOptions:
             )
 
 
-class _Resolved(EngineOptions):
-    """Options in which defaults are filled in, for devices and drafters that have no use for some of them too."""
+@dataclass(frozen=True)
+class ResolvedOptions(EngineOptions):
+    """Options in which every default is filled in, for devices and drafters that have no use for some of them too."""
+
+    dtype: str = "bf16"
+    draft_dtype: str = "bf16"
+    row_invariant: bool = False
+    precision: str = PRECISION
+    draft_precision: str = PRECISION
+    draft_placement: str = PLACEMENTS[0]
+    trace: bool = True
+    weight_cache: bool = True
+    drafter: str = NONE
+    num_draft_tokens: int | str = 0
+    tree_nodes: int = TREE_NODES
+    exit_layer: int | str = AUTO
 
     def __post_init__(self) -> None:
-        pass
+        """What was given was checked before, and what is filled in need not pass for given."""
 
 
 def engine_options(**options: Any) -> EngineOptions:

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.boards import BOARDS
 from models.cli.command import Parser, run_command
 from models.errors import UserError
 from scripts.suites.report import number, percent, ranged, table, times
@@ -26,7 +27,6 @@ RESULTS = ROOT / "docs" / "results"
 DOCUMENTS = ("README.md", "docs/measured.md", "docs/board.md", "docs/planner.md")
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 OUTPUT_FLAGS = ("--json", "--markdown", "--png", "--html")  # with a file behind them
-BOARDS = ("N150", "N300", "T3K", "P150")
 LEVERS = ("draft in bfp4", "early exit")  # of the planner, to be shown; of several alike the best
 DRAFTERS = ("model", "prompt-lookup", "combined", "tree", "early-exit")
 ASSUMED = (0.6, 0.7, 0.8)  # acceptance of a drafted token, where random weights have none

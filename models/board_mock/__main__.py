@@ -13,7 +13,7 @@ from models.cli.command import run_command
 from models.errors import UserError
 
 
-def prepare(arguments):
+def prepare(arguments: list[str]) -> list[str]:
     """Switch the mock and its numbers on; returns the board and the program's own arguments."""
     if len(arguments) < 2 or arguments[1:] == ["-m"]:
         raise UserError(f"usage: python -m models.board_mock {{{','.join(BOARDS)}}} (SCRIPT | -m MODULE) [arguments]")
@@ -29,8 +29,13 @@ def prepare(arguments):
 
 
 def main():
-    program = []
-    status = run_command(lambda: program.extend(prepare(sys.argv[1:])) or 0)
+    program: list[str] = []
+
+    def prepared() -> int:
+        program.extend(prepare(sys.argv[1:]))
+        return 0
+
+    status = run_command(prepared)
     if status:
         return status
     if program[0] == "-m":

@@ -292,8 +292,8 @@ def attention_of_seen(q, k, v, scale, mask):
     for row in range(q.shape[2]):
         columns = (mask[0, 0, row] > HIDDEN).nonzero().flatten()
         columns = columns if len(columns) else torch.arange(k.shape[2])
-        seen = (x[:, :, columns] for x in (k, v))
-        rows.append(attention(q[:, :, row, None], *seen, scale, mask[:, :, row, None, columns]))
+        keys, values = (x[:, :, columns] for x in (k, v))
+        rows.append(attention(q[:, :, row, None], keys, values, scale, mask[:, :, row, None, columns]))
     return torch.cat(rows, 2)
 
 

@@ -121,7 +121,7 @@ class Cost:
 
 def cost(ops: Sequence[DeviceOp], weights: Collection[int], kv_cache: Collection[int]) -> Cost:
     """The sum of ``ops``; ``weights`` and ``kv_cache`` are addresses of buffers."""
-    moved = Counter()
+    moved: Counter[str] = Counter()
     for traffic in (traffic for op in ops for traffic in op.traffic):
         kind = "weights" if traffic.address in weights else "kv_cache" if traffic.address in kv_cache else "other"
         moved[kind] += traffic.read + traffic.written
@@ -250,7 +250,7 @@ def device_ops(nodes: Nodes, positions: Sequence[int] | None = None) -> list[Dev
         if kind == "function_start":
             call = None
             if "program_factory_type" in params:
-                inputs = [tensors[i] for i in node["input_tensors"] if tensors.get(i)]
+                inputs = [tensor for i in node["input_tensors"] if (tensor := tensors.get(i))]
                 call = _Call(stack[0][0] if stack else params["name"], params, node["arguments"], inputs, {})
             stack.append((params["name"], call))
         elif kind == "buffer_allocate" and params["type"] == "DRAM":
@@ -260,7 +260,7 @@ def device_ops(nodes: Nodes, positions: Sequence[int] | None = None) -> list[Dev
         elif kind == "function_end" and stack:
             _, call = stack.pop()
             if call:
-                outputs = [tensors[i] for i in node["connections"] if tensors.get(i)]
+                outputs = [tensor for i in node["connections"] if (tensor := tensors.get(i))]
                 ops.append(_device_op(call, outputs, positions))
     return ops
 
@@ -329,8 +329,9 @@ def _attend_sequence(call: _Call, outputs: list[_Tensor], positions: Sequence[in
     if len(call.inputs) == 5:
         return _attend_tree(call, positions)
     start = re.search(r"SDPAProgramConfig\(.*?\), \d+, (\d+|std::nullopt),", call.arguments[0])
-    paged = len(call.inputs) > 3 and start is not None and start[1].isdigit()
-    end = int(start[1]) + queries.shape[2] if paged else stored[0].shape[2]
+    end = stored[0].shape[2]
+    if len(call.inputs) > 3 and start is not None and start[1].isdigit():  # paged
+        end = int(start[1]) + queries.shape[2]
     return [
         Traffic(tensor.address, min(tensor.bytes, tensor.rows_bytes(math.ceil(end / TILE) * TILE)), 0, False)
         for tensor in stored
@@ -351,7 +352,10 @@ def _attend_tree(call: _Call, positions: Sequence[int] | None) -> list[Traffic]:
 
 def _chunk(call: _Call) -> int:
     """Positions of keys and values that attention takes at once."""
-    return int(re.search(r"SDPAProgramConfig\([^,]*, [^,]*, \d+, (\d+)", call.arguments[0])[1]) or TILE
+    found = re.search(r"SDPAProgramConfig\([^,]*, [^,]*, \d+, (\d+)", call.arguments[0])
+    if found is None:
+        raise ValueError(f"attention without a program configuration: {call.arguments[0]}")
+    return int(found[1]) or TILE
 
 
 def _rows(count: int, positions: Sequence[int] | None) -> list[int] | None:

@@ -16,6 +16,7 @@ captured, since the mock has no program to record.
 import functools
 import inspect
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -94,7 +95,8 @@ class ShadowTensor(ttnn.Tensor):
         return ttnn.reshape(self, shape)
 
 
-_shadows = weakref.WeakValueDictionary()  # tensor_id: Shadow; ttnn gives a view that changes nothing its tensor's id
+# By tensor_id; ttnn gives a view that changes nothing its tensor's id.
+_shadows: weakref.WeakValueDictionary[int, "Shadow"] = weakref.WeakValueDictionary()
 
 
 def _is_uniform(values):
@@ -430,7 +432,7 @@ def _collective(operation, golden, args, kwargs):
 def _in_place(operation, golden, written, args, kwargs):
     out = _real(operation, *args, **kwargs)
     arguments = dict(zip(_parameters(golden), args, strict=False)) | kwargs
-    tensors = []
+    tensors: list[ttnn.Tensor] = []
     _collect(list(arguments.values()), tensors)
     values = {id(tensor): value(tensor) for tensor in tensors}
     uniform = all(_is_uniform(own) for own in values.values())
@@ -462,7 +464,8 @@ def _returned(out, tensors):
 
 def _general(operation, args, kwargs):
     out = _real(operation, *args, **kwargs)
-    outs, tensors = [], []
+    outs: list[ttnn.Tensor] = []
+    tensors: list[ttnn.Tensor] = []
     _collect([out], outs)
     _collect([args, list(kwargs.values())], tensors)
     on_device = [tensor for tensor in outs if tensor.storage_type() == _DEVICE]
@@ -492,7 +495,7 @@ def _general(operation, args, kwargs):
 
 _TOLD_THE_SHAPE = {golden for golden in goldens.GOLDENS.values() if "inferred_shape" in _parameters(golden)}
 
-_TRANSFERS = {
+_TRANSFERS: dict[str, Callable] = {
     "ttnn.as_tensor": _as_tensor,
     "ttnn.copy_device_to_host_tensor": _no_copy_to_host,
     "ttnn.copy_host_to_device_tensor": _copy_host_to_device,

@@ -97,8 +97,10 @@ def _from_json(path: Path, text: str) -> list[str]:
         raise UserError(f"the prompt file {path} is not JSON ({error}): see --help for its format") from error
     if not isinstance(items, list):
         raise UserError(f"the prompt file {path} holds {type(items).__name__}, not a list: see --help for its format")
-    prompts = [item.get("prompt") if isinstance(item, dict) else item for item in items]
-    for number, prompt in enumerate(prompts, 1):
+    prompts = []
+    for number, item in enumerate(items, 1):
+        prompt = item.get("prompt") if isinstance(item, dict) else item
         if not isinstance(prompt, str):
             raise UserError(f'entry {number} of {path} is neither a string nor an object with a "prompt" string')
+        prompts.append(prompt)
     return prompts

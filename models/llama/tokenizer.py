@@ -239,9 +239,10 @@ def check_pair(
                     "the pair must share one tokenizer"
                 )
     if set(target_config.eos_token_ids) != set(draft_config.eos_token_ids):
-        ours, theirs = (sorted(config.eos_token_ids) for config in (target_config, draft_config))
+        stops = [sorted(config.eos_token_ids) for config in (target_config, draft_config)]
         raise UserError(
-            f"target stops at ids {ours}, draft at {theirs}: use a pair that is Instruct on both sides, or base on both"
+            f"target stops at ids {stops[0]}, draft at {stops[1]}: use a pair that is Instruct on both sides, or base "
+            "on both"
         )
 
 

@@ -8,7 +8,7 @@ applied. Whatever q is, the tokens that leave `accept_sampled` follow p, because
 (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", appendix A.1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,38 +84,42 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     return rest / total if total > 0 else p
 
 
-def accept_greedy(drafted: Sequence[int], target_ids: Sequence[int]) -> tuple[int, int]:
+def accept_greedy(drafted: Sequence[int], target_ids: Iterable[int]) -> tuple[int, int]:
     """Keep drafted tokens while each is the target's own choice: (how many, the target's id that follows them).
 
-    target_ids: K+1 ids, the target's choice after the last token and after each drafted one. It is read in order
-    and only as far as needed, so a lazy sequence makes verification sequential.
+    target_ids: K+1 ids, the target's choice after the last token and after each drafted one. They are read in order
+    and only as far as needed, so a generator makes verification sequential.
     """
+    choices = iter(target_ids)
     for accepted, token in enumerate(drafted):
-        choice = target_ids[accepted]
+        choice = next(choices)
         if choice != token:
             return accepted, choice
-    return len(drafted), target_ids[len(drafted)]
+    return len(drafted), next(choices)
 
 
 def accept_sampled(
-    drafted: Sequence[int], p: Tensor | Sequence[Tensor], q: Tensor | None, generator: torch.Generator
+    drafted: Sequence[int], p: Tensor | Iterable[Tensor], q: Tensor | None, generator: torch.Generator
 ) -> tuple[int, int]:
     """Keep each drafted token with probability min(1, p/q): (how many before the first rejection, the id after them).
 
     That id is drawn from the residual at a rejection, from p[K] (the bonus) after full acceptance.
-    p[K+1, V]: may be lazy, as in `accept_greedy`. q[K, V]: the law each token was drawn from; None for a
+    p[K+1, V]: may come from a generator, as in `accept_greedy`. q[K, V]: the law each token was drawn from; None for a
     deterministic draft, whose q is one-hot. `generator` must be independent of the draft's.
     """
+    laws = iter(p)
     for accepted, token in enumerate(drafted):
-        law = p[accepted]
+        law = next(laws)
         draft_law = _one_hot(token, law) if q is None else q[accepted]
         # u < p/q without the division; never true where p is 0.
         if _uniform(generator) * float(draft_law[token]) >= float(law[token]):
             return accepted, sample(residual(law, draft_law), generator)
-    return len(drafted), sample(p[len(drafted)], generator)
+    return len(drafted), sample(next(laws), generator)
 
 
-def accept_tree_greedy(drafted: Sequence[int], parents: Sequence[int], target_ids: Sequence[int]) -> tuple[list, int]:
+def accept_tree_greedy(
+    drafted: Sequence[int], parents: Sequence[int], target_ids: Sequence[int]
+) -> tuple[list[int], int]:
     """Walk down a tree while a child is the target's own choice: (indices of the kept tokens, the target's id after).
 
     parents: see `drafters.Draft`. target_ids: the target's choice after the text and after each drafted token.
@@ -123,11 +127,11 @@ def accept_tree_greedy(drafted: Sequence[int], parents: Sequence[int], target_id
     path: list[int] = []
     node, choice = -1, target_ids[0]
     while True:
-        node = next((i for i, up in enumerate(parents) if up == node and drafted[i] == choice), None)
-        if node is None:
+        kept = next((i for i, up in enumerate(parents) if up == node and drafted[i] == choice), None)
+        if kept is None:
             return path, choice
-        path.append(node)
-        choice = target_ids[node + 1]
+        path.append(kept)
+        node, choice = kept, target_ids[kept + 1]
 
 
 def accept_tree_sampled(

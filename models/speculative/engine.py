@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from models.errors import UserError
 from models.speculative.drafters import Budget, Draft
-from models.speculative.model import PROMPT, LanguageModel, Rows
-from models.speculative.sequence import Request, Sequence, Token
+from models.speculative.model import PROMPT, FusedRounds, LanguageModel, Rows
+from models.speculative.sequence import WAITING, Request, Sequence, Token
 from models.speculative.stats import GenerationStats, Round
 from models.speculative.verify import Verified, first_token, verify, verify_sequentially
 
@@ -79,7 +79,7 @@ class Engine:
         """
         emissions = []
         for sequence in [*self.running, *self.waiting]:
-            if sequence.slot is None and not self._free:
+            if sequence.slot == WAITING and not self._free:
                 break
             try:
                 tokens = self.advance(sequence)
@@ -96,7 +96,7 @@ class Engine:
         """
         if sequence.finished:
             raise RuntimeError("the sequence has ended: nothing follows")
-        if sequence.slot is None:
+        if sequence.slot == WAITING:
             if not self._free:
                 raise UserError(
                     f"all {len(self.running)} slots are taken by texts that are not complete: finish or close one, or "
@@ -124,7 +124,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- one sequence
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        if sequence.request.drafter is not None and sequence.policy is not None:
+        if sequence.request.drafter is not None and sequence.begun:
             sequence.request.drafter.end(sequence)
         self.target.free(sequence.slot)
         self._free.append(sequence.slot)
@@ -146,15 +146,16 @@ class Engine:
         """Draft, verify, accept, emit."""
         clock, stats, drafter = self._clock, sequence.stats, sequence.request.drafter
         began = clock()
-        if sequence.policy is None:
+        if not sequence.begun:
             self._begin(sequence)
-        draft, draft_s, verified = NO_DRAFT, 0.0, None
+        draft, draft_s = NO_DRAFT, 0.0
+        verified: Verified | None = None
         sequence.wanted = 0
         if drafter is not None:
             mark = clock()
             draft = drafter.propose([sequence], Budget(self.target.limits.rows))[0]
             if draft.fused is not None:
-                draft, verified = run_fused(sequence, draft)
+                draft, verified = run_fused(sequence, draft, *draft.fused)
             draft_s = clock() - mark
         if verified is None:
             check = verify if sequence.request.verification == "batched" else verify_sequentially
@@ -170,7 +171,7 @@ class Engine:
             verify_s=verified.seconds,
             source=draft.source,
             proposed=tuple(draft.tokens),
-            parents=draft.parents and tuple(draft.parents),
+            parents=None if draft.parents is None else tuple(draft.parents),
             kept=tuple(verified.kept),
             reach=tuple(draft.reach),
         )
@@ -184,7 +185,7 @@ class Engine:
         if draft.prefill_s:
             stats.draft_prefill_s += draft.prefill_s
             sequence.policy.read(draft.source, draft.prefill_s)
-        if drafted:
+        if drafted and drafter is not None:
             drafter.observe(sequence, accepted)
         sequence.policy.update(round_)
         spent = clock() - began
@@ -194,18 +195,17 @@ class Engine:
 
     def _begin(self, sequence: Sequence) -> None:
         """What a sequence needs before its first round, and not before its first token."""
-        sequence.policy = sequence.controller.begin(len(sequence.request.prompt), sequence.limit)
-        if sequence.request.drafter is not None:
+        sequence.begin()
+        if sequence.request.drafter is not None and sequence.prompt_step is not None:
             sequence.request.drafter.begin(sequence, sequence.prompt_step)
         sequence.prompt_step = None
 
 
-def run_fused(sequence: Sequence, draft: Draft) -> tuple[Draft, Verified | None]:
-    """Run a round that drafts and verifies as one program: (the draft with its tokens, what was decided).
+def run_fused(sequence: Sequence, draft: Draft, rounds: FusedRounds, k: int) -> tuple[Draft, Verified | None]:
+    """Run a round that drafts k tokens and verifies them as one program: (the draft with its tokens, what was decided).
 
     Nothing is decided for a sequence that is sampled, or is to be verified token by token: the draft alone counts.
     """
-    rounds, k = draft.fused
     tokens = sequence.tokens
     drafted, verified, accepted = rounds.run(tokens[-2:], len(tokens) - 2, k)
     draft, request = draft._replace(tokens=drafted), sequence.request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 
 from models.speculative.control.policy import Controller
 from models.speculative.drafters import OneText, SequenceDrafter
@@ -27,7 +27,7 @@ def generate(
     watcher: Watcher | None = None,
     verification: str = "batched",
     stats: GenerationStats | None = None,
-) -> Iterator[Token]:
+) -> Generator[Token, None, None]:
     """Yield the tokens that follow `prompt`, distributed as the target alone would have written them.
 
     How: see `engine.Engine`. Prompt and text together never exceed the target's positions (finish reason "context";
@@ -45,7 +45,7 @@ def generate(
     Raises:
         UserError: at the call, for what `Request.check` refuses.
     """
-    model: LanguageModel = target if hasattr(target, "extend") else OneSlot(target)
+    model = target if isinstance(target, LanguageModel) else OneSlot(target)
     engine = Engine(model, clock=time.perf_counter)
     request = Request(
         list(prompt),
@@ -61,7 +61,7 @@ def generate(
     return stream(engine, engine.add(request, stats))
 
 
-def stream(engine: Engine, sequence: TextSequence) -> Iterator[Token]:
+def stream(engine: Engine, sequence: TextSequence) -> Generator[Token, None, None]:
     """Yield a sequence's tokens one by one. Its `stats` count those that were handed out, also if the consumer leaves.
 
     Other sequences of the engine stay where they are meanwhile.

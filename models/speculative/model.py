@@ -201,7 +201,10 @@ class Tapped(Protocol):
 class FusedRounds(Protocol):
     """Greedy rounds of two models as one program: k drafted tokens, their verification, the accepted count."""
 
-    draft_lengths: Sequence[int]  # there is a program for, in rising order
+    @property
+    def draft_lengths(self) -> Sequence[int]:
+        """Those there is a program for, in rising order."""
+        ...
 
     def run(self, tokens: Sequence[int], position: int, k: int) -> tuple[list[int], list[int], int]:
         """Feed the sequence's last two tokens, draft k, verify: (drafted [k], the target's ids [k + 1], accepted).
@@ -211,6 +214,7 @@ class FusedRounds(Protocol):
         ...
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """One network on one device with a KV cache for several sequences, a slot each."""
 

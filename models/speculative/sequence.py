@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from models.speculative.model import Limits, Step
 
 VERIFICATIONS = ("batched", "sequential")
+WAITING = -1  # in place of a slot
 
 
 class Token(NamedTuple):
@@ -90,11 +91,11 @@ class Sequence:
 
     Attributes:
         request: what was asked for.
-        slot: of the models' caches; None while it waits for one.
+        slot: of the models' caches; WAITING before it has one.
         tokens: prompt and emitted text. Not to be changed from outside.
         cached: leading tokens that the target's cache holds.
-        policy: how many tokens to draft now; None before the first round.
-        prompt_step: what the target's prefill gave, until the drafter has begun.
+        begun: whether rounds have begun: it then has a policy, and its drafter knows of it.
+        prompt_step: what the target's prefill gave, until then.
         wanted: tokens that the policy allowed in this round, whatever room there was.
         error: what ended the text, if it was an error.
         stats: what has happened so far; its finish_reason is "" while the text goes on.
@@ -103,10 +104,10 @@ class Sequence:
     def __init__(self, request: Request, positions: int, stats: GenerationStats | None = None) -> None:
         room = positions - len(request.prompt)
         self.request = request
-        self.slot: int | None = None
+        self.slot = WAITING
         self.tokens = list(request.prompt)
         self.cached = 0
-        self.policy: DraftPolicy | None = None
+        self._policy: DraftPolicy | None = None
         self.prompt_step: Step | None = None
         self.wanted = 0
         self.error: Exception | None = None
@@ -116,6 +117,22 @@ class Sequence:
         fits = request.max_new_tokens <= room
         self.limit, self.limit_reason = (request.max_new_tokens, "length") if fits else (room, "context")
         self.controller = request.controller or FixedDraftLength(0 if request.drafter is None else 4)
+
+    @property
+    def begun(self) -> bool:
+        """Whether rounds have begun."""
+        return self._policy is not None
+
+    @property
+    def policy(self) -> DraftPolicy:
+        """How many tokens to draft now. RuntimeError before rounds have begun."""
+        if self._policy is None:
+            raise RuntimeError("the sequence has no policy before its first round")
+        return self._policy
+
+    def begin(self) -> None:
+        """Rounds begin."""
+        self._policy = self.controller.begin(len(self.request.prompt), self.limit)
 
     @property
     def finished(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from models.speculative.acceptance import (
     sample,
 )
 from models.speculative.drafters import Draft
-from models.speculative.model import IDS, LOGITS, LanguageModel, Rows, Step
+from models.speculative.model import IDS, LOGITS, LanguageModel, Rows, Step, Trees
 from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import Sequence
 
@@ -51,21 +51,25 @@ def verify(target: LanguageModel, sequence: Sequence, draft: Draft, clock: Clock
     last, parents = len(again) - 1, None
     if draft.parents is not None:
         parents = [*range(-1, last), *(last + 1 + up for up in draft.parents)]
-    rows, seconds = _rows(target, sequence, [*again, *draft.tokens], position, parents, clock)
-    rows, greedy = rows[last:], sequence.request.sampling.greedy
-    if draft.parents is None:
-        if greedy:
-            accepted, next_id = accept_greedy(draft.tokens, rows)
+    rows = Rows(sequence.slot, [*again, *draft.tokens], position, parents)
+    if sequence.request.sampling.greedy:
+        ids, seconds = _ids(target, rows, clock)
+        if draft.parents is None:
+            accepted, next_id = accept_greedy(draft.tokens, ids[last:])
+            kept = list(range(accepted))
         else:
-            accepted, next_id = accept_sampled(draft.tokens, rows, draft.probs, sequence.generator)
-        return Verified(list(range(accepted)), next_id, len(sequence.tokens) + accepted, seconds)
-    if greedy:
-        kept, next_id = accept_tree_greedy(draft.tokens, draft.parents, rows)
+            kept, next_id = accept_tree_greedy(draft.tokens, draft.parents, ids[last:])
     else:
-        kept, next_id = accept_tree_sampled(draft.tokens, draft.parents, rows, draft.probs, sequence.generator)
+        p, seconds = _distributions(target, rows, sequence.request.sampling, clock)
+        if draft.parents is None:
+            accepted, next_id = accept_sampled(draft.tokens, p[last:], draft.probs, sequence.generator)
+            kept = list(range(accepted))
+        else:
+            kept, next_id = accept_tree_sampled(draft.tokens, draft.parents, p[last:], draft.probs, sequence.generator)
+    if draft.parents is None:
+        return Verified(kept, next_id, len(sequence.tokens) + len(kept), seconds)
     began = clock()
-    path = [*range(last + 1), *(last + 1 + i for i in kept)]
-    held = target.slot(sequence.slot).keep(position, path)
+    held = _keep(target, sequence.slot, position, [*range(last + 1), *(last + 1 + i for i in kept)])
     return Verified(kept, next_id, position + held, seconds + clock() - began)
 
 
@@ -73,39 +77,44 @@ def verify_sequentially(
     target: LanguageModel, sequence: Sequence, draft: Draft, clock: Clock = time.perf_counter
 ) -> Verified:
     """Check a draft one token a forward, up to the first rejection: what batched verification is compared with."""
-    position, seconds = len(sequence.tokens) - 1, 0.0
-    block = [sequence.tokens[-1], *draft.tokens]
+    params, seconds = sequence.request.sampling, 0.0
+    rows = [
+        Rows(sequence.slot, [token], position)
+        for position, token in enumerate([sequence.tokens[-1], *draft.tokens], len(sequence.tokens) - 1)
+    ]
 
-    def row(i: int) -> int | Tensor:
+    def ids() -> Iterator[int]:
         nonlocal seconds
-        rows, spent = _rows(target, sequence, block[i : i + 1], position + i, None, clock)
-        seconds += spent
-        return rows[0]
+        for each in rows:
+            (choice,), spent = _ids(target, each, clock)
+            seconds += spent
+            yield choice
 
-    rows = _OnDemand(row)
-    if sequence.request.sampling.greedy:
-        accepted, next_id = accept_greedy(draft.tokens, rows)
+    def distributions() -> Iterator[Tensor]:
+        nonlocal seconds
+        for each in rows:
+            p, spent = _distributions(target, each, params, clock)
+            seconds += spent
+            yield p[0]
+
+    if params.greedy:
+        accepted, next_id = accept_greedy(draft.tokens, ids())
     else:
-        accepted, next_id = accept_sampled(draft.tokens, rows, draft.probs, sequence.generator)
+        accepted, next_id = accept_sampled(draft.tokens, distributions(), draft.probs, sequence.generator)
     return Verified(list(range(accepted)), next_id, len(sequence.tokens) + accepted, seconds)
 
 
-def _rows(
-    target: LanguageModel,
-    sequence: Sequence,
-    block: list[int],
-    position: int,
-    parents: list[int] | None,
-    clock: Clock,
-) -> tuple[list[int] | Tensor, float]:
-    """(what the target says after each token of the block: ids [n] when greedy, else probabilities [n, V]; seconds)."""
-    params = sequence.request.sampling
+def _ids(target: LanguageModel, rows: Rows, clock: Clock) -> tuple[list[int], float]:
+    """(the target's choice after each of the rows, seconds)."""
     began = clock()
-    step = target.extend([Rows(sequence.slot, block, position, parents)], IDS if params.greedy else LOGITS)
-    if params.greedy:
-        rows = step.ids()[0]
-        return rows, clock() - began
-    logits = step.logits(0)
+    ids = target.extend([rows], IDS).ids()[0]
+    return ids, clock() - began
+
+
+def _distributions(target: LanguageModel, rows: Rows, params: SamplingParams, clock: Clock) -> tuple[Tensor, float]:
+    """(the target's probabilities [n, V] after each of the rows, seconds of the forward)."""
+    began = clock()
+    logits = target.extend([rows], LOGITS).logits(0)
     logits[-1, -1].item()  # waits for the device, whose time this is
     seconds = clock() - began
     return _distribution(logits, params), seconds
@@ -115,11 +124,9 @@ def _distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     return distribution(logits, params.temperature, params.top_k, params.top_p)
 
 
-class _OnDemand:
-    """A sequence whose items are computed when asked for."""
-
-    def __init__(self, item: Callable[[int], object]) -> None:
-        self._item = item
-
-    def __getitem__(self, i: int):
-        return self._item(i)
+def _keep(target: LanguageModel, slot: int, position: int, rows: list[int]) -> int:
+    """Make rows of a tree the sequence itself; how many of them the cache then holds."""
+    model = target.slot(slot)
+    if not isinstance(model, Trees):
+        raise ValueError(f"{type(model).__name__} computes no trees: use a drafter of chains")
+    return model.keep(position, rows)

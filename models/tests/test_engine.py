@@ -14,7 +14,7 @@ from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.engine import Engine
 from models.speculative.generate import stream
 from models.speculative.sampling import SamplingParams
-from models.speculative.sequence import Request
+from models.speculative.sequence import WAITING, Request
 from models.tests.engine_fixtures import build_pair, plain, random_prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,7 +88,7 @@ def test_sequences_beyond_the_slots_wait_and_find_a_clean_slot(pair):
         engine.add(request(number, draft, FixedDraftLength(3), max_new_tokens=10 + 7 * number)) for number in range(5)
     ]
     engine.step()
-    assert [each.slot for each in sequences] == [0, 1, None, None, None]
+    assert [each.slot for each in sequences] == [0, 1, WAITING, WAITING, WAITING]
     assert (len(engine.running), len(engine.waiting)) == (2, 3)
     texts = finish(engine)
     for number, sequence in enumerate(sequences):

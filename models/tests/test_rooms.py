@@ -96,6 +96,10 @@ def test_the_library_knows_nothing_of_the_demo_or_the_scripts():
     assert offences(("models",), ("demo", "scripts")) == []
 
 
+def test_nothing_stands_on_the_demo():
+    assert offences(("models", "scripts"), ("demo",)) == []
+
+
 def test_the_engine_knows_no_network_and_no_library_of_one():
     assert offences(("models.speculative",), ("ttnn", "transformers", *MODEL_PACKAGES)) == []
     engine = set().union(*(reached(name) for name in modules() if within(name, "models.speculative")))

@@ -151,6 +151,7 @@ class TorchLlama(SlotBySlot):
             return rows if rows > 1 or weight.numel() >= 2**21 else 8
 
         def linear(weight: torch.Tensor):
+            made: Int8Linear | PackedLinear | PlainLinear
             if quantize:
                 made = Int8Linear(weight)
             else:
@@ -270,9 +271,10 @@ class TorchLlama(SlotBySlot):
             self._check(n, positions)
             hidden = self._decode(self._pad_ids(ids), positions, n)
         else:
-            self._check_tree(position, parents)
+            root = position if isinstance(position, int) else int(position[0])
+            self._check_tree(root, parents)
             self._early = None
-            hidden = self._layers(self._pad_ids(ids), [position + len(parents) - n], n, tree=(position, parents))
+            hidden = self._layers(self._pad_ids(ids), [root + len(parents) - n], n, tree=(root, parents))
         logits = self._head(hidden).view(batch, -1, self.vocab_size)[:, :n]
         return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
 
@@ -432,7 +434,7 @@ class TorchLlama(SlotBySlot):
                 layer.kv[sequences, start : start + n] = new[sequences]
             queries = qkv[:, :q_width].view(batch, n, streams, fold, dim).transpose(1, 2)
             folded = queries.reshape(batch, streams, n * fold, dim)
-            attended = None
+            attended: torch.Tensor | None = None
             for length, mask, row in attention:
                 cached = layer.kv[:batch, :length].view(batch, length, 2, kv_heads, dim)
                 result = F.scaled_dot_product_attention(
@@ -446,8 +448,8 @@ class TorchLlama(SlotBySlot):
                     attended = result
                 else:
                     attended[:, :, row * fold :] = result[:, :, row * fold :]
-            attended = attended.view(queries.shape).transpose(1, 2).reshape(batch * n, q_width)
-            x = x + layer.output(attended)
+            assert attended is not None  # something is always read
+            x = x + layer.output(attended.view(queries.shape).transpose(1, 2).reshape(batch * n, q_width))
             gate, up = layer.gate_up(F.rms_norm(x, shape, layer.mlp_norm, eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
             if self._taps:

@@ -31,8 +31,8 @@ def memory_plans(
     """What "target" and "draft" take of each chip. Traces count with the target, and on a chip of its own with the
     draft too: every chip reserves the same for them. Raises UserError if the chips cannot share a model, or for an
     exit layer that the target has not."""
-    if _exits(options):
-        check_exit_layer(options.exit_layer, target.checkpoint.config.num_hidden_layers)
+    if options.exits is not None:
+        check_exit_layer(options.exits, target.checkpoint.config.num_hidden_layers)
     own_chip = _on_own_chip(draft, options)
     chips = {"target": target_chips(board, own_chip_for_draft=own_chip)} | ({"draft": 1} if own_chip else {})
     reserved = _trace_bytes(target, draft, options, chips) if options.trace else 0
@@ -56,11 +56,6 @@ def memory_plans(
             dram_banks=board.dram_banks,
         )
     return plans
-
-
-def _exits(options: BoardOptions) -> bool:
-    """Whether the target's first layers draft."""
-    return options.workload.drafts_with == "first-layers" and bool(options.lengths)
 
 
 def _on_own_chip(draft: OpenedModel | None, options: BoardOptions) -> bool:
@@ -144,7 +139,7 @@ class BoardModels:
 
     def _load(
         self, role: str, opened: OpenedModel, precision_name: str, runner: Runner, progress: Progress | None
-    ) -> LoadedModel:
+    ) -> LoadedModel[TtnnLlama]:
         start = time.perf_counter()
         precision = precision_named(precision_name)
         source = CheckpointSource(
@@ -166,26 +161,28 @@ class BoardModels:
         return LoadedModel(opened, model, precision_name, opened.seconds + time.perf_counter() - start)
 
     def _drafting_model(self) -> Decoder | None:
-        if _exits(self.options):
-            return self.target.model.first_layers(self.options.exit_layer)
+        if self.options.exits is not None:
+            return self.target.model.first_layers(self.options.exits)
         return self.draft.model if self.draft else None
 
     def _prepare(self, needed: list[Program]) -> FusedRound | None:
         """Register all programs, note which one a path spends its time in, and return the rounds, if there are any."""
-        models = {"target": self.target.model, "draft": self.drafting}
-        fused = None
+        models: dict[str, Decoder] = {"target": self.target.model}
+        if self.drafting is not None:
+            models["draft"] = self.drafting
+        rounds = None
         if any(program.what == "round" for program in needed):
-            fused = FusedRound(self.target.model, self.drafting)
+            rounds = FusedRound(self.target.model, models["draft"])
         keys = []
         for program in needed:
-            if program.what == "round":
-                keys.append(fused.prepare(program.k))
+            if program.what == "round" and rounds is not None:
+                keys.append(rounds.prepare(program.k))
             elif program.what == "chain":
                 keys.append(models[program.model].prepare_chain(program.n, program.k))
             else:
                 keys.append(models[program.model].prepare(program.what, program.n))
         self._paths = {"baseline": keys[0], "speculative": keys[-1]}
-        return fused
+        return rounds
 
     @property
     def mock(self) -> bool:
@@ -213,8 +210,9 @@ class BoardModels:
                 texts = self._texts(prompts, max_new_tokens) if reads_late(self.options) else prompts
                 self._warm |= texts
                 for loaded, lengths in ((self.target, prompts), (self.draft, texts)):
-                    for length in sorted(lengths if loaded else ()):
-                        loaded.model.prefill([0] * length)
+                    if loaded is not None:
+                        for length in sorted(lengths):
+                            loaded.model.prefill([0] * length)
                 for runner in self._runners:
                     runner.capture()
         except BaseException:

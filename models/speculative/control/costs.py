@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from models.speculative.model import LanguageModel
+    from models.speculative.model import SequenceModel
+
+Which = int | str | tuple[str, int]  # a number of rows or tokens, a source of drafts, or both
 
 
 class Costs:
@@ -28,15 +30,15 @@ class Costs:
 
     def __init__(self, computed_rows: Callable[[int], int] = lambda n: n) -> None:
         self._computed_rows = computed_rows
-        self._times: dict[tuple[str, object], deque[float]] = {}
+        self._times: dict[tuple[str, Which], deque[float]] = {}
         self._medians: dict[str, dict] = {}  # seconds, by what and which
         self._lines: dict[str, tuple[float, float]] = {}  # by source: seconds to begin a draft, and for each step
         self._verify: list[tuple[int, float]] = []  # rows, seconds; made anew after a measurement
 
-    def add(self, what: str, which: object, seconds: float) -> None:
+    def add(self, what: str, which: Which, seconds: float) -> None:
         """One measurement: ("verify", rows), ("draft", (source, k)) for k steps, ("prefill", source) for one
         token, or ("round", k) where drafting k tokens and verifying them is one device program."""
-        if what == "verify":
+        if what == "verify" and isinstance(which, int):
             which = self._computed_rows(which)
         if (times := self._times.get((what, which))) is None:
             times = self._times[what, which] = deque(maxlen=self.KEPT)
@@ -44,10 +46,10 @@ class Costs:
         self._medians.setdefault(what, {})[which] = statistics.median(times)
         if what == "verify":
             self._verify = []
-        elif what == "draft":
+        elif what == "draft" and isinstance(which, tuple):
             self._lines.pop(which[0], None)
 
-    def measure(self, target: LanguageModel, rows: Iterable[int], *, greedy: bool = True, repeats: int = 5) -> None:
+    def measure(self, target: SequenceModel, rows: Iterable[int], *, greedy: bool = True, repeats: int = 5) -> None:
         """Time forwards of the target by number of rows, in turn, so that a busy moment hits all of them alike.
 
         Leaves nonsense in its cache: to be called between texts.
@@ -56,9 +58,10 @@ class Costs:
         for repeat in range(repeats + 1):  # the first one may prepare kernels
             for n in rows:
                 began = time.perf_counter()
-                result = (target.greedy if greedy else target.forward)([0] * n, 0)
-                if not greedy:
-                    result[-1, -1].item()  # waits for the device
+                if greedy:
+                    target.greedy([0] * n, 0)
+                else:
+                    target.forward([0] * n, 0)[-1, -1].item()  # waits for the device
                 if repeat:
                     self.add("verify", n, time.perf_counter() - began)
 

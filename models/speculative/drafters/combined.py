@@ -29,4 +29,5 @@ class Combined:
 
     def observe(self, accepted: int) -> None:
         """Tell the drafter whose tokens they were."""
-        self._proposer.observe(accepted)
+        if self._proposer is not None:
+            self._proposer.observe(accepted)

@@ -9,16 +9,36 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from models.errors import UserError
 from models.speculative.control.costs import Costs
 from models.speculative.drafters.model import ModelDrafter
-from models.speculative.model import FusedRounds, SequenceModel
+from models.speculative.model import DraftModel, FusedRounds, SequenceModel
+from models.speculative.model import EarlyExit as ExitModel
 from models.speculative.sampling import SamplingParams
 
 SHALLOW = 16  # a model of so many layers is tried at every one of them, deeper ones at SPREAD
 SPREAD = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 REPEATS = 5
+
+
+class Layered(Protocol):
+    """A configuration that says how many layers there are."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Of the whole model."""
+        ...
+
+
+class MeasuredModel(SequenceModel, ExitModel, Protocol):
+    """What `choose_exit` asks of a target."""
+
+    @property
+    def config(self) -> Layered:
+        """Its configuration."""
+        ...
 
 
 class EarlyExit(ModelDrafter):
@@ -35,7 +55,7 @@ class EarlyExit(ModelDrafter):
 
     def __init__(
         self,
-        target: SequenceModel,
+        target: ExitModel,
         exit_layer: int,
         sampling: SamplingParams,
         *,
@@ -96,7 +116,7 @@ class ExitChoice:
 
 
 def choose_exit(
-    model: SequenceModel,
+    model: MeasuredModel,
     tokens: Sequence[int],
     prompt_length: int,
     lengths: Iterable[int] = range(1, 7),
@@ -120,7 +140,7 @@ def exit_candidates(layers: int) -> list[int]:
 
 
 def measure_exits(
-    model: SequenceModel,
+    model: MeasuredModel,
     tokens: Sequence[int],
     prompt_length: int,
     lengths: Iterable[int] = range(1, 7),
@@ -184,7 +204,7 @@ def _agreement(first: SequenceModel, tokens: Sequence[int], prompt_length: int) 
 
 
 def _times(
-    model: SequenceModel, exits: dict[int, SequenceModel], tokens: Sequence[int], lengths: list[int]
+    model: SequenceModel, exits: dict[int, DraftModel], tokens: Sequence[int], lengths: list[int]
 ) -> tuple[dict[int, float], dict[int, float]]:
     """(seconds of a draft step by exit layer, of a forward of all layers by rows), at the end of the text.
 

@@ -96,7 +96,9 @@ class ModelDrafter:
         self.fed(tokens, k)
         return Draft([], None, prefill_s, self.source, fused=(rounds, k))
 
-    def _step_by_step(self, tokens, pending, position, k, prefill_s, limit) -> Draft:
+    def _step_by_step(
+        self, tokens: list[int], pending: list[int], position: int, k: int, prefill_s: float, limit: Limit
+    ) -> Draft:
         drafted: list[int] = []
         laws: list[torch.Tensor] = []
         reach: list[float] = []  # likeliest token of each law, and those before
@@ -127,4 +129,4 @@ class ModelDrafter:
             law = distribution(logits, params.temperature, params.top_k, params.top_p)
             return law, law.max().item() if priced else 1.0, 0
         chance, token = torch.softmax(logits, -1, dtype=torch.float32).max(-1)
-        return None, chance.item(), token.item()
+        return None, float(chance), int(token)

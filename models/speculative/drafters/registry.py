@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from models.errors import UserError
-from models.speculative.model import Workload
+from models.speculative.model import Chains, EarlyExit, Trees, Workload
 
 if TYPE_CHECKING:
     from models.speculative.drafters import Drafter, SequenceDrafter
-    from models.speculative.model import FusedRounds, LanguageModel
+    from models.speculative.model import FusedRounds, LanguageModel, SequenceModel
     from models.speculative.sampling import SamplingParams
 
 NONE = "none"  # the name for no drafter: plain decoding
@@ -138,7 +138,9 @@ def reads_prompt(source: str) -> bool:
 def _model(parts: Parts) -> SequenceDrafter:
     from models.speculative.drafters.model import ModelDrafter
 
-    model = parts.draft.slot(parts.slot)
+    model = _draft_of(parts)
+    if not isinstance(model, Chains):
+        raise UserError(f"{type(model).__name__} cannot chain tokens: draft with prompt-lookup")
     return ModelDrafter(model, parts.sampling, confident=parts.confident, rounds=parts.rounds)
 
 
@@ -157,19 +159,26 @@ def _combined(parts: Parts) -> SequenceDrafter:
 def _tree(parts: Parts) -> SequenceDrafter:
     from models.speculative.drafters.tree import TreeDrafter
 
-    return TreeDrafter(parts.draft.slot(parts.slot), parts.sampling, parts.settings["tree_nodes"])
+    model = _draft_of(parts)
+    if not (isinstance(model, Trees) and isinstance(model, Chains)):
+        raise UserError(f"{type(model).__name__} computes no trees: draft with the drafter 'model'")
+    return TreeDrafter(model, parts.sampling, parts.settings["tree_nodes"])
 
 
 def _early_exit(parts: Parts) -> SequenceDrafter:
-    from models.speculative.drafters.early_exit import EarlyExit
+    from models.speculative.drafters import early_exit
 
-    return EarlyExit(
-        parts.target.slot(parts.slot),
-        parts.settings["exit_layer"],
-        parts.sampling,
-        confident=parts.confident,
-        rounds=parts.rounds,
-    )
+    target = parts.target.slot(parts.slot)
+    if not isinstance(target, EarlyExit):
+        raise UserError(f"{type(target).__name__} cannot be left early: draft with prompt-lookup")
+    layer = parts.settings["exit_layer"]
+    return early_exit.EarlyExit(target, layer, parts.sampling, confident=parts.confident, rounds=parts.rounds)
+
+
+def _draft_of(parts: Parts) -> SequenceModel:
+    if parts.draft is None:
+        raise UserError("this drafter needs a draft model, and none is loaded: load one, or draft with prompt-lookup")
+    return parts.draft.slot(parts.slot)
 
 
 _MODEL = {"model": Source("model", "the draft model", reads_prompt=True)}

@@ -7,7 +7,7 @@ from models.errors import UserError
 from models.speculative.acceptance import distribution, sample
 from models.speculative.drafters import MAX_DRAFT_LENGTH, Draft, Limit
 from models.speculative.drafters.model import ModelDrafter
-from models.speculative.model import DraftModel
+from models.speculative.model import TreeModel
 from models.speculative.sampling import SamplingParams
 
 WIDTH = 8  # children that a token may have
@@ -40,8 +40,9 @@ class TreeDrafter(ModelDrafter):
     """
 
     source = "tree"
+    model: TreeModel
 
-    def __init__(self, model: DraftModel, sampling: SamplingParams, nodes: int) -> None:
+    def __init__(self, model: TreeModel, sampling: SamplingParams, nodes: int) -> None:
         if not 1 <= nodes <= MAX_DRAFT_LENGTH:
             raise UserError(f"a tree of {nodes} tokens: must be between 1 and {MAX_DRAFT_LENGTH}")
         super().__init__(model, sampling)

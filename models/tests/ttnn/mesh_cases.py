@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import ttnn
@@ -96,8 +97,8 @@ def main():
             found[name] = detect_board({"MESH_DEVICE": name}).name
         except UserError as error:
             found[name] = str(error)
-    too_large = Board("4xT3K", (4, 8), board.arch, board.dram_bytes, board.dram_banks, board.dram_gb_per_s)
-    other_banks = Board("P100", board.mesh_shape, board.arch, board.dram_bytes, 7, board.dram_gb_per_s)
+    too_large = replace(board, name="4xT3K", mesh_shape=(4, 8))
+    other_banks = replace(board, name="P100", dram_banks=7)
     outcomes = {
         "found": found,
         "memory": case(board, memory),

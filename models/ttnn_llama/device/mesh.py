@@ -138,7 +138,7 @@ def _open(board: Board, trace_region_bytes: int, columns: int, own_chip_for_draf
         if not own_chip_for_draft:
             return Meshes(target=mesh, draft=mesh, board=board)
 
-        def child(first: int, chips: int, name: str) -> "ttnn.MeshDevice":
+        def child(first: int, chips: int, name: str):
             part = mesh.create_submesh(ttnn.MeshShape(1, chips), ttnn.MeshCoordinate(0, first))
             closers.append((name, lambda: ttnn.close_mesh_device(part)))
             return part

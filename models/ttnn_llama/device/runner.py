@@ -11,11 +11,12 @@ A program is a function of persistent input buffers that returns persistent outp
 """
 
 from collections.abc import Callable, Hashable, Iterable
+from typing import TypeAlias
 
 import ttnn
 from loguru import logger
 
-Outputs = ttnn.Tensor | tuple[ttnn.Tensor, ...]
+Outputs: TypeAlias = "ttnn.Tensor | tuple[ttnn.Tensor, ...]"
 
 
 class Runner:

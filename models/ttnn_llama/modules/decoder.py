@@ -7,7 +7,7 @@ they attend (`attend.TreeRows`): another kernel, so that on a chip their last bi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +46,10 @@ class Decoder(SlotBySlot):
 
     def __init__(self, plans: dict[tuple[int, bool], RowPlan]) -> None:
         self._plans = plans  # by rows, and whether they are a tree's
-        self._inputs: dict[tuple, RowInputs | tuple[RowInputs, RowInputs]] = {}
+        # Of programs, by their keys: this model's id, what it gives, rows; of a chain also its length.
+        self._inputs: dict[tuple, RowInputs] = {}
+        self._tree_inputs: dict[tuple, TreeInputs] = {}
+        self._chain_inputs: dict[tuple, tuple[RowInputs, RowInputs]] = {}
 
     # ------------------------------------------------------------------------------------------ decode, verify
     def forward(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> torch.Tensor:
@@ -74,9 +77,9 @@ class Decoder(SlotBySlot):
             tokens, position = tokens[-1:], position + len(tokens) - 1
         m = len(tokens)
         # A longer chain that is there already costs less than making a shorter one.
-        key = self._preferred(key for key in self._inputs if key[1:3] == ("chain", m) and key[3] >= k)
+        key = self._preferred(key for key in self._chain_inputs if key[2] == m and key[3] >= k)
         key = key or self.prepare_chain(m, k)
-        first, step = self._inputs[key]
+        first, step = self._chain_inputs[key]
         first.fill(tokens, position)
         step.place(position + m)
         return self.read(self.runner.run(key))[:k]
@@ -90,7 +93,11 @@ class Decoder(SlotBySlot):
         if key not in self.runner:
             tree = what.startswith(TREE)
             plan = self.plan(rows, tree=tree)
-            inputs = self._inputs[key] = self.new_inputs(rows, tree=tree)
+            inputs: RowInputs
+            if tree:
+                inputs = self._tree_inputs[key] = self._new_tree_inputs(rows)
+            else:
+                inputs = self._inputs[key] = self.new_inputs(rows)
             if what.endswith("ids"):
                 self.runner.add(key, lambda: self.head.argmax(self.decode(inputs, plan)))
             else:
@@ -104,7 +111,7 @@ class Decoder(SlotBySlot):
         key = (id(self), "chain", m, k)
         if key not in self.runner:
             first, step = self.new_inputs(padded_rows(m)), self.new_inputs(1)
-            self._inputs[key] = (first, step)
+            self._chain_inputs[key] = (first, step)
             self.runner.add(key, lambda: ttnn.concat(self.chain(first, step, m, k), dim=1))
         return key
 
@@ -120,11 +127,12 @@ class Decoder(SlotBySlot):
             self._plans[rows, tree] = make_row_plan(rows, self.layout, self.rope, tree=tree)
         return self._plans[rows, tree]
 
-    def new_inputs(self, rows: int, *, tree: bool = False) -> RowInputs:
-        lookups = self.plan(rows, tree=tree).lookups
-        if tree:
-            return TreeInputs(rows, lookups, self.layout.cache_length, self.mesh_device)
-        return RowInputs(rows, lookups, self.mesh_device)
+    def new_inputs(self, rows: int) -> RowInputs:
+        """Buffers for the inputs of R rows."""
+        return RowInputs(rows, self.plan(rows).lookups, self.mesh_device)
+
+    def _new_tree_inputs(self, rows: int) -> TreeInputs:
+        return TreeInputs(rows, self.plan(rows, tree=True).lookups, self.layout.cache_length, self.mesh_device)
 
     def decode(self, inputs: RowInputs, plan: RowPlan, ids: ttnn.Tensor | None = None) -> ttnn.Tensor:
         """Logits [1, 1, R, V] row-major of the rows in ``inputs``; ``ids`` [1, R], if given, in place of theirs."""
@@ -156,22 +164,21 @@ class Decoder(SlotBySlot):
         n = len(tokens)
         if parents is None:
             self._check(n, position)
+            key = self._program(what, n) or self.prepare(what, n)
+            self._inputs[key].fill(tokens, position)
         else:
             what = TREE + what
             self._check_tree(n, position, parents)
-        key = self._program(what, n) or self.prepare(what, n)
-        inputs = self._inputs[key]
-        if parents is None:
-            inputs.fill(tokens, position)
-        else:
-            inputs.fill_tree(tokens, position, parents)
+            key = self._program(what, n) or self.prepare(what, n)
+            self._tree_inputs[key].fill_tree(tokens, position, parents)
         return self.runner.run(key)
 
     def _program(self, what: str, n: int) -> tuple | None:
         """Key of the program that runs n rows: of those that have room, one that is a trace, then the smallest."""
-        return self._preferred(key for key in self._inputs if key[1] == what and key[2] >= n)
+        keys = (*self._inputs, *self._tree_inputs)
+        return self._preferred(key for key in keys if key[1] == what and key[2] >= n)
 
-    def _preferred(self, keys) -> tuple | None:
+    def _preferred(self, keys: Iterable[tuple]) -> tuple | None:
         return min(keys, key=lambda key: (not self.runner.is_trace(key), key[1:]), default=None)
 
     def _logits_of(self, logits: ttnn.Tensor) -> torch.Tensor:

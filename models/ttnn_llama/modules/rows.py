@@ -5,7 +5,7 @@ stand, for the rope, one behind their parent. Rows beyond the tokens given carry
 and causal attention skip.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import ttnn
@@ -59,8 +59,8 @@ class RowInputs:
         ]
 
     def _host(self, values: list, dtype: ttnn.DataType) -> ttnn.Tensor:
-        values = torch.tensor(values, dtype=torch.int32)
-        return ttnn.from_torch(values, dtype=dtype, layout=ttnn.ROW_MAJOR_LAYOUT, mesh_mapper=self._mapper)
+        numbers = torch.tensor(values, dtype=torch.int32)
+        return ttnn.from_torch(numbers, dtype=dtype, layout=ttnn.ROW_MAJOR_LAYOUT, mesh_mapper=self._mapper)
 
     @staticmethod
     def _buffer(host: ttnn.Tensor, mesh_device: ttnn.MeshDevice) -> ttnn.Tensor:
@@ -119,7 +119,8 @@ def tree_shape(parents: Sequence[int]) -> tuple[list[int], list[int]]:
 class RowPlan:
     """Ops and memory configurations of a forward of exactly R rows; `make_row_plan` chooses the form.
 
-    attend: from q [1, R, Q, D], the cache and the inputs to the heads' results side by side; see `attend`.
+    attend: from q [1, R, Q, D], the cache and the inputs (of a tree's rows: `TreeInputs`) to the heads' results side by
+    side; see `attend`.
     """
 
     overlap_heads: bool
@@ -129,7 +130,7 @@ class RowPlan:
         mesh_device, cores = layout.mesh_device, layout.cores
         self.rows = rows
         self.rope = rope
-        self.attend = attend
+        self.attend: Callable[..., ttnn.Tensor] = attend
         self.rope_rows = cores.height_sharded(layout.head_dim, cores.in_rows(self.lookups))
         rotation_memory = cores.height_sharded(TILE, cores.in_rows(self.lookups))
         self.rotation = ttnn.from_torch(

@@ -12,6 +12,7 @@ import ttnn
 from models.errors import UserError
 from models.ttnn_llama.model import TtnnLlama
 from models.ttnn_llama.modules.decoder import Decoder
+from models.ttnn_llama.modules.rows import RowInputs
 from models.ttnn_llama.shapes import MAX_ROWS, padded_rows
 
 
@@ -26,7 +27,7 @@ class FusedRound:
         UserError: models on different meshes, or of different vocabularies.
     """
 
-    def __init__(self, target: TtnnLlama, draft: Decoder):
+    def __init__(self, target: TtnnLlama, draft: Decoder) -> None:
         if target.mesh_device is not draft.mesh_device or target.runner is not draft.runner:
             raise UserError("a fused round needs target and draft on one mesh: use --draft-placement shared")
         if target.vocab_size != draft.vocab_size:
@@ -37,7 +38,7 @@ class FusedRound:
         self.draft = draft
         self.runner = target.runner
         self.draft_lengths: list[int] = []  # prepared, in rising order
-        self._inputs = {}
+        self._inputs: dict[int, tuple[RowInputs, RowInputs, RowInputs]] = {}  # by length: first, step, verify
         mapper = ttnn.ReplicateTensorToMesh(target.mesh_device)
         self._padding = ttnn.from_torch(
             torch.zeros(1, MAX_ROWS, dtype=torch.int32),
@@ -99,7 +100,7 @@ class FusedRound:
             )
         return next(length for length in self.draft_lengths if length >= k)
 
-    def _round(self, k: int, first, step, verify) -> ttnn.Tensor:
+    def _round(self, k: int, first: RowInputs, step: RowInputs, verify: RowInputs) -> ttnn.Tensor:
         """[1, 1 + k + R] uint32: accepted, the k drafted ids, the target's ids of R >= k + 1 rows."""
         drafted = self.draft.chain(first, step, 2, k)
         rows = verify.rows

@@ -75,7 +75,7 @@ def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> lis
         return needed + [Program("target", what, k + 1) for k in lengths]
     # What the cache could not keep of a tree, up to all its levels, comes before the next one, or without one.
     again = max(lengths) + 1
-    rows = min(again + options.tree_nodes, MAX_ROWS)
+    rows = min(again + (options.tree_nodes or 0), MAX_ROWS)
     return [*needed, Program("target", what, again), Program("target", TREE + what, rows)]
 
 

@@ -53,6 +53,11 @@ class BoardOptions:
             raise UserError(f"a tree of {self.tree_nodes} tokens: give --tree-nodes from 1 to {MAX_ROWS - 1}")
 
     @property
+    def exits(self) -> int | None:
+        """How many first layers of the target draft; None where they do not."""
+        return self.exit_layer if self.workload.drafts_with == "first-layers" and self.lengths else None
+
+    @property
     def lengths(self) -> list[int]:
         """The draft lengths in rising order, without 0; none where nothing drafts."""
         return sorted({length for length in self.draft_lengths if length})

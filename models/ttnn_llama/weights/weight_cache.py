@@ -61,6 +61,7 @@ class WeightCache:
         }
         mesh = "x".join(map(str, mesh_shape))
         self._folder = Path(directory) / f"{digest}-{mesh}-ttnn{self._key['ttnn']}-v{LAYOUT_VERSION}"
+        self._chips = math.prod(mesh_shape)
         self._writable = True
 
     def path(self, spec: WeightSpec) -> Path:
@@ -91,7 +92,7 @@ class WeightCache:
         if _checksum(path) != note["sha256"]:
             raise ValueError("its checksum is wrong")
         tensor = ttnn.load_tensor(path)
-        wanted, chips = math.prod(self._key["mesh"]), len(ttnn.get_device_tensors(tensor))
+        wanted, chips = self._chips, len(ttnn.get_device_tensors(tensor))
         found = (chips, tuple(tensor.shape), tensor.dtype, tensor.layout)
         if found != (wanted, spec.local_shape(wanted), ttnn_dtype(spec.format), ttnn.TILE_LAYOUT):
             raise ValueError(f"it holds {tensor.dtype} {list(tensor.shape)} for {chips} chips")
