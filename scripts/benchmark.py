@@ -20,9 +20,6 @@ import gc
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.cli.command import INTERRUPTED, Parser, run_command
 from scripts.suites.bottleneck import Bottleneck

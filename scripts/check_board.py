@@ -24,8 +24,6 @@ from types import SimpleNamespace
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from models.board_mock import cluster
 from models.boards import BOARDS, PLACEMENTS, Board, board_named
 from models.cli.command import Parser, run_command

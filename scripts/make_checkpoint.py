@@ -20,16 +20,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from models.cli.command import Parser, run_command
+from models.errors import UserError
+from models.llama.checkpoint import SHARD_BYTES, CheckpointWriter
+from models.llama.config import DTYPES, NAMED_SIZES, LlamaConfig, named_config
+from models.llama.tokenizer import LlamaTokenizer
+from models.options import CHECKPOINTS
 
-from models.cli.command import Parser, run_command  # noqa: E402
-from models.errors import UserError  # noqa: E402
-from models.llama.checkpoint import SHARD_BYTES, CheckpointWriter  # noqa: E402
-from models.llama.config import DTYPES, NAMED_SIZES, LlamaConfig, named_config  # noqa: E402
-from models.llama.tokenizer import LlamaTokenizer  # noqa: E402
-
-EMBEDDED = ROOT / "models" / "checkpoints" / "tiny-target"
+EMBEDDED = CHECKPOINTS / "tiny-target"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 INIT_STD = 0.02
 SHAPE_FLAGS = {

@@ -19,8 +19,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from models.board_mock import cluster
 from models.boards import BOARDS, Board, board_named
 from models.cli.command import Parser, run_command

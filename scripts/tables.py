@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from models.boards import BOARDS
 from models.cli.command import Parser, run_command
 from models.errors import UserError

@@ -25,7 +25,7 @@ boards() {
     exit "$status"
 }
 
-case "$(field 2 "$(head -n 1 "$STAMP")")" in
+case $TTNN in
     no | broken) say "no ttnn: its tests on N300, T3K and P150 are skipped" ;;
     *)
         trap stop EXIT

@@ -39,8 +39,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from models.cli.command import Parser, run_command
 from models.errors import UserError
 from models.llama.config import LlamaConfig as CheckpointConfig

@@ -17,8 +17,6 @@ from pathlib import Path
 
 import ttnn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import demo.session
 import models.llm
 from demo.harness import main

@@ -11,28 +11,39 @@ ROOT = Path(__file__).resolve().parents[1]
 SHELL_FILES = ["scripts/_environment.sh", "scripts/demo.sh", "scripts/test.sh", ".ci/run"]
 
 # What the scripts may use: bash 3.2 and these.
-TOOLS = "bash cat cp cut dirname env flock grep head mkdir mv rm sed sleep tail uname".split()
+TOOLS = "bash cat cp cut dirname env flock head mkdir mv rm sed sleep tail uname".split()
 
 # An interpreter that answers the probe and `-m venv`; pip and all that follows is the environment's python, below.
 FAKE_PYTHON = """\
 #!/usr/bin/env bash
 case "$*" in
-    *platform*) echo "{state}|{version}|{ttnn}|{prefix}|$0" ;;
+    *platform*) echo "{problem}|{version}|{ttnn}|{prefix}|$0" ;;
     *"-m venv "*) mkdir -p "${{@: -1}}/bin" && cp "{venv_python}" "${{@: -1}}/bin/python" ;;
     *) exit 1 ;;
 esac
 """
-# Counts the calls of pip, which fails or hangs where asked to, and prints the arguments of any script it is given.
+# Makes what `-m venv` makes; notes what it was asked to install.
+FAKE_UV = """\
+#!/usr/bin/env bash
+case "$1" in
+    venv) mkdir -p "${{@: -1}}/bin" && cp "{venv_python}" "${{@: -1}}/bin/python" ;;
+    pip) printf '%s\\n' "$*" >>uv-calls ;;
+esac
+"""
+# Notes the calls of pip, which fails or hangs where asked to, and prints the arguments of any script it is given.
 VENV_PYTHON = """\
 #!/usr/bin/env bash
 root="$(dirname "$0")/../.."
 case "$*" in
     *"-m pip "*)
-        echo install >>"$root/pip-calls"
+        printf '%s\\n' "$*" >>"$root/pip-calls"
         if [ -e "$root/pip-fails" ]; then echo "ERROR: no space left on the fake device"; exit 1; fi
         while [ -e "$root/pip-hangs" ]; do sleep 0.1; done
         ;;
-    *"import ttnn"*) if [ -e "$root/ttnn-is-broken" ]; then echo "ImportError: libfake.so"; exit 1; fi ;;
+    *"import ttnn"*)
+        if [ -e "$root/ttnn-is-broken" ]; then echo "ImportError: libfake.so" >&2; exit 1; fi
+        echo 0.81.1
+        ;;
     *"-c "*) ;;
     *) echo "ran in $PWD:"; printf '<%s>\\n' "$@" ;;
 esac
@@ -58,7 +69,7 @@ class Machine:
             shutil.copy(ROOT / name, self.clone / name)
         # The tests see only interpreters they made: not those of the machine they run on.
         environment = self.clone / "scripts/_environment.sh"
-        text, count = re.subn(r"\{/usr,.*\}/bin/", f'"{folder}"/nowhere/', environment.read_text())
+        text, count = re.subn(r"\{/usr,.*\}/bin", f'"{folder}"/nowhere', environment.read_text())
         assert count == 1
         environment.write_text(text)
         for tool in TOOLS:
@@ -67,10 +78,10 @@ class Machine:
         write_executable(self.bin / "venv-python", VENV_PYTHON)
         self.uname("Linux x86_64")
 
-    def python(self, name: str | Path, version: str, *, ttnn="no", state="ok") -> Path:
+    def python(self, name: str | Path, version: str, *, ttnn="no", problem="") -> Path:
         """Make a fake interpreter at a path, or by a name on PATH."""
         path = self.bin / name
-        values = {"state": state, "version": version, "ttnn": ttnn, "prefix": path.parent}
+        values = {"problem": problem, "version": version, "ttnn": ttnn, "prefix": path.parent}
         write_executable(path, FAKE_PYTHON.format(venv_python=self.bin / "venv-python", **values))
         return path
 
@@ -97,7 +108,7 @@ class Machine:
 
     def choose(self, **env) -> subprocess.CompletedProcess:
         """Run find_python; stdout is the chosen interpreter's path."""
-        code = 'set -euo pipefail; source "$1"; line="$(find_python)" || exit $?; field 5 "$line"'
+        code = 'set -euo pipefail; source "$1"; line="$(find_python)" || exit; echo "${line##*|}"'
         return self.run(self.bin / "bash", "-c", code, "-", self.clone / "scripts/_environment.sh", **env)
 
     def demo(self, *args, **env) -> subprocess.CompletedProcess:
@@ -109,7 +120,14 @@ class Machine:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
+    def uv(self):
+        write_executable(self.bin / "uv", FAKE_UV.format(venv_python=self.bin / "venv-python"))
+
+    def calls(self, program: str) -> list[str]:
+        """The arguments of every call of pip or uv that installs."""
+        calls = self.clone / f"{program}-calls"
+        return calls.read_text().splitlines() if calls.exists() else []
+
     @property
     def installs(self) -> int:
-        calls = self.clone / "pip-calls"
-        return len(calls.read_text().split()) if calls.exists() else 0
+        return len(self.calls("pip"))

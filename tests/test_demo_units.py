@@ -10,7 +10,7 @@ import pytest
 from demo.harness import PROMPTS
 from demo.settings import build_parser, parse_settings
 from models.cli import prompts
-from models.cli.environment import check_writable, write_json
+from models.cli.environment import check_writable, project_version, write_json
 from models.errors import UserError
 from models.options import NAMED
 from models.speculative.drafters import registry
@@ -285,7 +285,7 @@ def test_help_says_something_about_every_flag(mode):
     ("argv", "code", "said"),
     [
         (["--help"], 0, "--tree-nodes N"),
-        (["--version"], 0, "."),
+        (["--version"], 0, f"{project_version()}\n"),
         (["--drafter", "tree", "--tree-nodes", "0"], 2, "0 is out of range"),
         (["--drafter", "early-exit", "--draft", "x"], 2, "--draft has no meaning"),
         (["--prompts", "missing.txt"], 2, "cannot read the prompt file"),

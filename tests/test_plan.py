@@ -485,7 +485,6 @@ def test_a_run_without_acceptance_is_refused_in_one_line(plan, tmp_path, capsys,
 # --------------------------------------------------------------------------------------- with and without ttnn
 WITHOUT_TTNN = """
 import importlib.util, sys
-sys.path.insert(0, ".")
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "ttnn" else find(name, *rest)
 sys.modules["ttnn"] = None

@@ -15,16 +15,13 @@ from models.errors import UserError
 if TYPE_CHECKING:
     from models.boards import Board
 
-ROOT = Path(__file__).resolve().parents[2]
+PROJECT = "tt-speculative-llama"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "ttnn")
 
 
 def project_version() -> str:
-    """The version in pyproject.toml."""
-    project = ROOT / "pyproject.toml"
-    text = project.read_text(encoding="utf-8") if project.is_file() else ""
-    match = re.search(r'^version\s*=\s*"([^"]+)"', text, re.MULTILINE)
-    return match[1] if match else "unknown"
+    """The version of the installed project, "unknown" where it is not installed."""
+    return _installed(PROJECT) or "unknown"
 
 
 def date() -> str:
@@ -34,13 +31,15 @@ def date() -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of the project, Python and the packages that the numbers depend on; None for one not installed."""
-    found: dict[str, str | None] = {"project": project_version(), "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    packages = {package: _installed(package) for package in PACKAGES}
+    return {"project": project_version(), "python": platform.python_version(), **packages}
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def machine(device: str, board: "Board | None" = None, mock: bool = False) -> dict[str, Any]:
