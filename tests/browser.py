@@ -93,6 +93,7 @@ class Browser:
     # -------------------------------------------------------------------------------------------------- looking
     def open(self, path: Path) -> None:
         """Load a file; what was noted of the page before is forgotten."""
+        self._driver.get("about:blank")  # ends the page before, Chromium's own start page included
         self.console(), self.requests()
         self._requests.clear()
         self._driver.get(path.resolve().as_uri())
