@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from demo.explain import explain_slowdown
-from demo.report import Results
+from demo.results import RunResults
 from demo.runs import Prompt, Row, Run
 from demo.session import Session
 from demo.settings import Settings
@@ -91,10 +91,10 @@ class QuietView:
         self.console.print()
         self.console.print(Text(where, style="bold yellow"))
 
-    def summary(self, results: Results) -> None:
+    def summary(self, results: RunResults) -> None:
         """The final table and what it means."""
         framed = self.console.is_terminal
-        shown = [path for path in ("baseline", "speculative") if results[path]]
+        shown = list(results.totals)
         if not shown:
             return
         table = Table(box=ROUNDED if framed else None, pad_edge=framed, border_style="dim")

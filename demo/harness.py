@@ -5,6 +5,7 @@ warm-up and is not counted. Then, prompt by prompt, both paths run one after the
 whatever else the machine does hits both alike.
 """
 
+import dataclasses
 import gc
 import sys
 import time
@@ -78,7 +79,7 @@ def _run(session: "Session", start: float) -> int:
     if settings.json:
         from models.cli.environment import write_json
 
-        write_json(settings.json, results)
+        write_json(settings.json, dataclasses.asdict(results))
     if settings.html:
         from demo.html_report import write_html
 

@@ -1,7 +1,7 @@
 """A demo run as one HTML page: the numbers, charts of them, and every text token by token and round by round."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from html import escape
 from typing import Any
@@ -10,7 +10,7 @@ from demo.explain import explain_slowdown
 from demo.html_charts import Bar, Limit, bar_chart, chart_figure, key, rounds_chart, stacked_chart
 from demo.html_page import ASSETS, Block, Heading, Markup, page, table
 from demo.html_texts import texts
-from demo.report import Results
+from demo.results import PromptResults, RunResults
 from demo.session import Run, Session
 from demo.wording import MOCK, about, closing_lines, summary_sections
 from models.cli.environment import write_text
@@ -25,12 +25,12 @@ PATHS = ("baseline", "speculative")
 MOST_PROMPTS = 20  # in the chart by prompt; the table has all
 
 
-def write_html(path: str, session: Session, results: Results) -> None:
+def write_html(path: str, session: Session, results: RunResults) -> None:
     """Write the page of a run, interrupted or not, to a file. Raises UserError if that fails."""
     write_text(path, report(session, results), "--html")
 
 
-def report(session: Session, results: Results) -> str:
+def report(session: Session, results: RunResults) -> str:
     """The page of a run, as HTML. ``results`` are those of `demo.report.build_results`; where they have no times, as
     on a mock board, the page has none."""
     told, title = texts(session), TITLES[session.settings.mode]
@@ -39,7 +39,7 @@ def report(session: Session, results: Results) -> str:
     blocks += [_figures(session, results)]
     if told["runs"]:
         blocks += [Heading("Text and rounds"), Markup((ASSETS / "rounds.html").read_text(encoding="utf-8"))]
-    if results["prompts"]:
+    if results.prompts:
         blocks += [Heading("Prompt by prompt"), _prompts(results)]
     blocks += [Heading("How it was run"), *_details(results)]
     script = (ASSETS / "rounds.js").read_text(encoding="utf-8") if told["runs"] else ""
@@ -47,11 +47,11 @@ def report(session: Session, results: Results) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ words
-def _notes(session: Session, results: Results) -> list[Markup]:
+def _notes(session: Session, results: RunResults) -> list[Markup]:
     """What a reader has to know before any number."""
     lines = [MOCK] * session.mock
-    if results["interrupted"]:
-        done, asked = len(results["prompts"]), len(session.prompts)
+    if results.interrupted:
+        done, asked = len(results.prompts), len(session.prompts)
         line = f"The run was interrupted: {done} of {asked} prompts are complete, and only these are counted."
         if not done:
             begun = "what had been begun is shown" if session.under_way else "nothing was written"
@@ -62,42 +62,42 @@ def _notes(session: Session, results: Results) -> list[Markup]:
     return [Markup(f'<div class="note" role="note">{told}</div>')] if lines else []
 
 
-def _facts(session: Session, results: Results) -> Markup:
-    machine, versions = results["machine"], results["versions"]
+def _facts(session: Session, results: RunResults) -> Markup:
+    machine, versions = results.machine, results.versions
     device = ", ".join(filter(None, (machine["gpu"], machine["cpu"], f"{machine['cores']} cores")))
     facts = [
         *about(session),
         ("machine", f"{device}, {machine['threads']} threads, {machine['platform']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
-        ("date", datetime.fromisoformat(results["date"]).astimezone().isoformat(" ", "minutes")),
-        ("command", shlex.join(results["command"])),
+        ("date", datetime.fromisoformat(results.date).astimezone().isoformat(" ", "minutes")),
+        ("command", shlex.join(results.command)),
     ]
     made = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts)
     return Markup(f'<dl class="facts">{made}</dl>')
 
 
-def _headline(results: Results) -> Markup:
+def _headline(results: RunResults) -> Markup:
     """The few numbers that matter, as cards; only those that are known."""
-    totals = [results[path] for path in PATHS if results[path]]
+    totals = results.totals.values()
 
-    def arrow(key: str, form: str, unit: str = "") -> str:
-        known = [form.format(total[key]) for total in totals if total[key] is not None]
+    def arrow(values: Iterable[float | None], unit: str = "") -> str:
+        known = [f"{value:.1f}" for value in values if value is not None]
         return " → ".join(known) + unit if known else ""
 
-    order = " → ".join(path for path in PATHS if results[path])
+    order = " → ".join(results.totals)
     cards: list[tuple[str, str, str]] = []
-    if results["speedup"] is not None:
-        median = results["speedup_median"]
+    if results.speedup is not None:
+        median = results.speedup_median
         detail = "" if median is None else f"median over prompts {median:.2f}x"
-        cards.append(("speed-up", f"{results['speedup']:.2f}x", detail))
-    cards.append(("tokens/s per user", arrow("tok_s_user", "{:.1f}"), order))
-    cards.append(("time to first token", arrow("ttft_ms", "{:.1f}", " ms"), order))
-    spec = results["speculative"]
-    if spec and spec["acceptance_rate"] is not None:
-        detail = f"{spec['mean_acceptance_length']:.2f} tokens per target forward"
-        cards.append(("acceptance", f"{spec['acceptance_rate']:.1%}", detail))
-    if len(totals) == 2 and results["prompts"]:
-        same, count = results["identical_prompts"], len(results["prompts"])
+        cards.append(("speed-up", f"{results.speedup:.2f}x", detail))
+    cards.append(("tokens/s per user", arrow(total.tok_s_user for total in totals), order))
+    cards.append(("time to first token", arrow((total.ttft_ms for total in totals), " ms"), order))
+    spec = results.speculative
+    if spec and spec.acceptance_rate is not None:
+        detail = f"{spec.mean_acceptance_length:.2f} tokens per target forward"
+        cards.append(("acceptance", f"{spec.acceptance_rate:.1%}", detail))
+    if len(totals) == 2 and results.prompts:
+        same, count = results.identical_prompts, len(results.prompts)
         if same is None:
             cards.append(("texts", "not compared", "sampled: they may differ"))
         else:
@@ -112,9 +112,9 @@ def _headline(results: Results) -> Markup:
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
-def _totals(results: Results) -> Markup:
+def _totals(results: RunResults) -> Markup:
     """The table that the terminal shows, and the lines under it."""
-    shown = [path for path in PATHS if results[path]]
+    shown = list(results.totals)
     if not shown:
         return Markup("")
     groups, sections = [], summary_sections(results)
@@ -131,19 +131,17 @@ def _totals(results: Results) -> Markup:
     return Markup(f'<div>{made}<ul class="lines">{lines}</ul></div>')
 
 
-def _prompts(results: Results) -> Markup:
-    columns: list[tuple[str, Any]] = [
-        ("prompt", lambda row: _excerpt(row["number"], row["prompt"])),
-        ("tokens", lambda row: " / ".join(str(row[path]["tokens"]) for path in PATHS if row[path])),
-        *(
-            (f"{path} tok/s", lambda row, path=path: _number(row[path] and row[path]["tok_s_user"], "{:.1f}"))
-            for path in PATHS
-        ),
-        ("speed-up", lambda row: _number(row["speedup"], "{:.2f}x")),
-        ("accepted", lambda row: _number((row["speculative"] or {}).get("acceptance_rate"), "{:.0%}")),
-        ("same text", lambda row: "" if row["identical"] is None else "yes" if row["identical"] else "no"),
+def _prompts(results: RunResults) -> Markup:
+    columns: list[tuple[str, Callable[[PromptResults], str | Markup]]] = [
+        ("prompt", lambda row: _excerpt(row.number, row.prompt)),
+        ("tokens", lambda row: " / ".join(str(run.tokens) for run in row.runs.values())),
+        ("baseline tok/s", lambda row: _number(row.baseline and row.baseline.tok_s_user, "{:.1f}")),
+        ("speculative tok/s", lambda row: _number(row.speculative and row.speculative.tok_s_user, "{:.1f}")),
+        ("speed-up", lambda row: _number(row.speedup, "{:.2f}x")),
+        ("accepted", lambda row: _number(row.speculative and row.speculative.acceptance_rate, "{:.0%}")),
+        ("same text", lambda row: "" if row.identical is None else "yes" if row.identical else "no"),
     ]
-    made = [(name, [cell(row) for row in results["prompts"]]) for name, cell in columns]
+    made = [(name, [cell(row) for row in results.prompts]) for name, cell in columns]
     made = [(name, cells) for name, cells in made if any(cells)]  # a column in which nothing is known is left out
     rows = list(zip(*(cells for _, cells in made), strict=True))
     return Markup(f'<div class="excerpts">{table([name for name, _ in made], [rows])}</div>')
@@ -157,10 +155,11 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def _details(results: Results) -> list[Markup]:
+def _details(results: RunResults) -> list[Markup]:
     made = []
-    for name in ("settings", "machine", "versions"):
-        rows = [(key, _plain(value)) for key, value in results[name].items() if value is not None]
+    details = {"settings": results.settings, "machine": results.machine, "versions": results.versions}
+    for name, values in details.items():
+        rows = [(key, _plain(value)) for key, value in values.items() if value is not None]
         made.append(f"<details><summary>{name}</summary>{table((name, ''), [rows], words=(0, 1))}</details>")
     return [Markup(each) for each in made]
 
@@ -172,22 +171,22 @@ def _plain(value: Any) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- charts
-def _figures(session: Session, results: Results) -> Markup:
+def _figures(session: Session, results: RunResults) -> Markup:
     figures = [_speed_figure(results), _acceptance_figure(results), _time_figure(session)]
     figures.append(_lengths_figure(session, results))
     return Markup(f'<div class="figures">{"".join(filter(None, figures))}</div>' if any(figures) else "")
 
 
-def _speed_figure(results: Results) -> Markup | None:
+def _speed_figure(results: RunResults) -> Markup | None:
     """tok/s of each prompt, both paths."""
     groups = []
-    for row in results["prompts"]:
-        rates = [(path, row[path]["tok_s_user"]) for path in PATHS if row[path] and row[path]["tok_s_user"]]
+    for row in results.prompts:
+        rates = [(path, run.tok_s_user) for path, run in row.runs.items() if run.tok_s_user]
         if rates:
-            groups.append((str(row["number"]), [Bar(path, rate, f"{rate:.1f}") for path, rate in rates]))
+            groups.append((str(row.number), [Bar(path, rate, f"{rate:.1f}") for path, rate in rates]))
     if not groups:
         return None
-    shown = {path: path for path in PATHS if results[path]}
+    shown = {path: path for path in results.totals}
     chart = bar_chart(groups[:MOST_PROMPTS], f"Tokens per second of each prompt: {', '.join(shown)}")
     notes: list[str] = []
     if len(groups) > MOST_PROMPTS:
@@ -195,24 +194,24 @@ def _speed_figure(results: Results) -> Markup | None:
     return chart_figure("Tokens per second, by prompt", chart, [key(shown), *notes])
 
 
-def _acceptance_figure(results: Results) -> Markup | None:
+def _acceptance_figure(results: RunResults) -> Markup | None:
     """The share of drafts accepted up to each position, and where drafting one token breaks even."""
-    controller = results["controller"] or {}
-    rates = (results["speculative"] or {}).get("acceptance_by_position")
-    if not rates:
+    controller, speculative = results.controller, results.speculative
+    if not speculative or not speculative.acceptance_by_position:
         return None
-    place = "level" if results["settings"]["drafter"] == "tree" else "position"
+    rates = speculative.acceptance_by_position
+    place = "level" if results.settings["drafter"] == "tree" else "position"
     groups = [(f"{place} {i}", [Bar("accepted", rate, f"{rate:.0%}")]) for i, rate in enumerate(rates, 1)]
-    break_even = controller.get("break_even")
+    break_even = controller and controller.break_even
     limit, notes = None, ["Of the rounds that drafted this far, the share that kept the token and all before it."]
     if break_even is not None and 0 <= break_even <= 1:
         limit = Limit(break_even, f"break-even {break_even:.0%}")
     if break_even is not None:
-        known = controller["draft_step_ms"]
+        known = controller.draft_step_ms
         drafted = [name for name in known if reads_prompt(name)] or known
         source = source_of(next(iter(drafted))).words  # as in the controller's own report
         when = "never pays" if break_even > 1 else f"pays if {place} 1 is above {max(break_even, 0):.0%}"
-        mixed = " (the bars are of all sources together)" * (len(results["speculative"]["sources"]) > 1)
+        mixed = " (the bars are of all sources together)" * (len(speculative.sources) > 1)
         notes.append("Dashed line: " * bool(limit) + f"drafting one token by {source} {when}{mixed}.")
     return chart_figure(f"Accepted, by {place}", bar_chart(groups, f"Acceptance by {place}", limit), notes)
 
@@ -252,15 +251,15 @@ def _spent(runs: Sequence[Run], fused: bool) -> list[tuple[str, str, float]]:
     return [part for part in parts if part[2] > 0]
 
 
-def _lengths_figure(session: Session, results: Results) -> Markup | None:
+def _lengths_figure(session: Session, results: RunResults) -> Markup | None:
     """The draft lengths that the controller chose, round by round."""
-    if not results["controller"] or not any(results["controller"]["chosen"]):
+    if not results.controller or not any(results.controller.chosen):
         return None
     kept = [[round.accepted for round in run.stats.rounds] for run in _counted(session, "speculative")]
-    rounds = [list(zip(*both, strict=True)) for both in zip(results["controller"]["chosen"], kept, strict=True)]
-    longest = max([*results["controller"]["lengths"], *(drafted for text in rounds for drafted, _ in text)])
-    drafted = results["speculative"]["drafted"]
-    title = f"Draft lengths chosen over {results['speculative']['rounds']} rounds: {drafted} tokens drafted in all"
+    rounds = [list(zip(*both, strict=True)) for both in zip(results.controller.chosen, kept, strict=True)]
+    longest = max([*results.controller.lengths, *(drafted for text in rounds for drafted, _ in text)])
+    drafted = results.speculative.drafted
+    title = f"Draft lengths chosen over {results.speculative.rounds} rounds: {drafted} tokens drafted in all"
     notes = [key({"proposed": "drafted", "accepted": "accepted"}), "Rounds from left to right, prompts numbered below."]
     return chart_figure("Draft length, round by round", rounds_chart(rounds, longest, title), notes, wide=True)
 

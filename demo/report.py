@@ -4,98 +4,95 @@ TTFT is the prefill including the first token, warm-up excluded; tok/s/user is d
 decode seconds, host work included, printing excluded. Totals weigh prompts by their tokens; TTFT is a median.
 """
 
-import dataclasses
-import re
 import statistics
 import sys
 from typing import Any
 
+from demo.results import (
+    BoardModelMemory,
+    ControllerResults,
+    Divergence,
+    EarlyExitResults,
+    ExitCandidateResults,
+    Memory,
+    ModelMemory,
+    PathTotals,
+    PromptResults,
+    RunResults,
+    SourceCounts,
+    SpeculativeTextResults,
+    SpeculativeTotals,
+    TextResults,
+    without_times,
+)
 from demo.runs import Row, Run
 from demo.session import Session
 from models.cli.environment import date, machine, peak_memory, versions
 from models.cli.settings import describe_settings
 from models.speculative.stats import GenerationStats, Round
 
-Results = dict[str, Any]
 
-# Keys of times, and of what is computed from times.
-TIMES = re.compile(r".*_(s|ms)|tok_s_user|host_share|speedup(_median)?|speed_ups?|draft_length|ttft_ratio|break_even")
-
-
-def build_results(session: Session, interrupted: bool, total_s: float) -> Results:
-    """Everything the JSON file holds. Times are in the unit their name ends with, memory in bytes, ids from the
-    target's vocabulary, prompts and tokens counted from 1. A path that was not run is null, and so is every time on a
-    mock board."""
+def build_results(session: Session, interrupted: bool, total_s: float) -> RunResults:
+    """Everything the JSON file holds. A path that was not run is None, and so is every time on a mock board."""
     results = _results(session, interrupted, total_s)
-    return _without_times(results) if session.mock else results
+    return without_times(results) if session.mock else results
 
 
-def _results(session: Session, interrupted: bool, total_s: float) -> Results:
-    settings = session.settings
-    rows = session.rows
-    totals: dict[str, Results | None] = {"baseline": None, "speculative": None}
+def _results(session: Session, interrupted: bool, total_s: float) -> RunResults:
+    settings, rows = session.settings, session.rows
     runs: dict[str, list[Run]] = {"baseline": [], "speculative": []}
     for path in settings.paths:
         # An interrupted run counts only where there is nothing complete to report.
         runs[path] = [row.runs[path] for row in rows] or [run for run in session.under_way if run.path == path]
-        totals[path] = _path_totals(session, path, runs[path]) if runs[path] else None
-    baseline, speculative = totals["baseline"], totals["speculative"]
+    baseline = _path_totals(session, "baseline", runs["baseline"])
+    speculative = _path_totals(session, "speculative", runs["speculative"])
     compared = len(settings.paths) == 2 and bool(rows)
-    greedy = session.sampling.greedy
-    return {
-        **totals,
-        "controller": _controller(session, runs["speculative"]) if settings.auto and speculative else None,
-        "early_exit": dataclasses.asdict(session.exit) if session.exit else None,
-        "speedup": _ratio(speculative, baseline, "tok_s_user"),
-        "speedup_median": _median([_row_speedup(row) for row in rows]) if compared else None,
-        "ttft_ratio": _median([_row_ttft_ratio(row) for row in rows]) if compared else None,
-        "outputs_identical": all(row.identical for row in rows) if compared and greedy else None,
-        "identical_prompts": sum(row.identical for row in rows) if compared and greedy else None,
-        "divergence": _first_divergence(session) if compared and greedy else None,
-        "interrupted": interrupted,
-        "total_s": total_s,
-        "warm_up_s": session.warm_up_s,
-        "memory": _memory(session),
-        "settings": describe_settings(settings, session.llm),
-        "date": date(),
-        "versions": versions(),
-        "machine": machine(settings.device, session.board and session.board.board, session.mock),
-        "command": sys.argv,
-        "prompts": [_row_results(row, session.fused) for row in rows],
-        "partial": [_run_results(run, session.fused) for run in session.under_way],
-    }
+    identical = sum(row.identical for row in rows) if compared and session.sampling.greedy else None
+    return RunResults(
+        baseline=baseline,
+        speculative=speculative,
+        controller=_controller(session, runs["speculative"]) if settings.auto and speculative else None,
+        early_exit=_early_exit(session),
+        speedup=_speedup(baseline, speculative),
+        speedup_median=_median([_row_speedup(row) for row in rows]) if compared else None,
+        ttft_ratio=_median([_row_ttft_ratio(row) for row in rows]) if compared else None,
+        outputs_identical=None if identical is None else identical == len(rows),
+        identical_prompts=identical,
+        divergence=None if identical is None else _first_divergence(session),
+        interrupted=interrupted,
+        total_s=total_s,
+        warm_up_s=session.warm_up_s,
+        memory=_memory(session),
+        settings=describe_settings(settings, session.llm),
+        date=date(),
+        versions=versions(),
+        machine=machine(settings.device, session.board and session.board.board, session.mock),
+        command=sys.argv,
+        prompts=[_row_results(row, session.fused) for row in rows],
+        partial=[_text_results(run, session.fused) for run in session.under_way],
+    )
 
 
-def _without_times(value: Any) -> Any:
-    """The same results with null for every time."""
-    if isinstance(value, dict):
-        return {key: None if TIMES.fullmatch(str(key)) else _without_times(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_times(item) for item in value]
-    return value
-
-
-def _path_totals(session: Session, path: str, runs: list[Run]) -> Results:
+def _path_totals(session: Session, path: str, runs: list[Run]) -> PathTotals | None:
+    if not runs:
+        return None
     stats = GenerationStats.merge([run.stats for run in runs])
-    load_s = session.target.load_s + (session.draft.load_s if session.draft and path == "speculative" else 0)
-    totals = {
+    totals: dict[str, Any] = {
         "ttft_ms": _median([run.stats.ttft_s * 1000 for run in runs]),
         "tok_s_user": _rate(stats),
         "tokens": stats.tokens,
         "decode_tokens": stats.decode_tokens,
         "decode_s": stats.decode_s,
-        "load_s": load_s,
+        "load_s": session.target.load_s,
     }
-    return totals | (_speculation(stats, session.fused) if path == "speculative" else {})
+    if path == "baseline":
+        return PathTotals(**totals)
+    totals["load_s"] += session.draft.load_s if session.draft else 0
+    return SpeculativeTotals(**totals, **_speculation(stats, session.fused))
 
 
-def _speculation(stats: GenerationStats, fused: bool) -> Results:
-    """Of the times of a round either draft_ms and verify_ms are known, or fused_ms: both in one device program. Rates
-    and means are over rounds that drafted and were not cut, counts over all; plain rounds drafted nothing.
-
-    A tree's length is that of its longest chain, its levels: so many of its tokens could have been accepted. Lengths,
-    acceptance rate and positions go by levels; drafted and tree_tokens_per_round count all its tokens.
-    """
+def _speculation(stats: GenerationStats, fused: bool) -> dict[str, Any]:
+    """The fields of `demo.results.Speculation`."""
     rated = rated_rounds(stats)
     trees = [round.drafted for round in rated if round.parents is not None]
     return {
@@ -128,25 +125,45 @@ def acceptance_rate(stats: GenerationStats) -> float | None:
     return sum(round.accepted for round in rated) / sum(round.depth for round in rated) if rated else None
 
 
-def _sources(stats: GenerationStats) -> Results:
-    """What drafted ("model", "lookup", ..), in how many rounds, how many tokens, and how many of them were accepted."""
-    sources: Results = {}
+def _sources(stats: GenerationStats) -> dict[str, SourceCounts]:
+    """By what drafted ("model", "lookup", ..)."""
+    drafts: dict[str, list[Round]] = {}
     for round in stats.rounds:
         if round.drafted:
-            counts = sources.setdefault(round.source, {"rounds": 0, "drafted": 0, "accepted": 0})
-            counts["rounds"] += 1
-            counts["drafted"] += round.drafted
-            counts["accepted"] += round.accepted
-    return sources
+            drafts.setdefault(round.source, []).append(round)
+    return {
+        source: SourceCounts(len(rounds), sum(each.drafted for each in rounds), sum(each.accepted for each in rounds))
+        for source, rounds in drafts.items()
+    }
 
 
-def _controller(session: Session, runs: list[Run]) -> Results:
-    """Of automatic draft lengths: how many tokens (of trees: levels) each round of each run drafted, and what that was
-    decided with."""
-    return {"chosen": [[round.depth for round in run.stats.rounds] for run in runs], **session.controller.report()}
+def _controller(session: Session, runs: list[Run]) -> ControllerResults:
+    chosen = [[round.depth for round in run.stats.rounds] for run in runs]
+    return ControllerResults(chosen=chosen, **session.controller.report())
 
 
-def _run_results(run: Run, fused: bool) -> Results:
+def _early_exit(session: Session) -> EarlyExitResults | None:
+    if session.exit is None:
+        return None
+    return EarlyExitResults(
+        exit_layer=session.exit.exit_layer,
+        draft_length=session.exit.draft_length,
+        speed_up=session.exit.speed_up,
+        measured_tokens=session.exit.measured_tokens,
+        candidates=[
+            ExitCandidateResults(
+                exit_layer=each.exit_layer,
+                agreement=each.agreement,
+                step_s=each.step_s,
+                tokens_per_round={str(k): tokens for k, tokens in each.tokens_per_round.items()},
+                speed_ups={str(k): speed_up for k, speed_up in each.speed_ups.items()},
+            )
+            for each in session.exit.candidates
+        ],
+    )
+
+
+def _text_results(run: Run, fused: bool) -> TextResults:
     stats = run.stats
     results = {
         "path": run.path,
@@ -158,21 +175,23 @@ def _run_results(run: Run, fused: bool) -> Results:
         "decode_s": stats.decode_s,
         "finish_reason": stats.finish_reason,
     }
-    return results | (_speculation(stats, fused) if run.path == "speculative" else {})
+    if run.path == "baseline":
+        return TextResults(**results)
+    return SpeculativeTextResults(**results, **_speculation(stats, fused))
 
 
-def _row_results(row: Row, fused: bool) -> Results:
-    return {
-        "number": row.prompt.number,
-        "prompt": row.prompt.text,
-        "prompt_tokens": len(row.prompt.ids),
-        "prompt_ids": row.prompt.ids,
-        "identical": row.identical if len(row.runs) == 2 else None,
-        "speedup": _row_speedup(row),
-        "baseline": None,
-        "speculative": None,
-        **{path: _run_results(run, fused) for path, run in row.runs.items()},
-    }
+def _row_results(row: Row, fused: bool) -> PromptResults:
+    runs = {path: _text_results(run, fused) for path, run in row.runs.items()}
+    return PromptResults(
+        number=row.prompt.number,
+        prompt=row.prompt.text,
+        prompt_tokens=len(row.prompt.ids),
+        prompt_ids=row.prompt.ids,
+        identical=row.identical if len(row.runs) == 2 else None,
+        speedup=_row_speedup(row),
+        baseline=runs.get("baseline"),
+        speculative=runs.get("speculative"),
+    )
 
 
 def _rate(stats: GenerationStats) -> float | None:
@@ -195,13 +214,13 @@ def _median(values: list[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _ratio(speculative: Results | None, baseline: Results | None, key: str) -> float | None:
-    if not speculative or not baseline or not speculative[key] or not baseline[key]:
+def _speedup(baseline: PathTotals | None, speculative: PathTotals | None) -> float | None:
+    if not baseline or not speculative or not baseline.tok_s_user or not speculative.tok_s_user:
         return None
-    return speculative[key] / baseline[key]
+    return speculative.tok_s_user / baseline.tok_s_user
 
 
-def _first_divergence(session: Session) -> Results | None:
+def _first_divergence(session: Session) -> Divergence | None:
     """Where greedy texts part for the first time, and how close the target's two best tokens were there."""
     for row in session.rows:
         baseline, speculative = row.runs["baseline"].tokens, row.runs["speculative"].tokens
@@ -211,29 +230,27 @@ def _first_divergence(session: Session) -> Results | None:
             (i for i, (a, b) in enumerate(zip(baseline, speculative, strict=False)) if a != b),
             min(len(baseline), len(speculative)),
         )
-        return {
-            "prompt": row.prompt.number,
-            "token": shared + 1,
-            "baseline_id": baseline[shared] if shared < len(baseline) else None,
-            "speculative_id": speculative[shared] if shared < len(speculative) else None,
-            "top2_margin": session.top_two_margin(row.prompt.ids + baseline[:shared]),
-        }
+        return Divergence(
+            prompt=row.prompt.number,
+            token=shared + 1,
+            baseline_id=baseline[shared] if shared < len(baseline) else None,
+            speculative_id=speculative[shared] if shared < len(speculative) else None,
+            top2_margin=session.top_two_margin(row.prompt.ids + baseline[:shared]),
+        )
     return None
 
 
-def _memory(session: Session) -> Results:
-    """Of each model over all its chips and, on a board, of one chip."""
-    memory: Results = {}
-    for role, loaded in (("target", session.target), ("draft", session.draft)):
-        memory[role] = loaded and {
-            "weight_bytes": loaded.model.weight_bytes,
-            "kv_cache_bytes": loaded.model.kv_cache_bytes,
-        }
-        if loaded and session.board:
-            plan = session.board.plans[role]
-            memory[role] |= {
-                "chips": plan.chips,
-                "weight_bytes_per_chip": plan.weights,
-                "kv_cache_bytes_per_chip": plan.kv_cache,
-            }
-    return memory | {f"peak_{name}": value for name, value in peak_memory(session.settings.device).items()}
+def _memory(session: Session) -> Memory:
+    peaks = {f"peak_{name}": value for name, value in peak_memory(session.settings.device).items()}
+    return Memory(_model_memory(session, "target"), _model_memory(session, "draft"), **peaks)
+
+
+def _model_memory(session: Session, role: str) -> ModelMemory | None:
+    loaded = session.target if role == "target" else session.draft
+    if loaded is None:
+        return None
+    sizes = (loaded.model.weight_bytes, loaded.model.kv_cache_bytes)
+    if session.board is None:
+        return ModelMemory(*sizes)
+    plan = session.board.plans[role]
+    return BoardModelMemory(*sizes, plan.chips, plan.weights, plan.kv_cache)

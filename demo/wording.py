@@ -1,6 +1,10 @@
 """The numbers of a demo run in words: headings, figures, table cells. Plain strings, no layout."""
 
-from demo.report import Results, acceptance_rate
+from collections.abc import Callable
+from typing import Any
+
+from demo.report import acceptance_rate
+from demo.results import BoardModelMemory, ModelMemory, PathTotals, RunResults, SourceCounts
 from demo.runs import Row, Run
 from demo.session import Session
 from models.options import describe_source
@@ -111,126 +115,135 @@ def figures(row: Row, session: Session) -> list[str]:
     return figures
 
 
-def summary_sections(results: Results) -> list[list[Cells]]:
+def summary_sections(results: RunResults) -> list[list[Cells]]:
     """The final table as text: rows of (label, baseline, speculative, ratio), grouped. A row in which nothing is
     known, such as a time on a mock board, is left out."""
-    spec = results["speculative"]
+    spec = results.speculative
     sections = [_speed_rows(results), _cost_rows(results)]
-    if spec and (spec["acceptance_by_position"] or results["controller"]):
+    if spec and (spec.acceptance_by_position or results.controller):
         sections.insert(1, _speculation_rows(results))
     return [[cells for cells in section if any(cells[1:])] for section in sections]
 
 
-def _both(results: Results, label: str, key: str, form: str, ratio: float | None = None) -> Cells:
-    values = [path and path[key] for path in (results["baseline"], results["speculative"])]
-    cells = ["" if value is None else form.format(value) for value in values]
-    return label, *cells, "" if ratio is None else f"{ratio:.2f}x"
+def _both(
+    results: RunResults,
+    label: str,
+    value: Callable[[PathTotals], float | None],
+    form: str,
+    ratio: float | None = None,
+) -> Cells:
+    baseline, speculative = (total and value(total) for total in (results.baseline, results.speculative))
+    return label, _cell(baseline, form), _cell(speculative, form), _cell(ratio, "{:.2f}x")
 
 
-def _speed_rows(results: Results) -> list[Cells]:
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _speed_rows(results: RunResults) -> list[Cells]:
     return [
-        _both(results, "time to first token", "ttft_ms", "{:.1f} ms", results["ttft_ratio"]),
-        _both(results, "tokens/s per user", "tok_s_user", "{:.1f}", results["speedup"]),
-        _both(results, "tokens written", "tokens", "{}"),
-        _both(results, "decode time", "decode_s", "{:.2f} s"),
+        _both(results, "time to first token", lambda path: path.ttft_ms, "{:.1f} ms", results.ttft_ratio),
+        _both(results, "tokens/s per user", lambda path: path.tok_s_user, "{:.1f}", results.speedup),
+        _both(results, "tokens written", lambda path: path.tokens, "{}"),
+        _both(results, "decode time", lambda path: path.decode_s, "{:.2f} s"),
     ]
 
 
-def _speculation_rows(results: Results) -> list[Cells]:
-    spec, settings = results["speculative"], results["settings"]
+def _speculation_rows(results: RunResults) -> list[Cells]:
+    spec, settings = results.speculative, results.settings
     tree = settings["drafter"] == "tree"
 
-    def only(label: str, key: str, form: str) -> Cells:
-        return label, "", "" if spec[key] is None else form.format(spec[key]), ""
+    def only(label: str, value: float | None, form: str) -> Cells:
+        return label, "", _cell(value, form), ""
 
-    rates = [f"{rate:.0%}" for rate in spec["acceptance_by_position"]]
-    rows = [only("acceptance rate", "acceptance_rate", "{:.1%}")]
+    rates = [f"{rate:.0%}" for rate in spec.acceptance_by_position]
+    rows = [only("acceptance rate", spec.acceptance_rate, "{:.1%}")]
     for start in range(0, len(rates), 4):
         shown = rates[start : start + 4]
         places = f"{start + 1}-{start + len(shown)}" if len(shown) > 1 else f"{start + 1}"
         rows.append((f"  at {'level' if tree else 'position'} {places}", "", " ".join(shown), ""))
-    if len(spec["sources"]) > 1:
-        rows += [(f"  by {source_of(name).label}", "", _kept(counts), "") for name, counts in spec["sources"].items()]
-    rows.append(only("mean acceptance length", "mean_acceptance_length", "{:.2f} tokens"))
+    if len(spec.sources) > 1:
+        rows += [(f"  by {source_of(name).label}", "", _kept(counts), "") for name, counts in spec.sources.items()]
+    rows.append(only("mean acceptance length", spec.mean_acceptance_length, "{:.2f} tokens"))
     if settings["exit_layer"]:
         rows.append(("early exit after layer", "", str(settings["exit_layer"]), ""))
-    if tree or results["controller"]:
-        rows.append(only("mean draft length", "mean_draft_length", "{:.2f} levels" if tree else "{:.2f} tokens"))
-    rows.append(only("tree tokens per round", "tree_tokens_per_round", "{:.2f}"))
-    if results["controller"]:  # how often nothing was drafted, from where on that would have paid
-        rows.append(("plain rounds", "", f"{spec['plain_rounds']} of {spec['rounds']}", ""))
-        break_even = results["controller"]["break_even"]
-        rows.append(("break-even acceptance", "", "" if break_even is None else f"{break_even:.1%}", ""))
+    if tree or results.controller:
+        rows.append(only("mean draft length", spec.mean_draft_length, "{:.2f} levels" if tree else "{:.2f} tokens"))
+    rows.append(only("tree tokens per round", spec.tree_tokens_per_round, "{:.2f}"))
+    if results.controller:  # how often nothing was drafted, from where on that would have paid
+        rows.append(("plain rounds", "", f"{spec.plain_rounds} of {spec.rounds}", ""))
+        rows.append(only("break-even acceptance", results.controller.break_even, "{:.1%}"))
     return [
         *rows,
-        only("draft per round", "draft_ms", "{:.2f} ms"),
-        only("verify per round", "verify_ms", "{:.2f} ms"),
-        only("draft + verify per round", "fused_ms", "{:.2f} ms (one program)"),
-        only("host per round", "host_ms", f"{{:.3f}} ms ({spec['host_share'] or 0:.1%})"),
+        only("draft per round", spec.draft_ms, "{:.2f} ms"),
+        only("verify per round", spec.verify_ms, "{:.2f} ms"),
+        only("draft + verify per round", spec.fused_ms, "{:.2f} ms (one program)"),
+        only("host per round", spec.host_ms, f"{{:.3f}} ms ({spec.host_share or 0:.1%})"),
     ]
 
 
-def _kept(counts: Results) -> str:
-    return f"{counts['accepted'] / counts['drafted']:.1%} in {counts['rounds']} rounds"
+def _kept(counts: SourceCounts) -> str:
+    return f"{counts.accepted / counts.drafted:.1%} in {counts.rounds} rounds"
 
 
-def _cost_rows(results: Results) -> list[Cells]:
-    target, draft = results["memory"]["target"], results["memory"]["draft"]
-    several_chips = target.get("chips", 1) > 1
+def _cost_rows(results: RunResults) -> list[Cells]:
+    target, draft = results.memory.target, results.memory.draft
 
-    def memory(label: str, key: str) -> Cells:
-        alone = size(target[key])
-        both = alone + (f" + {size(draft[key])}" if draft else "") if results["speculative"] else ""
-        return label, alone if results["baseline"] else "", both, ""
+    def memory(label: str, value: Callable[[ModelMemory], int]) -> Cells:
+        alone = size(value(target))
+        both = alone + (f" + {size(value(draft))}" if draft else "") if results.speculative else ""
+        return label, alone if results.baseline else "", both, ""
 
-    rows = [_both(results, "load time", "load_s", "{:.2f} s")]
-    for label, key in (("weights", "weight_bytes"), ("KV cache", "kv_cache_bytes")):
-        rows.append(memory(label, key))
-        if several_chips:
-            rows.append(memory("  per chip", f"{key}_per_chip"))
-    return rows
+    load = _both(results, "load time", lambda path: path.load_s, "{:.2f} s")
+    weights = memory("weights", lambda model: model.weight_bytes)
+    cache = memory("KV cache", lambda model: model.kv_cache_bytes)
+    if not isinstance(target, BoardModelMemory) or target.chips == 1:
+        return [load, weights, cache]
+    weights_per_chip = memory("  per chip", lambda model: model.weight_bytes_per_chip)
+    cache_per_chip = memory("  per chip", lambda model: model.kv_cache_bytes_per_chip)
+    return [load, weights, weights_per_chip, cache, cache_per_chip]
 
 
-def closing_lines(results: Results) -> list[tuple[str, str]]:
+def closing_lines(results: RunResults) -> list[tuple[str, str]]:
     """What stands under the table (speed-up, identity, memory, time, or why there is none), each with its style."""
     lines = []
-    if results["speedup"] is not None:
-        line = f"speed-up: {results['speedup']:.2f}x"
-        if results["speedup_median"] is not None:
-            line += f" (median over prompts {results['speedup_median']:.2f}x)"
-        lines.append((line, "bold green" if results["speedup"] >= 1 else "bold yellow"))
-    if results["prompts"] and results["baseline"] and results["speculative"]:
-        lines.append(("outputs identical: " + _identity(results), "yellow" * (results["outputs_identical"] is False)))
-        if results["outputs_identical"] is False and (reason := _why_other_text(results["settings"])):
+    if results.speedup is not None:
+        line = f"speed-up: {results.speedup:.2f}x"
+        if results.speedup_median is not None:
+            line += f" (median over prompts {results.speedup_median:.2f}x)"
+        lines.append((line, "bold green" if results.speedup >= 1 else "bold yellow"))
+    if results.prompts and results.baseline and results.speculative:
+        lines.append(("outputs identical: " + _identity(results), "yellow" * (results.outputs_identical is False)))
+        if results.outputs_identical is False and (reason := _why_other_text(results.settings)):
             lines.append((reason, "yellow"))
-    memory = results["memory"]
-    peak = f"peak memory: {size(memory['peak_process_bytes'])} of the process"
-    if memory["peak_cuda_bytes"]:
-        peak += f", {size(memory['peak_cuda_bytes'])} on the GPU"
+    memory = results.memory
+    peak = f"peak memory: {size(memory.peak_process_bytes)} of the process"
+    if memory.peak_cuda_bytes:
+        peak += f", {size(memory.peak_cuda_bytes)} on the GPU"
     lines.append((peak, ""))
-    if results["total_s"] is not None:
-        compiling = results["warm_up_s"]
+    if results.total_s is not None:
+        compiling = results.warm_up_s
         included = "loading" + ("" if compiling is None else f", compiling ({compiling:.1f} s)") + " and warm-up"
-        lines.append((f"total time: {results['total_s']:.1f} s, {included} included", ""))
-    if results["machine"]["mock"]:
+        lines.append((f"total time: {results.total_s:.1f} s, {included} included", ""))
+    if results.machine["mock"]:
         lines.append((MOCK, "bold yellow"))
     return lines
 
 
-def _identity(results: Results) -> str:
-    count = len(results["prompts"])
-    if results["outputs_identical"] is None:
+def _identity(results: RunResults) -> str:
+    count = len(results.prompts)
+    if results.outputs_identical is None:
         return "n/a (sampling)"
-    if results["outputs_identical"]:
+    if results.outputs_identical:
         return f"yes ({count} of {count} prompts)"
-    where = results["divergence"]
+    where = results.divergence
     return (
-        f"no ({results['identical_prompts']} of {count} prompts; first divergence: prompt {where['prompt']}, "
-        f"token {where['token']}, top-2 margin {where['top2_margin']:.3g})"
+        f"no ({results.identical_prompts} of {count} prompts; first divergence: prompt {where.prompt}, "
+        f"token {where.token}, top-2 margin {where.top2_margin:.3g})"
     )
 
 
-def _why_other_text(settings: Results) -> str:
+def _why_other_text(settings: dict[str, Any]) -> str:
     """What makes a row's bits depend on its neighbours, so that near-ties fall the other way; "" where nothing does."""
     dtype = settings.get("dtype", "fp32")
     if dtype == "fp32":

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, driven over the WebDriver protocol (W3C) by its own chromedriver.
+"""A headless Chromium for tests of pages, driven by selenium with the installed chromedriver; nothing is downloaded.
 
 It starts with an empty profile and asks for nothing but what a page makes it ask for; `Browser.requests` lists that.
 """
@@ -6,28 +6,18 @@ It starts with an empty profile and asks for nothing but what a page makes it as
 import base64
 import json
 import os
-import queue
-import re
 import shutil
-import subprocess
 import tempfile
-import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 )
-KEYS = {"Right": "\ue014", "Left": "\ue012", "Home": "\ue011", "End": "\ue010", "Tab": "\ue004", "Enter": "\ue007"}
-KEYS |= {"Down": "\ue015", "Up": "\ue013"}
-START_S = 60  # a cold start on a busy machine
-ANSWER_S = 60
 
 _CONTRASTS = """
 const channel = (c) => ((c /= 255), c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
@@ -58,9 +48,13 @@ def start_browser() -> "Browser":
     """A new browser, to be closed. Skips the test where there is none, or fails it if REQUIRE_BROWSER is 1."""
     names = (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",))
     programs = [next(filter(None, map(shutil.which, each)), None) for each in names]
-    if None in programs:
-        missing = " and ".join(each[0] for each, found in zip(names, programs, strict=True) if found is None)
-        reason = f"no {missing} found (Debian: apt-get install chromium chromium-driver)"
+    missing = [each[0] for each, found in zip(names, programs, strict=True) if found is None]
+    try:
+        import selenium  # noqa: F401
+    except ImportError:
+        missing.append("selenium")
+    if missing:
+        reason = f"no {' and '.join(missing)} found (Debian: apt-get install chromium chromium-driver; pip: selenium)"
         if os.environ.get("REQUIRE_BROWSER") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
@@ -68,48 +62,45 @@ def start_browser() -> "Browser":
 
 
 class Browser:
-    """One window. Methods raise RuntimeError with the driver's own words if it refuses."""
+    """One window. Methods raise selenium's WebDriverException, with the driver's own words, if it refuses."""
 
     def __init__(self, chromium: str, chromedriver: str) -> None:
+        from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+
         self._profile = tempfile.mkdtemp(prefix="browser-")
-        self._driver = subprocess.Popen([chromedriver, "--port=0"], stdout=subprocess.PIPE, text=True)
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        options = ChromeOptions()
+        options.binary_location = chromium
+        for flag in (*FLAGS, f"--user-data-dir={self._profile}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self._requests: list[str] = []
-        self._session = ""
         try:
-            self._base = f"http://127.0.0.1:{self._port()}/session"
-            options = {"binary": chromium, "args": [*FLAGS, f"--user-data-dir={self._profile}"]}
-            wanted = {
-                "goog:chromeOptions": options,
-                "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
-            }
-            answer = self._call("POST", "", {"capabilities": {"alwaysMatch": wanted}})
-            self._session = "/" + answer["sessionId"]
+            # Both programs are named, so that selenium looks for none, let alone fetches one. The driver is on this
+            # machine, where no proxy has to be asked.
+            with mock.patch.dict(os.environ, {"no_proxy": "localhost", "SE_OFFLINE": "true"}):
+                self._driver = Chrome(options=options, service=ChromeService(executable_path=chromedriver))
         except BaseException:
-            self.close()
+            shutil.rmtree(self._profile, ignore_errors=True)
             raise
 
     def close(self) -> None:
         """End the browser and leave nothing behind."""
         try:
-            if self._session:
-                self._call("DELETE", "")
+            self._driver.quit()
         finally:
-            self._driver.terminate()
-            self._driver.wait(ANSWER_S)
-            self._driver.stdout.close()
             shutil.rmtree(self._profile, ignore_errors=True)
 
     # -------------------------------------------------------------------------------------------------- looking
     def open(self, path: Path) -> None:
         """Load a file; what was noted of the page before is forgotten."""
+        self._driver.get("about:blank")  # ends the page before, Chromium's own start page included
         self.console(), self.requests()
         self._requests.clear()
-        self._call("POST", "/url", {"url": path.resolve().as_uri()})
+        self._driver.get(path.resolve().as_uri())
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What the body of a function returns in the page; ``arguments`` are its own."""
-        return self._call("POST", "/execute/sync", {"script": script, "args": arguments})
+        return self._driver.execute_script(script, *arguments)
 
     def texts(self, selector: str) -> list[str]:
         """What a reader sees in each matching element, top to bottom; hidden ones have no text."""
@@ -123,11 +114,11 @@ class Browser:
 
     def console(self) -> list[str]:
         """What the page has complained about since this was last asked."""
-        return [f"{entry['level']} {entry['message']}" for entry in self._log("browser")]
+        return [f"{entry['level']} {entry['message']}" for entry in self._driver.get_log("browser")]
 
     def requests(self) -> list[str]:
         """The addresses asked for since the page was opened, its own included."""
-        for entry in self._log("performance"):
+        for entry in self._driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 self._requests.append(message["params"]["request"]["url"])
@@ -148,14 +139,14 @@ class Browser:
 
     # ---------------------------------------------------------------------------------------------------- acting
     def press(self, *names: str) -> None:
-        """Press keys (see KEYS) one after the other, in whatever has the focus."""
-        keys = [{"type": kind, "value": KEYS[name]} for name in names for kind in ("keyDown", "keyUp")]
-        self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": keys}]})
+        """Press keys, named as in selenium's Keys ("TAB"), one after the other, in whatever has the focus."""
+        from selenium.webdriver import ActionChains, Keys
+
+        ActionChains(self._driver).send_keys(*(getattr(Keys, name) for name in names)).perform()
 
     def click(self, selector: str) -> None:
         """A real click in the middle of the first matching element."""
-        found = self._call("POST", "/element", {"using": "css selector", "value": selector})
-        self._call("POST", f"/element/{next(iter(found.values()))}/click", {})
+        self._driver.find_element("css selector", selector).click()
 
     def resize(self, width: int, height: int = 900, *, phone: bool = False) -> None:
         """The size of the window in CSS pixels; a phone's viewport follows the page's own wish."""
@@ -169,40 +160,4 @@ class Browser:
 
     def devtools(self, command: str, **parameters: Any) -> Any:
         """A command of the DevTools protocol."""
-        return self._call("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
-
-    # ---------------------------------------------------------------------------------------------------- driver
-    def _port(self) -> str:
-        """The port that the driver says it listens on. Its output is read to the end, so that it never blocks."""
-        lines: queue.Queue[str] = queue.Queue()
-
-        def read() -> None:
-            for line in self._driver.stdout:
-                lines.put(line)
-            lines.put("")
-
-        threading.Thread(target=read, daemon=True).start()
-        end = time.monotonic() + START_S
-        said = ""
-        while line := lines.get(timeout=max(end - time.monotonic(), 0.001)):
-            said += line
-            if match := re.search(r"started successfully on port (\d+)", line):
-                return match[1]
-        raise RuntimeError(f"chromedriver does not start: {said}")
-
-    def _log(self, kind: str) -> list[dict]:
-        return self._call("POST", "/se/log", {"type": kind})
-
-    def _call(self, method: str, path: str, body: dict | None = None) -> Any:
-        request = urllib.request.Request(
-            self._base + self._session + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-            method=method,
-        )
-        try:
-            with self._open(request, timeout=ANSWER_S) as answer:
-                return json.load(answer)["value"]
-        except urllib.error.HTTPError as error:
-            told = json.load(error)["value"]
-            raise RuntimeError(f"{method} {path}: {told['error']}: {told['message']}") from None
+        return self._driver.execute_cdp_cmd(command, parameters)

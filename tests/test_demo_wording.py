@@ -6,23 +6,27 @@ from types import SimpleNamespace
 
 import pytest
 
-from demo.explain import explain_slowdown
-from demo.report import _without_times
+import demo.explain
+import demo.wording
+from demo.results import RunResults, without_times
 from demo.runs import Run
 from demo.settings import parse_settings
-from demo.wording import MOCK, closing_lines, drafter_name, pace, run_settings, summary_sections
+from demo.wording import MOCK, drafter_name, pace, run_settings
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats, Round
 
 
 def example(speedup=0.8, verification="batched", draft_ms=4.0):
-    """Results of an imaginary run: plain steps of 10 ms, rounds of draft_ms + 12 + 0.5 ms with two draft tokens."""
+    """The file of an imaginary run: plain steps of 10 ms, rounds of draft_ms + 12 + 0.5 ms with two draft tokens."""
+    tokens = {"tokens": 60, "decode_tokens": 59}
+    prompt = {"prompt": "def", "prompt_tokens": 1, "prompt_ids": [4], "identical": None, "speedup": None}
+    prompt |= {"baseline": None, "speculative": None}
     return {
-        "baseline": {"ttft_ms": 5.0, "tok_s_user": 100.0, "tokens": 60, "decode_s": 0.59, "load_s": 1.0},
+        "baseline": {"ttft_ms": 5.0, "tok_s_user": 100.0, **tokens, "decode_s": 0.59, "load_s": 1.0},
         "speculative": {
             "ttft_ms": 5.1,
             "tok_s_user": 100 * speedup,
-            "tokens": 60,
+            **tokens,
             "decode_s": 0.7,
             "load_s": 1.5,
             "rounds": 40,
@@ -46,7 +50,8 @@ def example(speedup=0.8, verification="batched", draft_ms=4.0):
         "ttft_ratio": 1.02,
         "outputs_identical": False,
         "identical_prompts": 1,
-        "divergence": {"prompt": 2, "token": 7, "top2_margin": 0.0123},
+        "divergence": {"prompt": 2, "token": 7, "baseline_id": 5, "speculative_id": 6, "top2_margin": 0.0123},
+        "interrupted": False,
         "memory": {
             "target": {"weight_bytes": 2_000_000_000, "kv_cache_bytes": 3_000_000},
             "draft": {"weight_bytes": 1_000_000, "kv_cache_bytes": 500_000},
@@ -70,8 +75,30 @@ def example(speedup=0.8, verification="batched", draft_ms=4.0):
         },
         "controller": None,
         "early_exit": None,
-        "prompts": [{}, {}],
+        "date": "2026-11-26T12:32:53+00:00",
+        "versions": {},
+        "command": ["demo/simple_text_demo.py"],
+        "prompts": [prompt | {"number": number} for number in (1, 2)],
+        "partial": [],
     }
+
+
+def explain_slowdown(results):
+    return demo.explain.explain_slowdown(RunResults.from_dict(results))
+
+
+def summary_sections(results):
+    return demo.wording.summary_sections(RunResults.from_dict(results))
+
+
+def closing_lines(results):
+    return demo.wording.closing_lines(RunResults.from_dict(results))
+
+
+def controller(break_even):
+    """Of automatic lengths, with what they cost left out."""
+    costs = {name: {} for name in ("verify_ms", "draft_ms", "draft_step_ms", "prefill_token_ms")}
+    return {"chosen": [], "lengths": [0, 1, 2], **costs, "break_even": break_even, "acceptance": {}, "trust": {}}
 
 
 def test_a_slower_run_is_explained_with_its_break_even():
@@ -98,7 +125,7 @@ def auto_example(**options):
     results = example(**options)
     results["settings"]["num_draft_tokens"] = "auto"
     results["speculative"] |= {"mean_draft_length": 2.5, "plain_rounds": 10}
-    results["controller"] = {"break_even": 0.25}
+    results["controller"] = controller(0.25)
     return results
 
 
@@ -150,7 +177,8 @@ def early_exit_example(speed_up=0.9, **options):
     results = lookup_example(**options)
     results["settings"] |= {"drafter": "early-exit", "exit_layer": 3}
     results["speculative"] |= {"draft_ms": options.get("draft_ms", 4.0)}
-    results["early_exit"] = speed_up and {"exit_layer": 3, "draft_length": 2, "speed_up": speed_up}
+    measured = {"measured_tokens": 100, "candidates": []}
+    results["early_exit"] = speed_up and {"exit_layer": 3, "draft_length": 2, "speed_up": speed_up, **measured}
     return results
 
 
@@ -330,7 +358,7 @@ def test_a_fused_round_is_explained_as_a_whole():
     assert "would give" not in lines[2]  # what one draft token costs in it is not known, so nothing is predicted
     assert "--num-draft-tokens auto" in lines[2]
     automatic = fused_example()
-    automatic["controller"] = {"break_even": None}
+    automatic["controller"] = controller(None)
     assert "already chosen" in explain_slowdown(automatic)[2]
 
 
@@ -344,14 +372,14 @@ def test_a_fused_round_has_one_time():
 
 
 def test_without_times_a_table_has_no_rows_for_them():
-    results = _without_times(example()) | {"machine": {"mock": True}}
-    text = " ".join(cell for rows in summary_sections(results) for row in rows for cell in row)
+    results = without_times(RunResults.from_dict(example() | {"machine": {"mock": True}}))
+    text = " ".join(cell for rows in demo.wording.summary_sections(results) for row in rows for cell in row)
     assert not re.search(r"\bm?s\b|tokens/s|time|\dx", text), text
     assert "1.60 tokens" in text and "2.00 GB" in text
-    lines = [line for line, _ in closing_lines(results)]
+    lines = [line for line, _ in demo.wording.closing_lines(results)]
     assert lines[-1] == MOCK
     assert not any("time:" in line or "speed-up" in line for line in lines)
-    assert explain_slowdown(results) == []
+    assert demo.explain.explain_slowdown(results) == []
     assert MOCK not in [line for line, _ in closing_lines(example())]
 
 
@@ -402,7 +430,8 @@ def test_a_table_fits_80_columns_and_is_not_cut():
     combined["speculative"]["sources"]["lookup-short"] = {"rounds": 8888, "drafted": 20, "accepted": 15}
     for results in (example(), fused_example(), combined, tree_example()):
         out = io.StringIO()
-        QuietView(Console(file=out, force_terminal=True, no_color=True, width=80), None).summary(results)
+        view = QuietView(Console(file=out, force_terminal=True, no_color=True, width=80), None)
+        view.summary(RunResults.from_dict(results))
         text = out.getvalue()
         assert "…" not in text
         assert "2.00 GB + 1.0 MB" in text and "1.60 tokens" in text and "0.100 ms (0.6%)" in text

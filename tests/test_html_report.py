@@ -402,21 +402,21 @@ def test_the_slider_and_buttons_work_from_the_keyboard(browser, embedded):
     browser.open(embedded[0])
     last = browser.text("#status")
     browser.run("document.getElementById('text').focus()")
-    browser.press("Tab", "Tab", "Home")  # over the button for the previous round to the slider
+    browser.press("TAB", "TAB", "HOME")  # over the button for the previous round to the slider
     assert browser.run("return document.activeElement.id") == "round"
     assert browser.text("#status").startswith("Prefill") and shown(browser) == [1, 1]
     assert "ms" in browser.text("#times")
-    browser.press("Right", "Right")
+    browser.press("RIGHT", "RIGHT")
     assert browser.text("#status").startswith("Round 2 of ")
     assert browser.run("return document.getElementById('round').getAttribute('aria-valuetext')") == browser.text(
         "#status"
     )
-    browser.press("Tab", "Enter")  # the button for the next round
+    browser.press("TAB", "ENTER")  # the button for the next round
     assert browser.text("#status").startswith("Round 3 of ")
     browser.click("#previous")
     assert browser.text("#status").startswith("Round 2 of ")
     browser.run("document.getElementById('round').focus()")
-    browser.press("End")
+    browser.press("END")
     assert browser.text("#status") == last
     assert browser.run("return document.getElementById('next').disabled") is True
 
@@ -433,7 +433,7 @@ def test_the_chosen_round_is_in_sight_in_a_long_text(browser, run, tmp_path):
     browser.open(tmp_path / "out.html")
     browser.run("document.getElementById('text').scrollTop = 0")
     browser.run("document.getElementById('round').focus()")
-    browser.press("Home")
+    browser.press("HOME")
     inside = browser.run(
         "const [box, token] = ['#text', '#text .now'].map((s) => document.querySelector(s).getBoundingClientRect());"
         "return box.top <= token.top && token.bottom <= box.bottom"
@@ -445,7 +445,7 @@ def test_another_prompt_is_chosen_from_the_keyboard(browser, embedded):
     page, results = embedded
     browser.open(page)
     browser.run("document.getElementById('prompt').focus()")
-    browser.press("Down")
+    browser.press("DOWN")
     assert "longest_common_prefix" in browser.text("#text .prompt")
     said = browser.run("getSelection().selectAllChildren(document.getElementById('text')); return '' + getSelection()")
     row = results["prompts"][1]
