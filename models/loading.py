@@ -16,7 +16,7 @@ from models.errors import OptionError, UserError
 from models.fetch import PACKAGED, fetched
 from models.llama.checkpoint import Checkpoint
 from models.llama.config import LlamaConfig, check_exit_layer
-from models.llama.gguf_checkpoint import GgufCheckpoint, gguf_file
+from models.llama.gguf_checkpoint import AnyCheckpoint, GgufCheckpoint, gguf_file
 from models.llama.tokenizer import LlamaTokenizer, check_pair
 from models.options import (
     EMBEDDED_DRAFT,
@@ -40,7 +40,7 @@ class OpenedModel:
     """A checked checkpoint whose weights are not read yet. ``tokenizer`` is None when the directory has none."""
 
     source: str
-    checkpoint: Checkpoint | GgufCheckpoint
+    checkpoint: AnyCheckpoint
     tokenizer: LlamaTokenizer | None
     seconds: float
 

@@ -13,6 +13,21 @@ DTYPES = ("bfloat16", "float16", "float32")
 # What no file may leave out: a wrong guess here would be a different model.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
+# Far above every published model, and below what Python or torch would try to allocate for long.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**30,
+    "original_max_position_embeddings": 2**30,
+}
+# Arithmetic on these is float32: its squares and inverses must be finite and not 0.
+_SMALLEST_NUMBER, _LARGEST_NUMBER = 1e-30, 1e30
+
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -20,12 +35,27 @@ def _is_int(value: Any) -> bool:
 
 def _require_count(name: str, value: Any) -> None:
     if not _is_int(value) or value < 1:
-        raise UserError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        raise UserError(f"{name} is {_shown(value)}: it must be a whole number of at least 1")
+    largest = _LARGEST[name.removeprefix("rope ")]
+    if value > largest:
+        raise UserError(f"{name} is {_shown(value)}: no Llama has more than {largest}, is config.json damaged?")
 
 
 def _require_number(name: str, value: Any) -> None:
-    if not (_is_int(value) or isinstance(value, float)) or not (0 < value < math.inf):
-        raise UserError(f"{name} is {value!r}: it must be a number above 0")
+    if not (_is_int(value) or isinstance(value, float)) or not value > 0:
+        raise UserError(f"{name} is {_shown(value)}: it must be a number above 0")
+    if not _SMALLEST_NUMBER <= value <= _LARGEST_NUMBER:
+        raise UserError(
+            f"{name} is {_shown(value)}: it must be between {_SMALLEST_NUMBER:g} and {_LARGEST_NUMBER:g}, "
+            "is config.json damaged?"
+        )
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: a number with too many digits to read by its magnitude."""
+    if not _is_int(value) or abs(value) < 10**20:
+        return repr(value)
+    return f"{'-' if value < 0 else ''}about 10^{math.floor(math.log10(abs(value)))}"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import numpy
 import torch
 
 from models.errors import UserError
+from models.llama.checkpoint import Checkpoint
 from models.llama.config import LlamaConfig, RopeScaling
 from models.llama.rope import inverse_frequencies
 
@@ -129,6 +130,9 @@ class GgufCheckpoint(Mapping[str, torch.Tensor]):
             middle = entry["start"] + max(0, entry["bytes"] // 2 - 2048)
             digest.update(self._data[middle : min(middle + 4096, entry["start"] + entry["bytes"])].tobytes())
         return digest.hexdigest()[:16]
+
+
+AnyCheckpoint = Checkpoint | GgufCheckpoint
 
 
 def gguf_file(source: str) -> Path | None:
@@ -323,7 +327,7 @@ def _tokenizer(file: Path, fields: Mapping[str, Any]) -> tuple[Any, dict[str, An
     tokenizer = Tokenizer(bpe)
     split = pre_tokenizers.Split
     if pre.startswith("llama"):
-        steps = [split(_regex(_LLAMA3), "isolated")]
+        steps: list[Any] = [split(_regex(_LLAMA3), "isolated")]
     elif pre == "smollm":
         steps = [pre_tokenizers.Digits(individual_digits=True), split(_regex(_GPT2), "isolated")]
     else:

@@ -91,7 +91,7 @@ class LlamaTokenizer:
         Special tokens that the text spells out ("<|eot_id|>") become those tokens.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if not self.begins_with_bos:
+        if not self.begins_with_bos or self.bos_id is None:
             return ids
         start = next((i for i, id in enumerate(ids) if id != self.bos_id), len(ids))
         return [self.bos_id, *ids[start:]]

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import time
+import tracemalloc
 
 import pytest
 import torch
@@ -205,6 +207,85 @@ def test_what_is_no_llama_is_refused_in_one_line(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         LlamaConfig.from_dict({**TRANSFORMERS_4, **changes})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps"])
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        (0, "0"),
+        (0.0, "0.0"),
+        (-0.0, "-0.0"),
+        (-10000.0, "-10000.0"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (-float("inf"), "-inf"),
+        (1e300, r"1e\+300"),
+        (1e-300, "1e-300"),
+        (10**400, r"about 10\^400"),
+        (-(10**400), r"-about 10\^400"),
+        (True, "True"),
+        (None, "None"),
+        ("1e-5", "'1e-5'"),
+    ],
+)
+def test_numbers_that_float32_cannot_use_are_refused_in_one_line(name, value, shown):
+    with pytest.raises(UserError, match=f"^{name} is {shown}: it must be") as caught:
+        LlamaConfig.from_dict({**TRANSFORMERS_4, name: value})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 120
+
+
+@pytest.mark.parametrize("style", ["rope_scaling", "rope_parameters"])
+def test_numbers_inside_the_rope_parameters_are_checked_too(style):
+    values = {key: value for key, value in TRANSFORMERS_4.items() if key not in ("rope_theta", "rope_scaling")}
+    for changes, message in [
+        ({"rope_theta": 0}, "rope_theta is 0:"),
+        ({"rope_theta": 10**400}, "rope_theta is about"),
+        ({"rope_theta": 1e4, "factor": 10**400}, "rope factor is about"),
+        ({"rope_theta": 1e4, "factor": float("nan")}, "rope factor is nan"),
+        ({"rope_theta": 1e4, "original_max_position_embeddings": 10**12}, "no Llama has more than"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            LlamaConfig.from_dict({**values, style: {**TRANSFORMERS_4["rope_scaling"], **changes}})
+
+
+@pytest.mark.parametrize("written", ["1e400", "-1e400", "NaN", "Infinity", "1" + "0" * 400, "1" + "0" * 5000])
+@pytest.mark.parametrize("name", ["rope_theta", "num_hidden_layers"])
+def test_absurd_numbers_as_a_file_spells_them_are_refused(tmp_path, name, written):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**TRANSFORMERS_4, name: "@"}).replace('"@"', written))
+    with pytest.raises(UserError) as caught:
+        LlamaConfig.from_json(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 300
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value, shown", [(10**10, "10000000000"), (10**400, r"about 10\^400")])
+def test_absurd_sizes_are_refused_at_once(name, value, shown):
+    tracemalloc.start()
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=rf"^{name} is {shown}: no Llama has more than \d+"):
+        LlamaConfig.from_dict({**TRANSFORMERS_4, name: value})
+    seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 1 and peak < 2**20
+
+
+def test_a_billion_layers_are_refused():
+    with pytest.raises(UserError, match="num_hidden_layers is 1000000000: no Llama has more than 4096"):
+        tiny_config(num_hidden_layers=10**9)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from models.torch_llama.first_layers import FirstLayers, chained_greedy
 from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, packing_works
 
 if TYPE_CHECKING:
-    from models.llama.checkpoint import Checkpoint
+    from models.llama.gguf_checkpoint import AnyCheckpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 KV_BLOCK = 128
@@ -132,7 +132,7 @@ class TorchLlama(SlotBySlot):
         self._views: dict[int, TorchLlama] = {0: self}  # by slot, made when they are first asked for
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, **options) -> TorchLlama:
+    def from_checkpoint(cls, checkpoint: AnyCheckpoint, **options) -> TorchLlama:
         """The model of an opened checkpoint; options as for the constructor."""
         return cls(checkpoint.config, checkpoint, **options)
 

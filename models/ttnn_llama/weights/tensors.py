@@ -26,7 +26,7 @@ from models.ttnn_llama.weights.weight_cache import WeightCache
 if TYPE_CHECKING:
     import ttnn
 
-    from models.llama.checkpoint import Checkpoint
+    from models.llama.gguf_checkpoint import AnyCheckpoint
 
 # A wider piece of the head would not fit the matmul's buffers into L1.
 HEAD_TILES = 512
@@ -213,7 +213,7 @@ class CheckpointSource:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         mesh_device: ttnn.MeshDevice,
         precision: Precision,
         cache_dir: Path | None = None,
