@@ -122,9 +122,9 @@ class EngineOptions:
             asked = longest if self.tree_nodes is None else self.tree_nodes
             row_invariant = self.device != "tt" and dtype != "fp32" and asked < FREE_ROWS
         precision = self.precision or PRECISION
-        given = ResolvedOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}
         return dataclasses.replace(
-            given,
+            ResolvedOptions(**given),
             dtype=dtype,
             draft_dtype=self.draft_dtype or dtype,
             row_invariant=row_invariant,

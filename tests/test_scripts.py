@@ -286,12 +286,12 @@ def test_callers_python_path_does_not_reach_the_environment(machine):
 # ---- .ci/run ----
 
 
-def test_ci_lints_then_runs_the_test_script(machine):
+def test_ci_lints_and_checks_types_then_runs_the_test_script(machine):
     machine.python("python3.12", "3.12.1", ttnn="yes")
     result = machine.run(machine.clone / ".ci/run")
     assert result.returncode == 0, result.stderr
     ran = f"ran in {machine.clone}:\n<-m>\n"
-    lint = f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n"
+    lint = f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<mypy>\n"
     others = [
         f"ttnn tests, board {board}\n{ran}<pytest>\n<models/tests/ttnn>\n<--board>\n<{board}>\n"
         for board in ("N300", "T3K", "P150")
