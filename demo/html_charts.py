@@ -1,10 +1,10 @@
-"""The charts of a page as inline SVG, coloured by the page's style sheet. Every value stands beside its bar as text."""
+"""The charts of a page as shapes of inline SVG, coloured by the page's style sheet; html/charts.j2 writes them.
+
+Every value stands beside its bar as text.
+"""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import NamedTuple
-
-from demo.html_page import Markup
 
 WIDTH = 300  # of a chart that fits a phone; on a wide screen three stand side by side
 WIDE = 720
@@ -26,7 +26,34 @@ class Limit(NamedTuple):
     text: str
 
 
-def bar_chart(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, limit: Limit | None = None) -> Markup:
+class Shape(NamedTuple):
+    """An element of SVG."""
+
+    tag: str
+    attributes: Mapping[str, str]
+    text: str = ""
+
+
+class Chart(NamedTuple):
+    """Shapes in drawing order, on width x height. title says in words what they show."""
+
+    width: float
+    height: float
+    title: str
+    shapes: Sequence[Shape]
+
+
+class ChartFigure(NamedTuple):
+    """A chart with its title above it and, below, what its kinds of bars mean and sentences."""
+
+    title: str
+    chart: Chart
+    key: Mapping[str, str] = {}
+    notes: Sequence[str] = ()
+    wide: bool = False
+
+
+def bar_chart(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, limit: Limit | None = None) -> Chart:
     """Horizontal bars from 0, in labelled groups."""
     left = 8 + LETTER * max(len(label) for label, _ in groups)
     right = 8 + LETTER * max(len(bar.text) for _, bars in groups for bar in bars)
@@ -38,20 +65,19 @@ def bar_chart(groups: Sequence[tuple[str, Sequence[Bar]]], title: str, limit: Li
         texts.append(_text(left - 8, y + 7.5 * len(bars) + 4, label, anchor="end"))
         for bar in bars:
             width = bar.value * scale
-            drawn.append(f'<rect class="{bar.kind}" x="{left:.1f}" y="{y + 1:.1f}" width="{width:.1f}" height="13"/>')
+            drawn.append(_rect(bar.kind, left, y + 1, width, 13))
             texts.append(_text(left + width + 5, y + 12, bar.text))
             y += 15
         y += 7
-    vertical = f'y1="{top - 2:.0f}" y2="{y - 4:.0f}"'
-    drawn.append(f'<line class="axis" x1="{left:.1f}" x2="{left:.1f}" {vertical}/>')
+    drawn.append(_line("axis", left, left, top - 2, y - 4))
     if limit:
         x, room = left + limit.value * scale, LETTER * len(limit.text) / 2
-        drawn += [f'<line class="{name}" x1="{x:.1f}" x2="{x:.1f}" {vertical}/>' for name in ("halo", "limit")]
+        drawn += [_line(name, x, x, top - 2, y - 4) for name in ("halo", "limit")]
         texts.append(_text(min(max(x, room), WIDTH - room), 12, limit.text, anchor="middle"))
-    return _svg(WIDTH, y, title, drawn + texts)
+    return Chart(WIDTH, y, title, drawn + texts)
 
 
-def stacked_chart(rows: Sequence[tuple[str, Sequence[Bar]]], title: str) -> Markup:
+def stacked_chart(rows: Sequence[tuple[str, Sequence[Bar]]], title: str) -> Chart:
     """One bar per row, made of parts one after the other; the row's label stands above it."""
     largest = max(sum(part.value for part in parts) for _, parts in rows) or 1
     scale = (WIDTH - 2) / largest
@@ -61,13 +87,13 @@ def stacked_chart(rows: Sequence[tuple[str, Sequence[Bar]]], title: str) -> Mark
         x = 1.0
         for part in parts:
             width = part.value * scale
-            drawn.append(f'<rect class="{part.kind}" x="{x:.1f}" y="{y + 20:.0f}" width="{width:.1f}" height="18"/>')
+            drawn.append(_rect(part.kind, x, y + 20, width, 18))
             x += width
         y += 50
-    return _svg(WIDTH, y - 8, title, drawn)
+    return Chart(WIDTH, y - 8, title, drawn)
 
 
-def rounds_chart(texts: Sequence[Sequence[tuple[int, int]]], longest: int, title: str) -> Markup:
+def rounds_chart(texts: Sequence[Sequence[tuple[int, int]]], longest: int, title: str) -> Chart:
     """Of each round of each text, in order: how many tokens were drafted (outline) and accepted (filled)."""
     left, top, height = 26.0, 6.0, 120.0
     count = sum(map(len, texts)) or 1
@@ -75,7 +101,7 @@ def rounds_chart(texts: Sequence[Sequence[tuple[int, int]]], longest: int, title
     parts = []
     for k in range(longest + 1):
         y = top + height - k * unit
-        parts.append(f'<line class="axis" x1="{left:.0f}" x2="{WIDE - 4}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_line("axis", left, WIDE - 4, y, y))
         if k % max(1, -(-longest // 8)) == 0:
             parts.append(_text(left - 6, y + 4, str(k), anchor="end"))
     rounds = [each for text in texts for each in text]
@@ -83,44 +109,26 @@ def rounds_chart(texts: Sequence[Sequence[tuple[int, int]]], longest: int, title
         path = f"M{left:.1f} {top + height:.1f}"
         for i, each in enumerate(rounds):
             path += f"V{top + height - each[which] * unit:.1f}H{left + (i + 1) * step:.2f}"
-        parts.append(f'<path class="{kind}" d="{path}V{top + height:.1f}Z"/>')
+        parts.append(Shape("path", {"class": kind, "d": f"{path}V{top + height:.1f}Z"}))
     x = left
     for number, text in enumerate(texts, 1):
         width = len(text) * step
         if number > 1:
-            parts.append(
-                f'<line class="border" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.0f}" y2="{top + height + 16:.0f}"/>'
-            )
+            parts.append(_line("border", x, x, top, top + height + 16))
         if width > LETTER * len(str(number)) + 4:
             parts.append(_text(x + width / 2, top + height + 16, str(number), anchor="middle"))
         x += width
-    return _svg(WIDE, top + height + 22, title, parts)
+    return Chart(WIDE, top + height + 22, title, parts)
 
 
-def key(kinds: Mapping[str, str]) -> Markup:
-    """What the kinds of bars mean."""
-    items = "".join(
-        f'<li><svg viewBox="0 0 10 10" aria-hidden="true"><rect class="{kind}" x="0.5" y="0.5" width="9" height="9"/>'
-        f"</svg>{escape(text)}</li>"
-        for kind, text in kinds.items()
-    )
-    return Markup(f'<ul class="key">{items}</ul>')
+def _text(x: float, y: float, text: str, anchor: str = "start") -> Shape:
+    return Shape("text", {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}, text)
 
 
-def chart_figure(title: str, chart: Markup, notes: Sequence[str | Markup] = (), *, wide: bool = False) -> Markup:
-    """A chart with its title above it and keys or sentences under it."""
-    below = "".join(note if isinstance(note, Markup) else f"<figcaption>{escape(note)}</figcaption>" for note in notes)
-    if wide:
-        chart = Markup(f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title)}">{chart}</div>')
-    size = ' class="wide"' * wide
-    return Markup(f"<figure{size}><h3>{escape(title)}</h3>{chart}{below}</figure>")
+def _rect(kind: str, x: float, y: float, width: float, height: float) -> Shape:
+    place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}"}
+    return Shape("rect", {"class": kind} | place)
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> Markup:
-    return Markup(
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    )
+def _line(kind: str, x1: float, x2: float, y1: float, y2: float) -> Shape:
+    return Shape("line", {"class": kind, "x1": f"{x1:.1f}", "x2": f"{x2:.1f}", "y1": f"{y1:.1f}", "y2": f"{y2:.1f}"})

@@ -3,12 +3,13 @@
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from html import escape
-from typing import Any
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
 
 from demo.explain import explain_slowdown
-from demo.html_charts import Bar, Limit, bar_chart, chart_figure, key, rounds_chart, stacked_chart
-from demo.html_page import ASSETS, Block, Heading, Markup, page, table
+from demo.html_charts import Bar, ChartFigure, Limit, bar_chart, rounds_chart, stacked_chart
+from demo.html_page import ASSETS, Table, page
 from demo.html_texts import texts
 from demo.results import PromptResults, RunResults
 from demo.session import Run, Session
@@ -33,21 +34,25 @@ def write_html(path: str, session: Session, results: RunResults) -> None:
 def report(session: Session, results: RunResults) -> str:
     """The page of a run, as HTML. ``results`` are those of `demo.report.build_results`; where they have no times, as
     on a mock board, the page has none."""
-    told, title = texts(session), TITLES[session.settings.mode]
-    blocks: list[Block] = [Markup(f"<h1>{title}</h1>"), *_notes(session, results), _headline(results)]
-    blocks += [Markup(f'<div class="columns">{_totals(results)}{_facts(session, results)}</div>')]
-    blocks += [_figures(session, results)]
-    if told["runs"]:
-        blocks += [Heading("Text and rounds"), Markup((ASSETS / "rounds.html").read_text(encoding="utf-8"))]
-    if results.prompts:
-        blocks += [Heading("Prompt by prompt"), _prompts(results)]
-    blocks += [Heading("How it was run"), *_details(results)]
-    script = (ASSETS / "rounds.js").read_text(encoding="utf-8") if told["runs"] else ""
-    return page(title, blocks, script=script, data=told)
+    told = texts(session)
+    return page(
+        "report.j2",
+        TITLES[session.settings.mode],
+        script=(ASSETS / "rounds.js").read_text(encoding="utf-8") if told["runs"] else "",
+        data=told,
+        notes=_notes(session, results),
+        cards=_cards(results),
+        totals=_totals(results),
+        lines=[line for line, _ in closing_lines(results) if line != MOCK],
+        facts=_facts(session, results),
+        figures=_figures(session, results),
+        prompts=_prompts(results),
+        details=_details(results),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ words
-def _notes(session: Session, results: RunResults) -> list[Markup]:
+def _notes(session: Session, results: RunResults) -> list[str]:
     """What a reader has to know before any number."""
     lines = [MOCK] * session.mock
     if results.interrupted:
@@ -57,27 +62,32 @@ def _notes(session: Session, results: RunResults) -> list[Markup]:
             begun = "what had been begun is shown" if session.under_way else "nothing was written"
             line = f"The run was interrupted before a prompt was complete: {begun}."
         lines.append(line)
-    lines += explain_slowdown(results)
-    told = "".join(f"<p>{escape(line)}</p>" for line in lines)
-    return [Markup(f'<div class="note" role="note">{told}</div>')] if lines else []
+    return lines + explain_slowdown(results)
 
 
-def _facts(session: Session, results: RunResults) -> Markup:
+def _facts(session: Session, results: RunResults) -> list[tuple[str, str]]:
+    """What was run, on what."""
     machine, versions = results.machine, results.versions
     device = ", ".join(filter(None, (machine["gpu"], machine["cpu"], f"{machine['cores']} cores")))
-    facts = [
+    return [
         *about(session),
         ("machine", f"{device}, {machine['threads']} threads, {machine['platform']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("date", datetime.fromisoformat(results.date).astimezone().isoformat(" ", "minutes")),
         ("command", shlex.join(results.command)),
     ]
-    made = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts)
-    return Markup(f'<dl class="facts">{made}</dl>')
 
 
-def _headline(results: RunResults) -> Markup:
-    """The few numbers that matter, as cards; only those that are known."""
+class Card(NamedTuple):
+    """A number with its name above it and a line below."""
+
+    name: str
+    value: str
+    detail: str
+
+
+def _cards(results: RunResults) -> list[Card]:
+    """The few numbers that matter; only those that are known."""
     totals = results.totals.values()
 
     def arrow(values: Iterable[float | None], unit: str = "") -> str:
@@ -85,38 +95,32 @@ def _headline(results: RunResults) -> Markup:
         return " → ".join(known) + unit if known else ""
 
     order = " → ".join(results.totals)
-    cards: list[tuple[str, str, str]] = []
+    cards = []
     if results.speedup is not None:
         median = results.speedup_median
         detail = "" if median is None else f"median over prompts {median:.2f}x"
-        cards.append(("speed-up", f"{results.speedup:.2f}x", detail))
-    cards.append(("tokens/s per user", arrow(total.tok_s_user for total in totals), order))
-    cards.append(("time to first token", arrow((total.ttft_ms for total in totals), " ms"), order))
+        cards.append(Card("speed-up", f"{results.speedup:.2f}x", detail))
+    cards.append(Card("tokens/s per user", arrow(total.tok_s_user for total in totals), order))
+    cards.append(Card("time to first token", arrow((total.ttft_ms for total in totals), " ms"), order))
     spec = results.speculative
     if spec and spec.acceptance_rate is not None:
         detail = f"{spec.mean_acceptance_length:.2f} tokens per target forward"
-        cards.append(("acceptance", f"{spec.acceptance_rate:.1%}", detail))
+        cards.append(Card("acceptance", f"{spec.acceptance_rate:.1%}", detail))
     if len(totals) == 2 and results.prompts:
         same, count = results.identical_prompts, len(results.prompts)
         if same is None:
-            cards.append(("texts", "not compared", "sampled: they may differ"))
+            cards.append(Card("texts", "not compared", "sampled: they may differ"))
         else:
-            cards.append(("texts", "identical" if same == count else "not identical", f"{same} of {count} prompts"))
-    made = [
-        f'<div class="card"><dt>{name}</dt><dd><div class="value{" small" * (len(value) > 8)}">{value}</div>'
-        f'<div class="detail">{detail}</div></dd></div>'
-        for name, value, detail in cards
-        if value
-    ]
-    return Markup(f'<dl class="cards">{"".join(made)}</dl>' if made else "")
+            cards.append(Card("texts", "identical" if same == count else "not identical", f"{same} of {count} prompts"))
+    return [card for card in cards if card.value]
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
-def _totals(results: RunResults) -> Markup:
-    """The table that the terminal shows, and the lines under it."""
+def _totals(results: RunResults) -> Table | None:
+    """The table that the terminal shows."""
     shown = list(results.totals)
     if not shown:
-        return Markup("")
+        return None
     groups, sections = [], summary_sections(results)
     both = any(ratio for section in sections for *_, ratio in section)
     for section in sections:
@@ -126,12 +130,12 @@ def _totals(results: RunResults) -> Markup:
             indent = "\u2003" * label.startswith(" ")
             rows.append([indent + label.strip(), *values, *[ratio] * both])
         groups.append(rows)
-    lines = "".join(f"<li>{escape(line)}</li>" for line, _ in closing_lines(results) if line != MOCK)
-    made = table(["", *shown, *["ratio"] * both], groups)
-    return Markup(f'<div>{made}<ul class="lines">{lines}</ul></div>')
+    return Table(["", *shown, *["ratio"] * both], groups)
 
 
-def _prompts(results: RunResults) -> Markup:
+def _prompts(results: RunResults) -> Table | None:
+    if not results.prompts:
+        return None
     columns: list[tuple[str, Callable[[PromptResults], str | Markup]]] = [
         ("prompt", lambda row: _excerpt(row.number, row.prompt)),
         ("tokens", lambda row: " / ".join(str(run.tokens) for run in row.runs.values())),
@@ -144,24 +148,23 @@ def _prompts(results: RunResults) -> Markup:
     made = [(name, [cell(row) for row in results.prompts]) for name, cell in columns]
     made = [(name, cells) for name, cells in made if any(cells)]  # a column in which nothing is known is left out
     rows = list(zip(*(cells for _, cells in made), strict=True))
-    return Markup(f'<div class="excerpts">{table([name for name, _ in made], [rows])}</div>')
+    return Table([name for name, _ in made], [rows])
 
 
 def _excerpt(number: int, prompt: str) -> Markup:
-    return Markup(f'{number} <span class="excerpt">{escape(" ".join(prompt[:300].split()))}</span>')
+    return Markup('{} <span class="excerpt">{}</span>').format(number, " ".join(prompt[:300].split()))
 
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def _details(results: RunResults) -> list[Markup]:
-    made = []
+def _details(results: RunResults) -> list[Table]:
     details = {"settings": results.settings, "machine": results.machine, "versions": results.versions}
-    for name, values in details.items():
-        rows = [(key, _plain(value)) for key, value in values.items() if value is not None]
-        made.append(f"<details><summary>{name}</summary>{table((name, ''), [rows], words=(0, 1))}</details>")
-    return [Markup(each) for each in made]
+    return [
+        Table((name, ""), [[(key, _plain(value)) for key, value in values.items() if value is not None]], words=(0, 1))
+        for name, values in details.items()
+    ]
 
 
 def _plain(value: Any) -> str:
@@ -171,13 +174,12 @@ def _plain(value: Any) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- charts
-def _figures(session: Session, results: RunResults) -> Markup:
+def _figures(session: Session, results: RunResults) -> list[ChartFigure]:
     figures = [_speed_figure(results), _acceptance_figure(results), _time_figure(session)]
-    figures.append(_lengths_figure(session, results))
-    return Markup(f'<div class="figures">{"".join(filter(None, figures))}</div>' if any(figures) else "")
+    return [figure for figure in (*figures, _lengths_figure(session, results)) if figure]
 
 
-def _speed_figure(results: RunResults) -> Markup | None:
+def _speed_figure(results: RunResults) -> ChartFigure | None:
     """tok/s of each prompt, both paths."""
     groups = []
     for row in results.prompts:
@@ -191,10 +193,10 @@ def _speed_figure(results: RunResults) -> Markup | None:
     notes: list[str] = []
     if len(groups) > MOST_PROMPTS:
         notes = [f"The first {MOST_PROMPTS} of {len(groups)} prompts; the table below has all."]
-    return chart_figure("Tokens per second, by prompt", chart, [key(shown), *notes])
+    return ChartFigure("Tokens per second, by prompt", chart, shown, notes)
 
 
-def _acceptance_figure(results: RunResults) -> Markup | None:
+def _acceptance_figure(results: RunResults) -> ChartFigure | None:
     """The share of drafts accepted up to each position, and where drafting one token breaks even."""
     controller, speculative = results.controller, results.speculative
     if not speculative or not speculative.acceptance_by_position:
@@ -213,10 +215,10 @@ def _acceptance_figure(results: RunResults) -> Markup | None:
         when = "never pays" if break_even > 1 else f"pays if {place} 1 is above {max(break_even, 0):.0%}"
         mixed = " (the bars are of all sources together)" * (len(speculative.sources) > 1)
         notes.append("Dashed line: " * bool(limit) + f"drafting one token by {source} {when}{mixed}.")
-    return chart_figure(f"Accepted, by {place}", bar_chart(groups, f"Acceptance by {place}", limit), notes)
+    return ChartFigure(f"Accepted, by {place}", bar_chart(groups, f"Acceptance by {place}", limit), notes=notes)
 
 
-def _time_figure(session: Session) -> Markup | None:
+def _time_figure(session: Session) -> ChartFigure | None:
     """Where the time of a decoded token goes, on each path."""
     if session.mock:
         return None
@@ -235,7 +237,7 @@ def _time_figure(session: Session) -> Markup | None:
         return None
     title = "Time of one decoded token"
     chart = stacked_chart([(label, bars) for label, _, bars in rows], f"{title}: {'; '.join(row[0] for row in rows)}")
-    return chart_figure(title, chart, [key(names), *(f"{label.split()[0]}: {split} ms" for label, split, _ in rows)])
+    return ChartFigure(title, chart, names, [f"{label.split()[0]}: {split} ms" for label, split, _ in rows])
 
 
 def _spent(runs: Sequence[Run], fused: bool) -> list[tuple[str, str, float]]:
@@ -251,7 +253,7 @@ def _spent(runs: Sequence[Run], fused: bool) -> list[tuple[str, str, float]]:
     return [part for part in parts if part[2] > 0]
 
 
-def _lengths_figure(session: Session, results: RunResults) -> Markup | None:
+def _lengths_figure(session: Session, results: RunResults) -> ChartFigure | None:
     """The draft lengths that the controller chose, round by round."""
     if not results.controller or not any(results.controller.chosen):
         return None
@@ -260,8 +262,9 @@ def _lengths_figure(session: Session, results: RunResults) -> Markup | None:
     longest = max([*results.controller.lengths, *(drafted for text in rounds for drafted, _ in text)])
     drafted = results.speculative.drafted
     title = f"Draft lengths chosen over {results.speculative.rounds} rounds: {drafted} tokens drafted in all"
-    notes = [key({"proposed": "drafted", "accepted": "accepted"}), "Rounds from left to right, prompts numbered below."]
-    return chart_figure("Draft length, round by round", rounds_chart(rounds, longest, title), notes, wide=True)
+    key = {"proposed": "drafted", "accepted": "accepted"}
+    notes = ["Rounds from left to right, prompts numbered below."]
+    return ChartFigure("Draft length, round by round", rounds_chart(rounds, longest, title), key, notes, wide=True)
 
 
 def _counted(session: Session, path: str) -> list[Run]:

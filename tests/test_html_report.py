@@ -8,11 +8,12 @@ import struct
 import zlib
 
 import pytest
+from markupsafe import Markup, escape
 
 import demo.session
 import models.llm
 from demo.harness import main
-from demo.html_page import Figure, Heading, Markup, Paragraph, Table, simple_page
+from demo.html_page import Figure, Heading, Paragraph, Table, simple_page
 from demo.html_report import report
 from demo.html_texts import texts
 from demo.report import build_results
@@ -289,7 +290,7 @@ def simple():
     blocks = [
         Heading("A & B"),
         Paragraph(HOSTILE),
-        Table(["name", "<i>"], [["a<b", "1"], ["c", Markup("<em>2</em>")]], caption="cap & tion"),
+        Table(["name", "<i>"], [[["a<b", "1"], ["c", Markup("<em>2</em>")]]], caption="cap & tion"),
         Figure(png(), 'black "picture"', "as it is"),
         Figure(SVG, "red"),
     ]
@@ -301,7 +302,7 @@ def test_blocks_are_text_unless_they_are_markup():
     assert "<script" not in page and "<b>" not in page and "<i>" not in page
     words = words_of(page)
     assert all(text in words for text in ("Title <1>", "A & B", "a<b", "<i>", "cap & tion", "as it is"))
-    assert html.escape(HOSTILE) in page and "<em>2</em>" in page
+    assert escape(HOSTILE) in page and "<em>2</em>" in page
     assert base64.b64encode(png()).decode() in page and "script-src 'none'" in page
 
 
