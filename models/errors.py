@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """A target whose numbers are NaN or infinite: nothing that it says means anything."""
+
+
 class OptionError(UserError):
     """An option that has no meaning, or not with another one.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from models.errors import OptionError, UserError
+from models.errors import NotFinite, OptionError, UserError
 from models.loading import OpenedPair, load_model, open_pair
 from models.options import AUTO, EngineOptions, describe_source, engine_options
 from models.speculative.control.costs import Costs
@@ -212,7 +212,10 @@ class LLM:
             drafting.verification,
         )
         request.check(self.engine.target.limits)
-        self._prepare(drafting, request)
+        try:
+            self._prepare(drafting, request)
+        except NotFinite as error:
+            raise self._explained(error, ids, 0) from None
         return self._pieces(request, text, self.stats)
 
     def generate(
@@ -268,10 +271,25 @@ class LLM:
         return Completion(text, [piece.id for piece in written], stats.finish_reason, stats)
 
     def _pieces(self, request: Request, text: TextStream, stats: GenerationStats) -> Iterator[Piece]:
-        with closing(stream(self.engine, self.engine.add(request, stats))) as tokens:
-            for token in tokens:
-                reason = stats.finish_reason
-                yield Piece(text.finish() if reason else text.take(), token.id, token.origin, reason)
+        sequence = self.engine.add(request, stats)
+        try:
+            with closing(stream(self.engine, sequence)) as tokens:
+                for token in tokens:
+                    reason = stats.finish_reason
+                    yield Piece(text.finish() if reason else text.take(), token.id, token.origin, reason)
+        except NotFinite as error:  # the engine has freed the slot
+            raise self._explained(error, request.prompt, sequence.slot) from None
+
+    def _explained(self, error: NotFinite, prompt: Sequence[int], slot: int) -> NotFinite:
+        """The same error with the target's name and, off boards, the layer that it comes from. The slot is free."""
+        if self.board is None:
+            from models.torch_llama.checks import check_finite
+
+            try:
+                check_finite(self.target.model.slot(slot), prompt)
+            except NotFinite as found:
+                error = found
+        return NotFinite(f"{describe_source(self.options.target)}: {error}")
 
     # --------------------------------------------------------------------------------------------------- drafting
     def drafting(

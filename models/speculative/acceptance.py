@@ -49,6 +49,11 @@ def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: floa
     return truncated
 
 
+def is_distribution(logits: Tensor) -> bool:
+    """Whether softmax of logits[n, V] is finite: so it is exactly where the largest logit of each row is."""
+    return bool(torch.isfinite(logits.amax(-1)).all())
+
+
 def _likeliest(probs: Tensor, top: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """(probabilities, ids) of the n likeliest tokens of probs[V], likeliest first, equal ones by id.
 

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from models.errors import NotFinite
 from models.speculative.acceptance import (
     accept_greedy,
     accept_sampled,
@@ -38,8 +40,16 @@ class Verified(NamedTuple):
 
 
 def first_token(sequence: Sequence, step: Step) -> int:
-    """Choose the token that follows the prompt."""
+    """Choose the token that follows the prompt.
+
+    Raises NotFinite for logits that are not: looked at once a text, here, where it costs nothing.
+    """
     params, logits = sequence.request.sampling, step.logits(0)
+    if not torch.isfinite(logits).all():
+        raise NotFinite(
+            "the target's logits after the prompt are not finite: its weights are damaged, or its numbers too large "
+            "for its data type"
+        )
     if params.greedy:
         return int(logits.argmax())
     return sample(_distribution(logits, params)[0], sequence.generator)

@@ -1,10 +1,11 @@
 """Drafting with a smaller model of the same vocabulary."""
 
+import math
 import time
 
 import torch
 
-from models.speculative.acceptance import distribution, sample
+from models.speculative.acceptance import distribution, is_distribution, sample
 from models.speculative.drafters import Draft, Limit
 from models.speculative.model import DraftModel, FusedRounds
 from models.speculative.sampling import SamplingParams
@@ -24,6 +25,9 @@ class ModelDrafter:
     last two tokens, whether the model has seen the first of them or not, so that there is one program for all rounds
     of a length. Asked for a length between two that there are programs for, it drafts the shorter: a program costs the
     same whatever is used of it. What fits no round (a text of one token, or no program) is drafted as ever.
+
+    A model whose logits are not finite (damaged weights, an overflow) drafts nothing more for the text, as its cache
+    may hold such numbers from then on.
 
     Args:
         model: owned for the time of a text.
@@ -48,14 +52,17 @@ class ModelDrafter:
         self._ahead = 0  # drafted tokens that it holds beyond those
         self._generator = sampling.generator("draft")
         self._confident = confident
+        self._broken = False  # the model's logits were not finite
         self._rounds = rounds if rounds is not None and rounds.draft_lengths else None
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """Draft as many tokens as allowed and as the model's own context has room for, after catching up."""
         k = min(limit(self.source), self.model.max_seq_len - len(tokens) + 1)  # the last one drafted is not written
-        if k < 1:
+        if k < 1 or self._broken:
             return Draft([])
         prefill_s = self.read(tokens)
+        if self._broken:
+            return Draft([], None, prefill_s, source=self.source)
         if self._rounds is not None and len(tokens) > 1:
             return self._fused(self._rounds, tokens, k, prefill_s)
         position, pending = self.cached, tokens[self.cached :]
@@ -81,7 +88,8 @@ class ModelDrafter:
         began = time.perf_counter()
         if not self.cached:
             if len(tokens) > 1:
-                self.model.prefill(tokens[:-1])[0].item()  # reading a number waits for the device
+                # Reading a number waits for the device.
+                self._broken = not math.isfinite(self.model.prefill(tokens[:-1])[0].item())
             self.cached = len(tokens) - 1
         while len(tokens) - self.cached > rows:
             self.model.greedy(tokens[self.cached : self.cached + rows], self.cached)
@@ -107,6 +115,8 @@ class ModelDrafter:
                 break
             logits = self.model.forward(pending, position)[-1:]
             looked = len(drafted)
+            if not self._usable(logits):
+                break
             law, chance, token = self._law(logits, priced)
             if priced:
                 reach.append(chance * (reach[-1] if reach else 1.0))
@@ -119,6 +129,11 @@ class ModelDrafter:
             position, pending = position + len(pending), [token]
         self.fed(tokens, looked + 1)
         return Draft(drafted, torch.cat(laws) if laws else None, prefill_s, source=self.source, reach=reach)
+
+    def _usable(self, logits: torch.Tensor) -> bool:
+        """Whether logits [n, V] can be drafted from; if not, this was the last try."""
+        self._broken = not is_distribution(logits)
+        return not self._broken
 
     def _law(self, logits: torch.Tensor, priced: bool) -> tuple[torch.Tensor | None, float, int]:
         """(law [1, V] to draw from, None if greedy; probability of its likeliest token; that token if greedy)."""

@@ -55,12 +55,14 @@ class TreeDrafter(ModelDrafter):
         """Draft a tree as deep as allowed and as the model's own context has room for, after catching up."""
         depth = min(limit(self.source), self.model.max_seq_len - len(tokens) + 1)  # the last level is not written
         self._most = min(self.nodes, limit.rows)
-        if min(depth, self._most) < 1:
+        if min(depth, self._most) < 1 or self._broken:
             return Draft([])
         self._keep_path(tokens)
         prefill_s = self.read(tokens)
         logits = self.model.forward(tokens[self.cached :], self.cached)[-1:]
         self.cached, self._fed = len(tokens), [-1]
+        if not self._usable(logits):
+            return Draft([], None, prefill_s, source=self.source)
         grow = self._likeliest if self.sampling.greedy else self._drawn
         return grow(logits, depth, limit).draft(prefill_s)
 
@@ -120,6 +122,8 @@ class TreeDrafter(ModelDrafter):
             rows, logits = self._feed([row_of[node[3]] for node in frontier], [node[2] for node in frontier])
             for row, node in zip(rows, frontier, strict=True):
                 row_of[node[1]] = row
+            if not self._usable(logits):
+                break
         if limit.priced:
             unpaid = (i for i in range(1, len(pool)) if not limit.pays(self.source, -pool[i][0], 0, i + 2))
             del pool[next(unpaid, nodes) :]
@@ -159,6 +163,8 @@ class TreeDrafter(ModelDrafter):
             parents = [tree.parents[node] for node in frontier]
             rows, logits = self._feed([row_of[node] for node in parents], [tree.tokens[node] for node in frontier])
             row_of |= zip(frontier, rows, strict=True)
+            if not self._usable(logits):
+                break
         left_out = [reach for reach, _ in places[count:]] + [tree.reach[node] for node in frontier]
         if not left and max(left_out, default=0.0) >= threshold:
             self._threshold = min(1.0, 1.25 * threshold)
