@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import stat
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -107,19 +108,38 @@ def write_json(name: str, results: dict[str, Any]) -> None:
 
 
 def write_text(name: str, text: str, flag: str) -> None:
-    """Write a file whole or not at all: to a temporary one beside it, then renamed. Devices and pipes directly."""
-    path = Path(name).resolve()
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
+    """Write a file whole or not at all: to a temporary one beside it, then renamed. Devices and pipes directly.
+
+    A file that was there keeps its permissions. Raises UserError that names the flag and the file.
+    """
+    path = Path(name)
+    try:
+        if path.exists() and not path.is_file():  # /dev/stdout may be a link to a pipe that has no path
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(path.resolve(), text)
+    except BrokenPipeError:  # no fault of the file: its reader has gone
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write {flag} {name}: {error.strerror}: choose another file") from error
+
+
+def _replace(path: Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, _permissions(path))
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException:
         Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"cannot write {flag} {name}: {error.strerror}") from error
+        raise
+
+
+def _permissions(path: Path) -> int:
+    """Of a file that is there, else of a new one: a temporary file has neither."""
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
