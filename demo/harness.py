@@ -11,14 +11,11 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo.settings import Settings, parse_settings
 from models.cli.command import BROKEN_PIPE, INTERRUPTED, discard_stdout, run_command
-from models.cli.prompts import read_prompts
-
-PROMPTS = Path(__file__).resolve().parent / "prompts"
+from models.cli.prompts import named_prompts
 
 if TYPE_CHECKING:
     from demo.session import Session
@@ -37,7 +34,7 @@ def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
 
         print(project_version())
         return 0
-    prompts = read_prompts(settings, PROMPTS / ("instruct.txt" if settings.instruct else "python.txt"))
+    prompts = named_prompts(settings)
     _check_early(settings)
 
     # Only now the slow imports: a mistake above is answered at once.

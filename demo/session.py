@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 import torch
 from loguru import logger
@@ -9,23 +10,25 @@ from loguru import logger
 from demo.runs import Row, Run, Viewer
 from demo.settings import Settings
 from models.cli.console import loading_bar, show_memory
-from models.cli.prompts import encode_prompts
+from models.cli.prompts import default_prompts, encode_prompts, is_instruct
 from models.device import is_mock
 from models.llama.tokenizer import LlamaTokenizer
-from models.llm import LLM
+from models.llm import LLM, check_exit_choice
 from models.loading import OpenedModel, OpenedPair, estimate_bytes, open_pair
-from models.options import describe_source
+from models.options import AUTO, describe_source
 from models.speculative.control.policy import AutoDraftLength
+
+PROMPTS = Path(__file__).resolve().parent / "prompts"
 
 
 class Session:
-    """Loads what `settings` ask for; `run` then fills `rows`.
+    """Loads what `settings` ask for; `run` then fills `rows`. texts: of the prompts; None: default ones that suit.
 
     `under_way` are the runs of a prompt that is not complete, so that an interruption can show them. `controller` is
     one for all runs, warm-up included: what it learns stays.
     """
 
-    def __init__(self, settings: Settings, texts: list[str]):
+    def __init__(self, settings: Settings, texts: list[str] | None = None):
         self.sampling = settings.sampling
         self.rows: list[Row] = []
         self.under_way: list[Run] = []
@@ -35,7 +38,12 @@ class Session:
         self.settings = settings = settings.resolved_as(pair.options)
         self.max_seq_len = pair.max_seq_len
         self.tokenizer: LlamaTokenizer | None = pair.target.tokenizer
+        self.instruct = is_instruct(settings, pair)
+        if texts is None:
+            texts = default_prompts(settings, pair, PROMPTS)
         self.prompts = encode_prompts(settings, texts, pair)
+        if settings.drafter_settings.get("exit_layer") == AUTO and settings.num_draft_tokens != 0:
+            check_exit_choice(pair.max_seq_len, self.prompts[0].ids)
         if pair.note:
             logger.info(pair.note)
         self.warm_up_s: float | None = None  # compiling and capturing on a board

@@ -374,12 +374,8 @@ class LLM:
 
         began = time.perf_counter()
         model, options = self.target.model, self.options
+        check_exit_choice(self.max_seq_len, prompt)
         room = self.max_seq_len - len(prompt)
-        if room < 2:
-            raise OptionError(
-                f"[exit_layer] {AUTO} has to see the target write two tokens after prompt 1, which leaves room for "
-                "one: shorten it, raise [max_seq_len] or give a number of layers"
-            )
         written = generate(model, None, prompt, max_new_tokens=min(EXIT_TOKENS, room))
         tokens = [*prompt, *(token.id for token in written)]
         longest = max(1, min(options.longest_draft, self.max_seq_len - 1))
@@ -433,6 +429,15 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise UserError("this LLM is closed: load it again")
+
+
+def check_exit_choice(max_seq_len: int, prompt: Sequence[int]) -> None:
+    """Raise UserError where the layers of early exit cannot be chosen by what follows a prompt."""
+    if max_seq_len - len(prompt) < 2:
+        raise OptionError(
+            f"[exit_layer] {AUTO} has to see the target write two tokens after prompt 1, which leaves room for one: "
+            "shorten it, raise [max_seq_len] or give a number of layers"
+        )
 
 
 def _board_options(options: ResolvedOptions) -> BoardOptions:

@@ -10,7 +10,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
@@ -20,7 +19,7 @@ from demo.session import Session
 from demo.settings import parse_settings
 from models.cli.command import run_command
 from models.cli.environment import check_writable, write_text
-from models.cli.prompts import read_prompts
+from models.cli.prompts import named_prompts
 from models.errors import UserError
 
 COLUMNS = 112
@@ -45,8 +44,7 @@ def command() -> int:
         raise UserError("--version has no picture: leave it out")
     screen = io.StringIO()
     console = Console(file=screen, record=True, force_terminal=True, width=COLUMNS, highlight=False, markup=False)
-    prompts = Path(__file__).resolve().parents[1] / "demo" / "prompts" / "python.txt"
-    with contextlib.closing(Session(settings, read_prompts(settings, prompts))) as session:
+    with contextlib.closing(Session(settings, named_prompts(settings))) as session:
         view = Still(console, session)
         with view:
             session.run(view)

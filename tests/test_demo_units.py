@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from demo.harness import PROMPTS
+from demo.session import PROMPTS
 from demo.settings import build_parser, parse_settings
 from models.cli import prompts
 from models.cli.environment import check_writable, project_version, write_json

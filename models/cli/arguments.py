@@ -177,7 +177,12 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COUNTxLENGTH",
         help="random token ids, for checkpoints without a tokenizer; ignores stop tokens",
     )
-    group.add_argument("--instruct", action="store_true", help="put prompts through the model's chat template")
+    group.add_argument(
+        "--instruct",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="put prompts through the model's chat template (default: if it has one)",
+    )
     group.add_argument("--max-prompts", type=integer(1), metavar="N", help="only the first N prompts")
 
 

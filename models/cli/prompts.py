@@ -43,6 +43,24 @@ def read_prompts(settings: RunSettings, default: Path) -> list[str]:
     return prompts[: settings.max_prompts]
 
 
+def is_instruct(settings: RunSettings, pair: OpenedPair) -> bool:
+    """Whether prompts are a conversation's: as asked for, else where the target has a chat template."""
+    if settings.instruct is None:
+        return bool(pair.target.tokenizer and pair.target.tokenizer.has_chat_template and not settings.random_prompts)
+    return settings.instruct
+
+
+def named_prompts(settings: RunSettings) -> list[str] | None:
+    """Prompt texts that were asked for; None for the default ones. Raises UserError for a bad file."""
+    named = settings.prompts or settings.prompt or settings.random_prompts
+    return read_prompts(settings, Path()) if named else None
+
+
+def default_prompts(settings: RunSettings, pair: OpenedPair, folder: Path) -> list[str]:
+    """The prompts in a folder that suit the target: everyday questions for a chat model, else code to go on with."""
+    return read_prompts(settings, folder / ("instruct.txt" if is_instruct(settings, pair) else "python.txt"))
+
+
 def encode_prompts(settings: RunSettings, texts: Sequence[str], pair: OpenedPair) -> list[Prompt]:
     """Texts, or random token ids, as prompts for a pair.
 
@@ -60,7 +78,7 @@ def encode_prompts(settings: RunSettings, texts: Sequence[str], pair: OpenedPair
             "--random-prompts 10x64"
         )
     else:
-        encode = tokenizer.chat if settings.instruct else tokenizer.encode
+        encode = tokenizer.chat if is_instruct(settings, pair) else tokenizer.encode
         prompts = [Prompt(i, text, encode(text)) for i, text in enumerate(texts, 1)]
     for prompt in prompts:
         if len(prompt.ids) >= pair.max_seq_len:

@@ -35,7 +35,7 @@ class RunSettings(EngineOptions):
 
     Args:
         prompts: a file of them. prompt: texts. random_prompts: (how many, of how many token ids). None: defaults.
-        instruct: put prompts through the chat template.
+        instruct: put prompts through the chat template; None: if there is one.
         max_prompts: only the first ones.
         max_new_tokens, temperature, top_k, top_p, seed: how texts are written.
 
@@ -46,7 +46,7 @@ class RunSettings(EngineOptions):
     prompts: str | None = None
     prompt: list[str] | None = None
     random_prompts: tuple[int, int] | None = None
-    instruct: bool = False
+    instruct: bool | None = None
     max_prompts: int | None = None
     max_new_tokens: int = 30
     temperature: float = 0.0

@@ -130,6 +130,15 @@ class LlamaTokenizer:
             ) from None
         return self.encode(text)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether there is a chat template beside the tokenizer."""
+        settings = self.path / "tokenizer_config.json"
+        in_settings = settings.is_file() and read_json(settings).get("chat_template")
+        return bool(in_settings) or any(
+            (self.path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")
+        )
+
     def detokenizer(self) -> "StreamingDetokenizer":
         """A new detokenizer for one stream of ids."""
         if isinstance(self._tokenizer.decoder, decoders.ByteLevel):

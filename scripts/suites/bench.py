@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models.cli.prompts import encode_prompts, read_prompts
+from models.cli.prompts import default_prompts, encode_prompts, named_prompts
 from models.cli.settings import RunSettings
 from models.llm import LLM
 from models.loading import open_pair
@@ -28,9 +28,9 @@ class Bench:
     def __init__(self, settings: RunSettings, texts: Sequence[str] | None = None) -> None:
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        if texts is None:
-            texts = read_prompts(settings, PROMPTS / ("instruct.txt" if settings.instruct else "python.txt"))
+        named = named_prompts(settings) if texts is None else texts
         pair = open_pair(settings.engine)
+        texts = default_prompts(settings, pair, PROMPTS) if named is None else named
         self.settings = settings.resolved_as(pair.options)
         self.prompts = encode_prompts(self.settings, texts, pair) if texts or settings.random_prompts else []
         self.llm = LLM(pair)
