@@ -22,6 +22,7 @@ from demo.runs import Prompt, Row, Run
 from demo.session import Session
 from demo.settings import Settings
 from demo.wording import about, closing_lines, figures, pace, path_name, summary_sections
+from models.cli.console import Terminal
 
 # Where a token came from -> its style and, for the legend, its name.
 ORIGINS = {
@@ -45,14 +46,9 @@ def visible(text: str) -> str:
     return text.translate(CONTROLS)
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 def make_display(settings: Settings, session: Session) -> "QuietView":
     """The view that suits stdout and --quiet."""
-    console = _Console(no_color=settings.no_color or None, highlight=False, markup=False, emoji=False)
+    console = Terminal(no_color=settings.no_color or None, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 200  # rich assumes 80 columns for a pipe and would cut the table
     if settings.quiet:
