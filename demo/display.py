@@ -22,6 +22,7 @@ from demo.runs import Prompt, Row, Run
 from demo.session import Session
 from demo.settings import Settings
 from demo.wording import about, closing_lines, figures, pace, path_name, summary_sections
+from models.cli.console import Terminal
 
 # Where a token came from -> its style and, for the legend, its name.
 ORIGINS = {
@@ -33,18 +34,21 @@ ORIGINS = {
 }
 REDRAW_S = 0.1
 PROMPT_LINES = 12  # of a long prompt only the end is shown
-# A model may write control characters; a terminal would obey them.
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+# A model may write control characters, which a terminal would obey: C0 become pictures of themselves, C1 (U+009B begins
+# a command as ESC [ does) and those that turn the direction of writing become their numbers, as on the HTML page.
+CONTROLS: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+DIRECTIONS = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+CONTROLS |= {code: f"⟨U+{code:04X}⟩" for code in (*range(0x80, 0xA0), *DIRECTIONS)}
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
+def visible(text: str) -> str:
+    """The text with visible characters for those that a terminal would obey; lines and tabs stay."""
+    return text.translate(CONTROLS)
 
 
 def make_display(settings: Settings, session: Session) -> "QuietView":
     """The view that suits stdout and --quiet."""
-    console = _Console(no_color=settings.no_color or None, highlight=False, markup=False, emoji=False)
+    console = Terminal(no_color=settings.no_color or None, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 200  # rich assumes 80 columns for a pipe and would cut the table
     if settings.quiet:
@@ -118,7 +122,8 @@ class QuietView:
 
 
 class PlainView(QuietView):
-    """Plain text as it comes. Of two equal texts the second is not repeated."""
+    """Plain text as it comes, into a pipe or file with its control characters. Of two equal texts the second is not
+    repeated."""
 
     def __init__(self, console: Console, session: Session):
         super().__init__(console, session)
@@ -162,7 +167,7 @@ class PlainView(QuietView):
         super().interrupted(run)
 
     def _write(self, text: str) -> None:
-        self.console.file.write(text)
+        self.console.file.write(visible(text) if self.console.is_terminal else text)
         self.console.file.flush()
 
 
@@ -184,7 +189,7 @@ class TerminalView(QuietView):
     def __enter__(self) -> "TerminalView":
         grid = Table.grid(padding=(0, 2, 0, 0))
         for name, line in about(self.session):
-            grid.add_row(Text(name, style="bold"), Text(line))
+            grid.add_row(Text(name, style="bold"), Text(visible(line)))
         self.console.print(Panel(grid, border_style="dim", expand=False))
         if self.session.settings.drafts:
             legend = Text(" ")
@@ -261,7 +266,7 @@ def _so_far(run: Run, session: Session, limit: str = "") -> str:
 
 
 def _prompt_text(prompt: Prompt) -> Text:
-    lines = prompt.text.translate(CONTROLS).split("\n")
+    lines = visible(prompt.text).split("\n")
     if len(lines) > PROMPT_LINES:
         lines = ["...", *lines[-PROMPT_LINES:]]
     return Text("\n".join(lines), style="dim")
@@ -270,7 +275,7 @@ def _prompt_text(prompt: Prompt) -> Text:
 def _run_text(run: Run) -> Text:
     text = Text()
     for piece, origin in run.pieces:
-        text.append(piece.translate(CONTROLS), style=ORIGINS[origin][0])
+        text.append(visible(piece), style=ORIGINS[origin][0])
     return text
 
 

@@ -15,11 +15,10 @@ demo/simple_text_demo.py.
 """
 
 import argparse
-import contextlib
 import gc
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from models.cli.command import INTERRUPTED, Parser, run_command
 from scripts.suites.bottleneck import Bottleneck
@@ -68,6 +67,8 @@ def command(argv: Sequence[str] | None = None) -> int:
 
     from loguru import logger
 
+    from models.cli.console import measuring_bar
+
     logger.remove()
     logger.add(sys.stderr, level="WARNING" if options.quiet else "INFO", format="{message}")
     began = time.perf_counter()
@@ -76,7 +77,7 @@ def command(argv: Sequence[str] | None = None) -> int:
     gc.collect()
     gc.freeze()  # what exists now stays: it is not to be walked through in the middle of a measurement
     try:
-        with progress_bar(options.quiet) as progress:
+        with measuring_bar(options.quiet) as progress:
             measure(suite, progress)
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -106,42 +107,6 @@ def measure(suite: Suite, progress: Progress) -> None:
 
     with torch.inference_mode():
         suite.measure(progress)
-
-
-@contextlib.contextmanager
-def progress_bar(quiet: bool) -> Iterator[Progress]:
-    """A bar on stderr, if that is a terminal, that goes away at the end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    clocks = TimeElapsedColumn(), TimeRemainingColumn()
-    off = quiet or not sys.stderr.isatty()
-    bar = RichProgress(*columns, *clocks, console=Console(stderr=True), transient=True, disable=off, auto_refresh=False)
-    with bar:
-        yield Bar(bar)
-
-
-class Bar:
-    """Progress on a rich bar, which is drawn between measurements only."""
-
-    def __init__(self, bar) -> None:
-        self._bar, self._task, self._drawn = bar, None, 0.0
-
-    def begin(self, steps: int, what: str) -> None:
-        """So many steps from now on."""
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(what, total=steps)
-        self._bar.refresh()
-
-    def step(self, what: str = "") -> None:
-        """One step is done."""
-        self._bar.update(self._task, advance=1, **({"description": what} if what else {}))
-        if time.monotonic() - self._drawn > 0.2:
-            self._bar.refresh()
-            self._drawn = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rich.table import Table
 from models.board_mock import cluster
 from models.boards import BOARDS, PLACEMENTS, Board, board_named
 from models.cli.command import Parser, run_command
-from models.cli.console import memory_table
+from models.cli.console import Terminal, memory_table
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES, LlamaConfig, named_config
 from models.options import PRECISION
@@ -351,13 +351,6 @@ def uses(model, asked: Question, *, drafts: bool, early_exit: bool) -> Iterator[
 
 
 # ---- the answer -----------------------------------------------------------------------------------------------------
-
-
-class Terminal(Console):
-    """A console that passes on that its reader has gone."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
 
 
 @contextlib.contextmanager

@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.cli.command import Parser, run_command
+from models.cli.console import writing_bar
 from models.errors import UserError
 from models.llama.checkpoint import SHARD_BYTES, CheckpointWriter
 from models.llama.config import DTYPES, NAMED_SIZES, LlamaConfig, named_config
@@ -132,18 +131,12 @@ def check_space(output: Path, config: LlamaConfig) -> None:
 
 def write(output: Path, config: LlamaConfig, seed: int, tokenizer: LlamaTokenizer | None, shard_bytes: int) -> None:
     """Draw and write all tensors, then the tokenizer's files."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with (
-        CheckpointWriter(output, config, shard_bytes) as writer,
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-    ):
-        itemsize = getattr(torch, config.dtype).itemsize
-        task = progress.add_task(f"writing {output.name}", total=config.parameter_count * itemsize)
+    total = config.parameter_count * getattr(torch, config.dtype).itemsize
+    with CheckpointWriter(output, config, shard_bytes) as writer, writing_bar(output.name, total) as written:
         for name, shape in config.tensor_shapes().items():
             tensor = random_tensor(config, name, shape, seed)
             writer.add(name, tensor)
-            progress.advance(task, tensor.nbytes)
+            written(tensor.nbytes)
         present = [name for name in TOKENIZER_FILES if tokenizer and (tokenizer.path / name).is_file()]
         for name in present:
             shutil.copyfile(tokenizer.path / name, writer.folder / name)

@@ -22,6 +22,8 @@ from pathlib import Path
 from models.board_mock import cluster
 from models.boards import BOARDS, Board, board_named
 from models.cli.command import Parser, run_command
+from models.cli.console import Terminal
+from models.cli.tables import markdown_table, terminal_table
 from models.errors import UserError
 from models.llama.config import LlamaConfig, named_config
 from models.options import PRECISION
@@ -160,22 +162,10 @@ def show(entries: list[dict], options: argparse.Namespace) -> None:
         )
     rows = [table_row(entry) for entry in entries]
     if options.markdown:
-        print("| " + " | ".join(COLUMNS) + " |")
-        print("|" + "|".join([" --- "] * 2 + [" ---: "] * (len(COLUMNS) - 2)) + "|")
-        for row in rows:
-            print("| " + " | ".join(row) + " |")
-        print(f"\n{about}")
+        print(f"{markdown_table(COLUMNS, rows, left=2)}{about}")
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i < 2 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(table)
+    console = Terminal(highlight=False)
+    console.print(terminal_table(COLUMNS, rows, left=2))
     console.print(about)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from models.boards import BOARDS
 from models.cli.command import Parser, run_command
+from models.cli.tables import markdown_table
 from models.errors import UserError
-from scripts.suites.report import number, percent, ranged, table, times
+from scripts.suites.report import number, percent, ranged, times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -72,7 +73,7 @@ def compare() -> str:
     mean_auto, mean_fixed = results["mean_auto_speedup"], results["mean_best_fixed_speedup"]
     head = ("auto with", *DRAFTERS, "best fixed length", "auto / best fixed")
     means = f"auto {times(mean_auto)}, best fixed {times(mean_fixed)}"
-    text = f"{source(results)}; {results['repeats']} repetitions\n\n{table(head, rows)}"
+    text = f"{source(results)}; {results['repeats']} repetitions\n\n{markdown_table(head, rows)}"
     return (
         text + f"Mean of the categories with {results['auto_drafter']} (model where the draft is unrelated): {means}.\n"
     )
@@ -83,7 +84,8 @@ def configurations() -> str:
     from scripts.suites.compare import OVERALL, overall_rows
 
     results = read("compare")
-    return f"{source(results)}; {results['repeats']} repetitions\n\n" + table(OVERALL, overall_rows(results["overall"]))
+    table = markdown_table(OVERALL, overall_rows(results["overall"]))
+    return f"{source(results)}; {results['repeats']} repetitions\n\n{table}"
 
 
 def sweep() -> str:
@@ -96,7 +98,7 @@ def sweep() -> str:
         abc = (number(median(each[key]), 2) for key in ("a", "c", "v"))
         rows.append((k, ranged(each["speedup"]), times(median(each["formula"])), apart, *abc))
     auto, best = results["auto"], results["best"]
-    text = table(("K", "measured", "formula", "apart", "a", "c", "v"), rows)
+    text = markdown_table(("K", "measured", "formula", "apart", "a", "c", "v"), rows)
     return f"{source(results)}\n\n{text}auto: {ranged(auto['speedup'])}; best fixed length: {best}.\n"
 
 
@@ -111,7 +113,7 @@ def verify_cost() -> str:
                 lines.append((f"{name}, {way}", context, *ms))
     skipped = "".join(f" {each['model']} did not fit into memory." for each in results["skipped"])
     return (
-        f"{source(results)}\n\n" + table(("ms (ratio to one row)", "context", *rows_asked), lines)
+        f"{source(results)}\n\n" + markdown_table(("ms (ratio to one row)", "context", *rows_asked), lines)
         + f"The machine reads {results['read_gb_s']:.1f} GB/s at best." + skipped + "\n"
     )  # fmt: skip
 
@@ -146,7 +148,7 @@ def pairs() -> str:
         pair = f"1B -> {target.upper()}"
         rows.append((pair, number(step, 0), number(c, 2), number(costs.get(4), 2), percent(least), *cells))
     head = ("pair", "step ms", "c", "v at K = 4", "pays from", *(f"predicted at {percent(a)}" for a in ASSUMED))
-    return f"{source(results)}, context {context}, bf16\n\n" + table(head, rows)
+    return f"{source(results)}, context {context}, bf16\n\n" + markdown_table(head, rows)
 
 
 def peers() -> str:
@@ -158,7 +160,7 @@ def peers() -> str:
         own = f"{ranged(way['own_over_this'])} {way['counterpart']}" if way["counterpart"] else ""
         rows.append((name, ranged(way["tok_s"], number), same, own))
     head = ("", "tok/s", "same text as own baseline", "own counterpart / this")
-    return f"{source(results)}; transformers {results['versions']['transformers']}\n\n" + table(head, rows)
+    return f"{source(results)}; transformers {results['versions']['transformers']}\n\n" + markdown_table(head, rows)
 
 
 EXPECTED = {
@@ -179,7 +181,7 @@ def expect() -> str:
         rate = median(results["ways"][name]["tok_s"])
         rows.append((label, number(rate, 0), times(rate / plain)))
     head = ("embedded pair, 13.6 M parameters", "tok/s, prefill included", "of own plain")
-    return f"{source(results)}\n\n" + table(head, rows)
+    return f"{source(results)}\n\n" + markdown_table(head, rows)
 
 
 def bottleneck() -> str:
@@ -190,7 +192,7 @@ def bottleneck() -> str:
         (k, number(each["c"], 2), number(each["v"], 2), percent(each["break_even"]), times(each["predicted_speedup"]))
         for k, each in results["lengths"].items()
     ]
-    text = table(("K", "c", "v", "pays from acceptance", "by formula"), rows)
+    text = markdown_table(("K", "c", "v", "pays from acceptance", "by formula"), rows)
     forward, acceptance = results["ms"]["forward 1"]["median"], percent(results["acceptance"])
     bound = f"Bound by {results['bound']} ({shares} of {forward:.1f} ms); acceptance measured: {acceptance}."
     return f"{source(results)}\n\n{bound}\n\n{text}"
@@ -217,7 +219,8 @@ def op_counts() -> str:
             )
         )
     head = ("", "ops a layer, 1 to 16 rows", "MB read and written, 1 / 5 rows", "ms at published bandwidth, 1 / 5 rows")
-    return f"`scripts/op_counts.py`; ttnn {results['versions']['ttnn']}, {results['date'][:10]}\n\n" + table(head, rows)
+    where = f"`scripts/op_counts.py`; ttnn {results['versions']['ttnn']}, {results['date'][:10]}"
+    return f"{where}\n\n{markdown_table(head, rows)}"
 
 
 def plan(target: str) -> str:
@@ -234,7 +237,7 @@ def plan(target: str) -> str:
     head = (f"{target} + 1B: **predicted**", "best K", "speed-up (band)", "tok/s (band)", "break-even", *LEVERS)
     return (
         f"`scripts/plan.py --target {target} --draft 1B --board BOARD`; {assumed}, {results['date'][:10]}\n\n"
-        + table(head, rows)
+        + markdown_table(head, rows)
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from models.cli.command import INTERRUPTED, run_command
+from models.cli.console import MeasuringBar
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES
 from models.llama.rope import rope_tables
@@ -461,7 +462,7 @@ SHORT = {
 @pytest.mark.parametrize("suite", list(SHORT))
 @pytest.mark.parametrize("early", [True, False])
 def test_ctrl_c_writes_what_was_complete(tmp_path, pair, monkeypatch, capsys, suite, early):
-    steps, step = [], benchmark.Bar.step
+    steps, step = [], MeasuringBar.step
 
     def interrupting(bar, what=""):
         steps.append(what)
@@ -469,7 +470,7 @@ def test_ctrl_c_writes_what_was_complete(tmp_path, pair, monkeypatch, capsys, su
             raise KeyboardInterrupt
         step(bar, what)
 
-    monkeypatch.setattr(benchmark.Bar, "step", interrupting)
+    monkeypatch.setattr(MeasuringBar, "step", interrupting)
     argv = [suite, *pair, *SHORT[suite].split(), "--max-prompts", "2", "--max-new-tokens", "4", "--repeats", "3"]
     code, results = run(tmp_path, *argv)
     assert code == INTERRUPTED and results["interrupted"]
@@ -493,7 +494,7 @@ def test_ctrl_c_in_verify_cost_and_peers_keeps_complete_repetitions(tmp_path, mo
         if what.endswith("repetition 2 of 3"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark.Bar, "step", interrupting)
+    monkeypatch.setattr(MeasuringBar, "step", interrupting)
     _, results = run(tmp_path, *"verify-cost small --rows 1,3 --contexts 16 --repeats 3".split())
     cells = results["models"]["small"]["ms"]["any rows"]["16"]
     assert results["interrupted"] and sorted(len(cell["values"]) for cell in cells.values()) in ([1, 1], [1, 2])
@@ -562,8 +563,3 @@ def test_help_of_every_suite_names_its_flags(capsys):
             benchmark.command([suite, "--help"])
         text = capsys.readouterr().out
         assert "--repeats" in text and f"({chosen.repeats})" in text and "--markdown" in text
-
-
-def test_a_markdown_table_lines_up():
-    lines = report.table(("way", "x"), [("a", "1.00x"), ("long name", "–")]).splitlines()
-    assert lines[1] == "|-----------|------:|" and len({len(line) for line in lines[:4]}) == 1

@@ -1,17 +1,37 @@
-"""What is shown while models go onto a board: the memory they need, and a progress bar; both on stderr."""
+"""What command lines show: consoles, progress bars on stderr, the memory that models need on a board."""
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from models.boards import Board
 from models.ttnn_llama.weights.memory import COLUMNS, MemoryPlan, rows
 
 
+class Terminal(Console):
+    """A console that passes on, as BrokenPipeError, that its reader has gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+# ---------------------------------------------------------------------------------------------------- memory on boards
 def memory_table(board: Board, plans: Mapping[str, MemoryPlan]) -> Table:
     """What each model takes of a chip's DRAM."""
     title = f"DRAM per chip, planned, of the {board.dram_bytes / 1e9:.2f} GB of {board.name}"
@@ -29,13 +49,13 @@ def show_memory(board: Board, plans: Mapping[str, MemoryPlan]) -> None:
     console.print(memory_table(board, plans))
 
 
+# ------------------------------------------------------------------------------------------------------ progress bars
 @contextlib.contextmanager
 def loading_bar(quiet: bool, timed: bool) -> Iterator[Callable[[str, int, int, str], None]]:
     """A function (role, tensors done, tensors in all, name) that moves a bar for each role; on stderr, then gone.
     ``timed`` shows seconds too."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()] + [TimeElapsedColumn()] * timed
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=quiet or not sys.stderr.isatty()) as progress:
+    clocks = [TimeElapsedColumn()] * timed
+    with _progress(MofNCompleteColumn(), *clocks, quiet=quiet, transient=True) as progress:
         tasks = {}
 
         def moved(role: str, done: int, total: int, name: str) -> None:
@@ -44,3 +64,49 @@ def loading_bar(quiet: bool, timed: bool) -> Iterator[Callable[[str, int, int, s
             progress.update(tasks[role], completed=done)
 
         yield moved
+
+
+@contextlib.contextmanager
+def writing_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that adds bytes to a bar of ``total`` on stderr; it stays when all are written."""
+    with _progress(DownloadColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(f"writing {what}", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def measuring_bar(quiet: bool) -> Iterator["MeasuringBar"]:
+    """A bar on stderr for the steps of a measurement, then gone."""
+    columns = MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with _progress(*columns, quiet=quiet, transient=True, auto_refresh=False) as progress:
+        yield MeasuringBar(progress)
+
+
+class MeasuringBar:
+    """Drawn between measurements only: a thread that refreshes it would take time from them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._drawn = progress, 0.0
+        self._task: TaskID | None = None
+
+    def begin(self, steps: int, what: str) -> None:
+        """So many steps from now on."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(what, total=steps)
+        self._progress.refresh()
+
+    def step(self, what: str = "") -> None:
+        """One step is done."""
+        assert self._task is not None, "begin comes first"
+        self._progress.update(self._task, advance=1, description=what or None)
+        if time.monotonic() - self._drawn > 0.2:
+            self._progress.refresh()
+            self._drawn = time.monotonic()
+
+
+def _progress(*columns: ProgressColumn, quiet: bool = False, **options: Any) -> Progress:
+    """Bars on stderr with a text before them; nothing with ``quiet`` and where stderr is no terminal."""
+    off = quiet or not sys.stderr.isatty()
+    first = TextColumn("{task.description}"), BarColumn()
+    return Progress(*first, *columns, console=Console(stderr=True), disable=off, **options)

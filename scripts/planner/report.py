@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from models.cli.tables import markdown_table, terminal_table
+
 Plan = dict  # what `plan.build` returns
 
 
@@ -164,12 +166,8 @@ def _memory(plan: Plan) -> Table:
 def markdown(plan: Plan) -> str:
     parts = [headline(plan).replace("\n", "  \n")]
     for table in tables(plan):
-        lines = [f"### {table.title}", ""]
-        lines.append("| " + " | ".join(table.columns) + " |")
-        lines.append("|" + "|".join([" --- "] * table.left + [" ---: "] * (len(table.columns) - table.left)) + "|")
-        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-        lines += ["", *(f"- {note}" for note in table.notes)]
-        parts.append("\n".join(lines))
+        notes = "\n".join(f"- {note}" for note in table.notes)
+        parts.append(f"### {table.title}\n\n{markdown_table(table.columns, table.rows, table.left)}{notes}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -178,22 +176,14 @@ def show(plan: Plan) -> None:
     import sys
 
     from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
 
-    class Terminal(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
+    from models.cli.console import Terminal
 
     console = Terminal(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(headline(plan), markup=False)
     for table in tables(plan):
-        drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE, collapse_padding=True)
-        for i, column in enumerate(table.columns):
-            drawn.add_column(column, justify="left" if i < table.left else "right")
-        for row in table.rows:
-            drawn.add_row(*row)
+        look = {"title": table.title, "title_justify": "left", "box": box.SIMPLE, "collapse_padding": True}
         console.print()
-        console.print(drawn)
+        console.print(terminal_table(table.columns, table.rows, table.left, **look))
         for note in table.notes:
             console.print(note, markup=False)

@@ -11,12 +11,13 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from models.cli.tables import markdown_table
 from models.errors import UserError
 from models.options import AUTO, DRAFT_TOKENS
 from models.speculative.stats import GenerationStats
 from scripts.suites import formula
 from scripts.suites.measuring import shuffled, spread
-from scripts.suites.report import header, number, percent, ranged, table, times
+from scripts.suites.report import header, number, percent, ranged, times
 from scripts.suites.suite import Progress, Results, integer, model_settings
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class Bottleneck:
             ("arithmetic at the best rate", number(results["arithmetic_ms"], 2), ""),
             ("one step of the draft", ranged(ms[DRAFT_STEP], number), ""),
         ]
-        text += table(("", "ms", "share"), lines)
+        text += markdown_table(("", "ms", "share"), lines)
         text += (
             f"Weights ({results['weight_bytes'] / 1e6:,.0f} MB) are read at {results['weights_gb_s']:.1f} GB/s; the "
             f"machine reads {best['read_bytes_s'] / 1e9:.1f} GB/s from memory, more where they stay in a cache, and "
@@ -181,7 +182,7 @@ class Bottleneck:
             (k, number(each["c"], 3), number(each["v"], 3), _pays_from(each), times(each["predicted_speedup"]))
             for k, each in results["lengths"].items()
         ]
-        text += table(("K", "c", "v", "pays from acceptance", "by formula"), lines)
+        text += markdown_table(("K", "c", "v", "pays from acceptance", "by formula"), lines)
         return text + _advice(results)
 
     @staticmethod

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from models.cli.prompts import Prompt
+from models.cli.tables import markdown_table
 from models.errors import UserError
 from models.options import AUTO, AUTO_LONGEST_FIXED, DRAFT_TOKENS
 from models.speculative.control.policy import MAX_DRAFT_LENGTH
 from models.speculative.drafters import registry
 from scripts.suites.categories import CATEGORIES, random_ids, read_texts
 from scripts.suites.measuring import ratios, spread, turns, winner
-from scripts.suites.report import header, number, percent, ranged, table, times
+from scripts.suites.report import header, number, percent, ranged, times
 from scripts.suites.suite import Progress, Results, integer, integers, model_settings, names
 
 if TYPE_CHECKING:
@@ -256,16 +257,17 @@ class Compare:
             "fastest way",
             "fastest drafter",
         )
-        text += table(head, rows)
+        text += markdown_table(head, rows)
         text += (
             "Speed-ups over plain decoding, median (smallest to largest) over repetitions. The best fixed length is "
             "known only afterwards. Wait: what the reader of the stream waits for a token; no wait: tokens that came "
             "in one block with the one before.\n\n"
         )
         if results["overall"]:
-            text += "## All kinds of text together\n\n" + table(OVERALL, overall_rows(results["overall"]))
+            text += "## All kinds of text together\n\n" + markdown_table(OVERALL, overall_rows(results["overall"]))
         for name, each in results["categories"].items():
-            text += f"## {name}\n\n{each['about']}; {each['prompts']} prompts\n\n" + table(_HEAD, _rows(each["ways"]))
+            text += f"## {name}\n\n{each['about']}; {each['prompts']} prompts\n\n"
+            text += markdown_table(_HEAD, _rows(each["ways"]))
             if CATEGORIES[name].unrelated_draft:
                 text += _learning(each)
         return text + _models(results["models"])
@@ -383,7 +385,7 @@ def _models(models: Results) -> str:
         for role, each in models.items()
         if each
     ]
-    return "## Models\n\n" + table(("model", "load time", "weights", "KV cache"), rows)
+    return "## Models\n\n" + markdown_table(("model", "load time", "weights", "KV cache"), rows)
 
 
 def _median(values: Results | None) -> float | None:

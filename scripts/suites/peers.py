@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from models.cli.tables import markdown_table
 from models.errors import UserError
 from models.options import AUTO, AUTO_LONGEST_FIXED, DRAFT_TOKENS
 from scripts.suites.measuring import spread, turns
-from scripts.suites.report import header, number, ranged, table
+from scripts.suites.report import header, number, ranged
 from scripts.suites.suite import Progress, Results, integer, model_settings
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class Peers:
             ratio = f"{ranged(way['own_over_this'])} {way['counterpart']}" if way["counterpart"] else ""
             rows.append((name, ranged(way["tok_s"], number), same, ratio))
         head = ("", "tok/s (median, smallest to largest)", "same text as own baseline", "own counterpart / this")
-        text += table(head, rows) if rows else ""
+        text += markdown_table(head, rows) if rows else ""
         if results["baseline_ratio"]:
             text += (
                 f"baseline / HF generate: {ranged(results['baseline_ratio'])}; speculative / best HF assisted: "

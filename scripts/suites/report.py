@@ -1,7 +1,7 @@
 """What a suite leaves behind: JSON with its circumstances, Markdown, a picture."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,18 +40,6 @@ def header(results: dict[str, Any], title: str) -> str:
         f"# {title}\n\n{pair}{settings['dtype']}; {where['gpu'] or where['cpu']}, {where['cores']} cores, "
         f"{where['threads']} threads, torch {packages['torch']}, {results['date'][:10]}; {repeated}.\n\n{cut}"
     )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up as plain text; numbers to the right, the first column to the left."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return f"| {first[0].ljust(first[1])} | " + " | ".join(text.rjust(width) for text, width in others) + " |"
-
-    rule = f"|{'-' * (widths[0] + 2)}|" + "|".join("-" * (width + 1) + ":" for width in widths[1:]) + "|"
-    return "\n".join([line(head), rule, *map(line, rows)]) + "\n\n"
 
 
 def number(value: float | None, digits: int = 1, unit: str = "") -> str:

@@ -17,13 +17,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from models.cli.tables import markdown_table
 from models.errors import UserError
 from models.options import AUTO, AUTO_LONGEST_FIXED
 from models.speculative.control.policy import MAX_DRAFT_LENGTH
 from models.speculative.stats import GenerationStats
 from scripts.suites import formula
 from scripts.suites.measuring import spread, turns
-from scripts.suites.report import header, number, percent, ranged, table, times
+from scripts.suites.report import header, number, percent, ranged, times
 from scripts.suites.suite import Progress, Results, integer, model_settings
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class Sweep:
             predicted = times(_median(each["formula"])), deviation, by_position
             rows.append((k, measured, *predicted, *abc, *factors, _same(each)))
         head = ("K", "measured", "formula", "deviation", "by position", "a", "c", "v", *PARTS, "same text")
-        text += table(head, rows) if rows else ""
+        text += markdown_table(head, rows) if rows else ""
         if auto := results["auto"]:
             drafted = number(auto["mean_draft_length"], 2)
             text += (

@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.cli.tables import markdown_table
 from models.errors import UserError
 from models.llama.config import LlamaConfig, named_config
 from models.options import FREE_ROWS
 from scripts.suites.measuring import shuffled, spread
-from scripts.suites.report import header, number, table
+from scripts.suites.report import header, number
 from scripts.suites.suite import Progress, Results, integer, integers
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class VerifyCost:
                     ms = [_cell(cells.get(n)) for n in rows]
                     speed = model["one_row"].get(context) if way == ANY else None
                     lines.append((way, context, *ms, number(speed and speed["weights_and_kv_gb_s"])))
-            text += table(("ms (ratio to one row)", "context", *rows, "GB/s"), lines) if lines else ""
+            text += markdown_table(("ms (ratio to one row)", "context", *rows, "GB/s"), lines) if lines else ""
         return text + "GB/s: weights and KV cache over the time of one row.\n"
 
     @staticmethod
