@@ -23,6 +23,7 @@ from models.boards import BOARDS, Board, board_named
 from models.cli.command import Parser, run_command
 from models.errors import UserError
 from models.llama.config import named_config
+from models.speculative.formulas import break_even
 from models.ttnn_llama.weights import memory
 from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
 from scripts.planner import counts as counting
@@ -35,7 +36,6 @@ from scripts.planner.speculation import (
     Acceptance,
     Round,
     best,
-    break_even,
     chain,
     speedup,
 )

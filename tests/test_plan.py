@@ -15,11 +15,12 @@ from models.board_mock import cluster
 from models.boards import BOARDS
 from models.cli.command import run_command
 from models.errors import UserError
+from models.speculative.formulas import break_even, expected_tokens
 from scripts.planner import fit, published
 from scripts.planner.counts import ROWS, SIZES, Counts, Place, Work
 from scripts.planner.levers import free, levers, memory_of, tree
 from scripts.planner.predict import Family, Pair, Times
-from scripts.planner.speculation import Acceptance, break_even, chain, expected_tokens, gain, speedup
+from scripts.planner.speculation import Acceptance, chain, gain, speedup
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "plan.py"

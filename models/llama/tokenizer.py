@@ -164,6 +164,10 @@ class StreamingDetokenizer:
 
     A piece never ends inside a character: bytes of an unfinished one wait for the ids that complete it. Works on the
     bytes of each token (byte-level BPE, as Llama 3 has it), so the cost of a push does not depend on the past.
+
+    `tokenizers.decoders.DecodeStream` (0.23) is no substitute. It holds whole characters back where a token ends one
+    and begins the next, and decodes all it holds again at each id, without end where bytes are no UTF-8; it has no
+    flush; with byte fallback it raises "Invalid prefix" at bytes that are no UTF-8, which models do write.
     """
 
     def __init__(self, tokenizer: LlamaTokenizer) -> None:

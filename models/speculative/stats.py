@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from models.speculative.tree import tree_levels
+
 
 @dataclass
 class Round:
@@ -26,12 +28,7 @@ class Round:
     @property
     def depth(self) -> int:
         """Tokens that could have been accepted: all of a chain, the longest chain of a tree."""
-        if self.parents is None:
-            return self.drafted
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(1 + (depths[parent] if parent >= 0 else 0))
-        return max(depths, default=0)
+        return self.drafted if self.parents is None else tree_levels(self.parents)
 
 
 @dataclass

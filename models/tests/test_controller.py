@@ -7,8 +7,9 @@ import pytest
 
 from models.errors import UserError
 from models.speculative.control.costs import Costs
-from models.speculative.control.estimates import Acceptance, Trust, expected_tokens
+from models.speculative.control.estimates import Acceptance, Trust
 from models.speculative.control.policy import AutoDraftLength
+from models.speculative.formulas import expected_tokens, tokens_by_length
 from models.speculative.stats import Round
 from models.tests.engine_fixtures import build_pair
 
@@ -49,7 +50,7 @@ def plain_seconds(tokens):
 
 def fixed_seconds(k, chance, tokens, draft_s=0.001, extra_row_s=0.0):
     """On average."""
-    rounds = (tokens - 1) / expected_tokens([chance] * k)[-1]
+    rounds = (tokens - 1) / expected_tokens([chance] * k)
     return rounds * (PLAIN_S + k * (draft_s + extra_row_s))
 
 
@@ -261,9 +262,9 @@ def test_expected_tokens_against_simulation():
             if draw.random() >= chance:
                 break
             total += 1
-    assert expected_tokens(chances)[-1] == pytest.approx(total / 20000, rel=0.02)
-    assert expected_tokens(chances)[:2] == [1, 1.8]
-    assert expected_tokens([]) == [1]
+    assert expected_tokens(chances) == pytest.approx(total / 20000, rel=0.02)
+    assert tokens_by_length(chances)[:2] == [1, 1.8]
+    assert tokens_by_length([]) == [1]
 
 
 # ---- decisions ------------------------------------------------------------------------------------------------------
@@ -509,6 +510,6 @@ def test_levels_of_a_tree_are_chosen_with_the_rows_that_it_verifies():
     assert controller.costs.draft_s("tree") == pytest.approx(0.001)  # three levels
     outlook = controller._outlook("tree")
     assert outlook.best == pytest.approx(
-        expected_tokens(controller._of("tree").chances(outlook.length))[-1]
+        expected_tokens(controller._of("tree").chances(outlook.length))
         / (0.001 * outlook.length + controller.costs.verify_s(9))
     )

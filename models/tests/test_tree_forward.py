@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from models.errors import UserError
+from models.speculative.tree import tree_levels
 from models.tests.engine_fixtures import random_prompt
 from models.tests.llama_fixtures import random_tensors, tiny_config
-from models.torch_llama.model import TorchLlama, tree_depths
+from models.torch_llama.model import TorchLlama
 
 CONTEXT = 256
 LAYOUTS = {
@@ -184,7 +185,7 @@ def test_a_tree_needs_room_for_its_levels_not_for_its_rows():
     for each in (model, linear):
         each.prefill(prompt)
     got = model.forward(tokens, 37, parents)
-    assert max(tree_depths(parents)) == 2
+    assert tree_levels(parents) == 3
     close(got[[0, 4, 31]], linear.forward([tokens[0], tokens[4], tokens[31]], 37))
     model.keep(37, [0, 4])
     linear.forward([tokens[0], tokens[4]], 37)
@@ -200,7 +201,3 @@ def test_a_tree_of_too_many_rows_is_refused(fixed_rows, most):
     model.forward([1] * most, 3, [-1, *range(most - 1)])
     with pytest.raises(UserError, match=f"a tree of {most + 1} rows exceeds {most}: draft fewer tokens"):
         model.forward([1], 3, [-1, *[0] * most])
-
-
-def test_depths_count_ancestors():
-    assert tree_depths([-1, 0, 1, 0, 3, 3]) == [0, 1, 2, 1, 2, 2]

@@ -25,6 +25,7 @@ from models.errors import UserError
 from models.llama.config import LlamaConfig
 from models.llama.rope import rope_tables
 from models.speculative.model import SlotBySlot
+from models.speculative.tree import tree_depths, tree_levels
 from models.torch_llama.first_layers import FirstLayers, chained_greedy
 from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, packing_works
 
@@ -319,8 +320,7 @@ class TorchLlama(SlotBySlot):
     def _check_tree(self, position: int, parents: Sequence[int]) -> None:
         if len(parents) > self.max_rows:
             raise UserError(f"a tree of {len(parents)} rows exceeds {self.max_rows}: draft fewer tokens")
-        depths = tree_depths(parents)
-        self._check(1 + max(depths), [position])  # its rows may lie beyond the context, there is room for them
+        self._check(tree_levels(parents), [position])  # its rows may lie beyond the context, there is room for them
 
     def _pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
         n = ids.shape[1]
@@ -469,11 +469,3 @@ class TorchLlama(SlotBySlot):
 def _block_end(rows: int) -> int:
     """Rows of the KV cache that are read to see so many: whole blocks."""
     return -(-rows // KV_BLOCK) * KV_BLOCK
-
-
-def tree_depths(parents: Sequence[int]) -> list[int]:
-    """How many ancestors each row of a tree has."""
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
-    return depths

@@ -9,6 +9,7 @@ from models.boards import Board
 from models.errors import UserError
 from models.llama.config import named_config
 from models.speculative.drafters.registry import spec_of
+from models.speculative.formulas import break_even, expected_tokens, with_rescue
 from models.ttnn_llama.device.mesh import target_chips
 from models.ttnn_llama.programs.needed import LEVEL_ROWS, programs, trace_bytes
 from models.ttnn_llama.programs.options import BoardOptions
@@ -16,17 +17,7 @@ from models.ttnn_llama.weights import memory
 from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
 from scripts.planner import counts
 from scripts.planner.predict import Figure, Pair, Times
-from scripts.planner.speculation import (
-    Acceptance,
-    Round,
-    best,
-    break_even,
-    chain,
-    expected_tokens,
-    gain,
-    speedup,
-    with_rescue,
-)
+from scripts.planner.speculation import Acceptance, Round, best, chain, gain, speedup
 
 LONGER_CONTEXTS = (8192, 32768)
 TREE_NODES = 31

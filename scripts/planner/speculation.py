@@ -1,4 +1,4 @@
-"""Tokens per round from acceptance, speed-up from tokens and times, and the acceptance from which on it pays."""
+"""Tokens per round from acceptance, and speed-up from tokens and times."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from models.errors import UserError
 from models.llama.config import read_json
+from models.speculative.formulas import expected_tokens
 from scripts.planner.predict import Figure, Times
 
 MAX_DRAFT_LENGTH = 15  # with the token before them 16 rows, up to which a layer keeps its number of programs
@@ -70,36 +71,6 @@ class Acceptance:
 
 def _is_chance(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def expected_tokens(chances: Sequence[float]) -> float:
-    """Tokens that a round emits on average: 1 + a1 + a1 a2 + ..., its own and the accepted ones."""
-    return 1.0 + float(np.cumprod(chances).sum()) if len(chances) else 1.0
-
-
-def break_even(k: int, cost: float, rescue: float = 0.0) -> float | None:
-    """The chance, equal for k tokens, with which a round of ``cost`` plain steps gives ``cost`` tokens.
-
-    0 if it gives them anyway, None if even k + 1 tokens are too few. ``rescue``: see `with_rescue`.
-    """
-
-    def enough(chance: float) -> bool:
-        return expected_tokens(with_rescue([chance] * k, rescue)) >= cost
-
-    if enough(0.0):
-        return 0.0
-    if not enough(1.0):
-        return None
-    low, high = 0.0, 1.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
-
-
-def with_rescue(chances: Sequence[float], rescue: float) -> list[float]:
-    """Chances where another token stands beside each and is right in that share of the cases in which it is wrong."""
-    return [chance + (1 - chance) * rescue for chance in chances]
 
 
 # ---- rounds ---------------------------------------------------------------------------------------------------------

@@ -6,31 +6,19 @@ verification of K + 1 rows. K: drafted tokens a round.
 
 from collections.abc import Iterable
 
+from models.speculative import formulas
+from models.speculative.formulas import expected_tokens
 from models.speculative.stats import Round
-
-
-def expected_length(a: float, k: int) -> float:
-    """Tokens a round emits on average, 1 + a + .. + a^K = (1 - a^(K+1)) / (1 - a)."""
-    return sum(a**i for i in range(k + 1))
 
 
 def speedup(a: float, k: int, c: float, v: float) -> float:
     """(1 - a^(K+1)) / ((1 - a) (c K + v)): tokens per second over those of plain decoding."""
-    return expected_length(a, k) / (c * k + v)
+    return expected_tokens([a] * k) / (c * k + v)
 
 
 def break_even(k: int, c: float, v: float) -> float | None:
     """The acceptance from which drafting K tokens pays; 0 if it always does, None if it never can."""
-    cost = c * k + v
-    if cost <= 1:
-        return 0.0
-    if cost > k + 1 or k == 0:
-        return None
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected_length(middle, k) < cost else (low, middle)
-    return high
+    return formulas.break_even(k, c * k + v)
 
 
 def acceptance(rounds: Iterable[Round]) -> float | None:

@@ -101,12 +101,3 @@ class Trust:
         more, less = self._expected[above - 1], self._expected[above]
         share = (more - self._accepted) / (more - less) if more > less else 0.0
         return self.POWERS[above - 1] * (self.POWERS[above] / self.POWERS[above - 1]) ** share
-
-
-def expected_tokens(chances: Iterable[float]) -> list[float]:
-    """Tokens that a round emits on average, accepted ones and the target's own, if it drafts 0, 1, 2, .. tokens."""
-    reached, tokens = 1.0, [1.0]
-    for chance in chances:
-        reached *= chance
-        tokens.append(tokens[-1] + reached)
-    return tokens

@@ -14,9 +14,10 @@ from typing import NamedTuple, Protocol
 
 from models.errors import UserError
 from models.speculative.control.costs import Costs
-from models.speculative.control.estimates import Acceptance, Trust, expected_tokens
+from models.speculative.control.estimates import Acceptance, Trust
 from models.speculative.drafters import MAX_DRAFT_LENGTH, always
 from models.speculative.drafters.registry import reads_prompt
+from models.speculative.formulas import tokens_by_length
 from models.speculative.stats import Round
 
 
@@ -152,7 +153,7 @@ class AutoDraftLength:
         self.latest.update(round)
 
     def break_even(self, source: str = "model") -> float | None:
-        """The acceptance, equal at all positions, from which drafting one token pays; None before it is known."""
+        """The acceptance from which drafting one token pays: above 1 none does. None before it is known."""
         plain = self.round_s(source, 0)
         return self.round_s(source, 1) / plain - 1 if plain and self.costs.draft_s(source) else None
 
@@ -303,7 +304,7 @@ class AutoPolicy:
         if source in self._outlooks:
             return self._outlooks[source]
         run, acceptance = self.run, self.acceptance(source)
-        tokens = expected_tokens(acceptance.chances(run.lengths[-1]))
+        tokens = tokens_by_length(acceptance.chances(run.lengths[-1]))
         plain, best, length = 0.0, 0.0, 0
         for k in run.lengths:
             seconds = run.round_s(source, k)

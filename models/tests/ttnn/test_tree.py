@@ -22,7 +22,7 @@ from models.tests.ttnn.model_fixtures import (
     row_pccs,
 )
 from models.torch_llama.model import TorchLlama
-from models.ttnn_llama.modules.rows import TreeInputs, tree_shape
+from models.ttnn_llama.modules.rows import TreeInputs
 
 CONTEXT = 352
 IDS = random_ids(340, seed=3)
@@ -170,10 +170,6 @@ def test_masks_and_blocks_say_what_rows_see(mesh):
     assert seen == [[*text, 126, 128], [*text, 126, 128, 129], *[[*text, 126]] * 3]
     assert set(mask.flatten().tolist()) == {0.0, -(2.0**30)}
     assert on_chips(inputs.blocks)[0].flatten().tolist() == [1, 1, 0]
-
-
-def test_the_shape_of_a_tree():
-    assert tree_shape([-1, 0, 0, 2, 1]) == ([0, 1, 1, 2, 2], [0b1, 0b11, 0b101, 0b1101, 0b10011])
 
 
 # -------------------------------------------------------------------------------------------------- keeping

@@ -15,7 +15,8 @@ import ttnn
 
 from models.errors import UserError
 from models.speculative.model import SlotBySlot
-from models.ttnn_llama.modules.rows import RowInputs, RowPlan, TreeInputs, make_row_plan, tree_shape
+from models.speculative.tree import tree_levels
+from models.ttnn_llama.modules.rows import RowInputs, RowPlan, TreeInputs, make_row_plan
 from models.ttnn_llama.programs.needed import TREE
 from models.ttnn_llama.shapes import MAX_ROWS, padded_rows
 
@@ -195,8 +196,7 @@ class Decoder(SlotBySlot):
     def _check_tree(self, n: int, position: int, parents: Sequence[int]) -> None:
         if not 1 <= n <= len(parents) <= MAX_ROWS:
             raise UserError(f"{n} of {len(parents)} rows of a tree are outside 1..{MAX_ROWS}: draft fewer tokens")
-        depths, _ = tree_shape(parents)
-        self._check(1 + max(depths), position)  # its rows may lie beyond the context, there is room for them
+        self._check(tree_levels(parents), position)  # its rows may lie beyond the context, there is room for them
 
     @staticmethod
     def _check_rows(n: int) -> None:

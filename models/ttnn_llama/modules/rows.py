@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 import ttnn
 
+from models.speculative.tree import tree_depths, tree_sights
 from models.ttnn_llama.modules.attend import CausalRows, TreeRows
 from models.ttnn_llama.modules.kv_cache import LayerCache
 from models.ttnn_llama.modules.layout import Layout
@@ -82,7 +83,7 @@ class TreeInputs(RowInputs):
 
     def fill_tree(self, tokens: Sequence[int], position: int, parents: Sequence[int]) -> None:
         """Copy tokens to the device, the last rows of the tree that begins at a position; see `Decoder.forward`."""
-        depths, seen = tree_shape(parents)
+        depths, seen = tree_depths(parents), tree_sights(parents)
         first = len(parents) - len(tokens)
         ttnn.copy_host_to_device_tensor(self._ids(tokens), self.ids)
         self._set_places(
@@ -104,16 +105,6 @@ class TreeInputs(RowInputs):
             mask[None, None], dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT, mesh_mapper=self._mapper
         )
         return [tiled, self._host([[[blocks]]], ttnn.int32)]
-
-
-def tree_shape(parents: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Of each row of a tree: how many ancestors it has, and a bit for each row that it sees, these and itself."""
-    depths: list[int] = []
-    seen: list[int] = []
-    for row, parent in enumerate(parents):
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
-        seen.append((seen[parent] if parent >= 0 else 0) | 1 << row)
-    return depths, seen
 
 
 class RowPlan:
