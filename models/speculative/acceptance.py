@@ -1,7 +1,7 @@
 """Which drafted tokens are kept, and what follows them: the rules that make speculation lossless.
 
-K drafted tokens, V vocabulary. p: the target's law, q: the draft's, each with temperature, top-k and top-p already
-applied. Whatever q is, the tokens that leave `accept_sampled` follow p, because for every token x
+K drafted tokens, V vocabulary. p: the target's distribution, q: the draft's, each with temperature, top-k and top-p
+already applied. Whatever q is, the tokens that leave `accept_sampled` follow p, because for every token x
 
     q(x) min(1, p(x)/q(x)) + P(rejection) residual(x) = min(p, q) + max(0, p - q) = p(x)
 
@@ -80,7 +80,7 @@ def sample(probs: Tensor, generator: torch.Generator) -> int:
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm(max(0, p - q)) of p[V] and q[V]: the law of the token that replaces a rejected one.
+    """norm(max(0, p - q)) of p[V] and q[V]: the distribution of the token that replaces a rejected one.
 
     Where nothing is left (p and q equal but for rounding) it is p itself.
     """
@@ -109,17 +109,17 @@ def accept_sampled(
     """Keep each drafted token with probability min(1, p/q): (how many before the first rejection, the id after them).
 
     That id is drawn from the residual at a rejection, from p[K] (the bonus) after full acceptance.
-    p[K+1, V]: may come from a generator, as in `accept_greedy`. q[K, V]: the law each token was drawn from; None for a
-    deterministic draft, whose q is one-hot. `generator` must be independent of the draft's.
+    p[K+1, V]: may come from a generator, as in `accept_greedy`. q[K, V]: the distribution each token was drawn from;
+    None for a deterministic draft, whose q is one-hot. `generator` must be independent of the draft's.
     """
-    laws = iter(p)
+    distributions = iter(p)
     for accepted, token in enumerate(drafted):
-        law = next(laws)
-        draft_law = _one_hot(token, law) if q is None else q[accepted]
+        probs = next(distributions)
+        draft_probs = _one_hot(token, probs) if q is None else q[accepted]
         # u < p/q without the division; never true where p is 0.
-        if _uniform(generator) * float(draft_law[token]) >= float(law[token]):
-            return accepted, sample(residual(law, draft_law), generator)
-    return len(drafted), sample(next(laws), generator)
+        if _uniform(generator) * float(draft_probs[token]) >= float(probs[token]):
+            return accepted, sample(residual(probs, draft_probs), generator)
+    return len(drafted), sample(next(distributions), generator)
 
 
 def accept_tree_greedy(
@@ -149,24 +149,24 @@ def accept_tree_sampled(
     """Walk down a tree by rejection sampling: (indices of the kept tokens, the id after them).
 
     At each token its children are tried in turn. One is kept with probability min(1, p/q); where it is not, p becomes
-    the residual for the next child, and after the last child the law the next id is drawn from. As every step keeps
-    the law of what leaves (see the module), so does any number of them. p[n+1, V]: after the text and each of the n
-    drafted tokens. q[n, V]: the law each token was drawn from once its earlier siblings were, which it excludes; None
-    if they were chosen deterministically.
+    the residual for the next child, and after the last child the distribution the next id is drawn from. As every step
+    keeps the distribution of what leaves (see the module), so does any number of them. p[n+1, V]: after the text and
+    each of the n drafted tokens. q[n, V]: the distribution each token was drawn from once its earlier siblings were,
+    which it excludes; None if they were chosen deterministically.
     """
     path: list[int] = []
-    node, law = -1, p[0]
+    node, probs = -1, p[0]
     while True:
         for child in (i for i, up in enumerate(parents) if up == node):
             token = drafted[child]
-            draft_law = _one_hot(token, law) if q is None else q[child]
-            if _uniform(generator) * float(draft_law[token]) < float(law[token]):
+            draft_probs = _one_hot(token, probs) if q is None else q[child]
+            if _uniform(generator) * float(draft_probs[token]) < float(probs[token]):
                 break
-            law = residual(law, draft_law)
+            probs = residual(probs, draft_probs)
         else:
-            return path, sample(law, generator)
+            return path, sample(probs, generator)
         path.append(child)
-        node, law = child, p[child + 1]
+        node, probs = child, p[child + 1]
 
 
 def _one_hot(token: int, like: Tensor) -> Tensor:

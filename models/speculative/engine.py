@@ -173,7 +173,7 @@ class Engine:
             proposed=tuple(draft.tokens),
             parents=None if draft.parents is None else tuple(draft.parents),
             kept=tuple(verified.kept),
-            reach=tuple(draft.reach),
+            path_probs=tuple(draft.path_probs),
         )
         last = "plain" if not drafted else "bonus" if accepted == round_.depth else "corrected"
         block = [Token(draft.tokens[i], "drafted") for i in verified.kept] + [Token(verified.next_id, last)]

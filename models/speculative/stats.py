@@ -23,7 +23,7 @@ class Round:
     proposed: tuple[int, ...] = ()  # the drafted tokens
     parents: tuple[int, ...] | None = None  # of a tree: index of each token's parent among them, -1 for the text
     kept: tuple[int, ...] = ()  # indices of the accepted ones
-    reach: tuple[float, ...] = ()  # the draft's probability of each and those before it, where it told
+    path_probs: tuple[float, ...] = ()  # the draft's probability of each and those before it, where it told
 
     @property
     def depth(self) -> int:

@@ -461,8 +461,8 @@ def test_probabilities_that_have_proved_too_high_count_for_less():
     reach = 1.5 * (controller.costs.verify_s(4) - controller.costs.verify_s(3)) * controller._outlook("model").best
     assert controller.pays("model", reach, 0, 4)
     for _ in range(100):
-        controller.update(Round(2, 1, 2, 0.004, PLAIN_S + 0.001, reach=(0.99, 0.98)))
-        controller.update(Round(2, 0, 1, 0.004, PLAIN_S + 0.001, reach=(0.99, 0.98)))
+        controller.update(Round(2, 1, 2, 0.004, PLAIN_S + 0.001, path_probs=(0.99, 0.98)))
+        controller.update(Round(2, 0, 1, 0.004, PLAIN_S + 0.001, path_probs=(0.99, 0.98)))
     assert not controller.pays("model", reach, 0, 4)
 
 

@@ -148,11 +148,11 @@ def test_reach_is_the_product_of_the_likeliest_probabilities(sampling):
     _, draft = build_pair(1, 0.1)
     prompt = random_prompt(12, 5)
     proposed = ModelDrafter(draft, sampling).propose(prompt, priced(4))
-    assert len(proposed.tokens) == len(proposed.reach) == 4
+    assert len(proposed.tokens) == len(proposed.path_probs) == 4
     draft.prefill(prompt[:-1])
     logits = draft.forward([prompt[-1], *proposed.tokens[:3]], len(prompt) - 1)
     laws = torch.softmax(logits, -1) if sampling.greedy else distribution(logits, 0.9, 20)
-    torch.testing.assert_close(torch.tensor(proposed.reach), laws.max(-1).values.cumprod(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(proposed.path_probs), laws.max(-1).values.cumprod(0), rtol=1e-4, atol=1e-5)
     if sampling.greedy:
         assert proposed.tokens == laws.argmax(-1).tolist()
 
@@ -160,20 +160,20 @@ def test_reach_is_the_product_of_the_likeliest_probabilities(sampling):
 def test_a_step_that_does_not_pay_is_not_made():
     _, draft = build_pair(1, 0.1)
     prompt = random_prompt(12, 5)
-    reach = ModelDrafter(draft, GREEDY).propose(prompt, priced(6)).reach
+    reach = ModelDrafter(draft, GREEDY).propose(prompt, priced(6)).path_probs
     draft.calls.clear()
     stopped = ModelDrafter(draft, GREEDY).propose(prompt, priced(6, least_step=reach[2] * 1.001))
-    assert len(stopped.tokens) == len(stopped.reach) == 3
+    assert len(stopped.tokens) == len(stopped.path_probs) == 3
     assert [call[0] for call in draft.calls] == ["prefill", "forward", "forward", "forward"]
 
 
 def test_a_token_that_does_not_pay_its_row_is_left_out_and_its_chance_is_told():
     _, draft = build_pair(1, 0.1)
     prompt = random_prompt(12, 5)
-    reach = ModelDrafter(draft, GREEDY).propose(prompt, priced(6)).reach
+    reach = ModelDrafter(draft, GREEDY).propose(prompt, priced(6)).path_probs
     stopped = ModelDrafter(draft, GREEDY).propose(prompt, priced(6, least_row=reach[2] * 1.001))
     assert len(stopped.tokens) == 2
-    assert stopped.reach == reach[:3]
+    assert stopped.path_probs == reach[:3]
     assert len(ModelDrafter(draft, GREEDY).propose(prompt, priced(6, 2.0, 2.0)).tokens) == 1  # one is always proposed
 
 

@@ -87,7 +87,7 @@ def test_a_greedy_tree_is_the_one_of_the_greatest_reach(nodes):
         depth = 1 + seed % 5
         draft = TreeDrafter(model, GREEDY, nodes).propose(tokens, upto(depth))
         expected = likeliest(reader, tokens, nodes, depth)
-        assert dict(zip(paths(draft), draft.reach, strict=True)) == pytest.approx(expected, rel=1e-3)
+        assert dict(zip(paths(draft), draft.path_probs, strict=True)) == pytest.approx(expected, rel=1e-3)
         branched += draft.parents != list(range(-1, len(draft.tokens) - 1))
     assert branched or nodes == 1
 
@@ -103,12 +103,12 @@ def test_every_tree_is_one(nodes, sampling):
         draft = drafter.propose(tokens, upto(depth))
         n = len(draft.tokens)
         assert 1 <= n <= nodes and levels(draft) <= depth
-        assert n == len(draft.parents) == len(draft.reach)
+        assert n == len(draft.parents) == len(draft.path_probs)
         assert all(-1 <= parent < i for i, parent in enumerate(draft.parents)), "parents come first"
         assert len(set(paths(draft))) == n, "siblings differ"
         assert max(Counter(draft.parents).values()) <= WIDTH
-        for reach, parent in zip(draft.reach, draft.parents, strict=True):
-            assert 0 < reach <= (draft.reach[parent] if parent >= 0 else 1.0)
+        for reach, parent in zip(draft.path_probs, draft.parents, strict=True):
+            assert 0 < reach <= (draft.path_probs[parent] if parent >= 0 else 1.0)
         # The first children from the text on, then tokens none of which continues them.
         chain = next((i for i, parent in enumerate(draft.parents) if parent != i - 1), n)
         assert all(draft.parents.index(i - 1) == i for i in range(chain)) and chain - 1 not in draft.parents
@@ -125,7 +125,7 @@ def test_greedy_reach_is_the_probability_of_the_path_and_its_chain_the_drafts_ow
     model, reader = draft_model(), draft_model()
     tokens = random_prompt(20, 1, VOCAB)
     draft = TreeDrafter(model, GREEDY, 20).propose(tokens, upto(5))
-    for path, reach in zip(paths(draft), draft.reach, strict=True):
+    for path, reach in zip(paths(draft), draft.path_probs, strict=True):
         chance = 1.0
         for i, token in enumerate(path):
             chance *= torch.softmax(reader.prefill([*tokens, *path[:i]]), -1)[token].item()
@@ -210,8 +210,8 @@ def test_whatever_came_before_trees_are_those_of_a_fresh_drafter(kind, fixed_row
             depth = rng.randint(0, 5)  # 0: the round is another drafter's
             draft = used.propose(tokens, upto(depth))
             expected = TreeDrafter(fresh, GREEDY, 12).propose(tokens, upto(depth))
-            assert dict(zip(paths(draft), draft.reach, strict=True)) == pytest.approx(
-                dict(zip(paths(expected), expected.reach, strict=True)), rel=1e-3
+            assert dict(zip(paths(draft), draft.path_probs, strict=True)) == pytest.approx(
+                dict(zip(paths(expected), expected.path_probs, strict=True)), rel=1e-3
             )
             if draft.tokens:
                 used.observe(0)
@@ -321,8 +321,8 @@ def test_what_is_asked_about_greedy_trees():
     model, tokens = draft_model(), random_prompt(12, 2, VOCAB)
     limit, asked = priced(3, lambda *question: True)
     draft = TreeDrafter(model, GREEDY, 31).propose(tokens, limit)
-    assert [reach for _, reach, steps, _ in asked if not steps] == sorted(draft.reach, reverse=True)[1:]
-    first = sorted(reach for reach, parent in zip(draft.reach, draft.parents, strict=True) if parent == -1)
+    assert [reach for _, reach, steps, _ in asked if not steps] == sorted(draft.path_probs, reverse=True)[1:]
+    first = sorted(reach for reach, parent in zip(draft.path_probs, draft.parents, strict=True) if parent == -1)
     levels_asked = [question for question in asked if question[2]]
     assert len(levels_asked) == 2
     # The first level has as many as there may be, and room for all their children.

@@ -260,7 +260,7 @@ class TableModel:
         else:
             for token, parent in zip(tokens, parents[-len(tokens) :], strict=True):
                 self.rows.append((*self.rows[parent], token))
-        return torch.stack([self.laws[prefix].log() for prefix in self.rows[-len(tokens) :]])
+        return torch.stack([self.probs[prefix].log() for prefix in self.rows[-len(tokens) :]])
 
 
 def drafted(fork, q, nodes, depth, threshold, **masks):
@@ -309,7 +309,7 @@ def gives_laws_that_hold_siblings(monkeypatch, fork):
     def draw(tree, law, frontier, places, generator):
         new = right(tree, law, frontier, places, generator)
         for node in new:
-            tree.laws[node] = law[frontier.index(tree.parents[node])]
+            tree.probs[node] = law[frontier.index(tree.parents[node])]
         return new
 
     monkeypatch.setattr(tree_module._Tree, "draw", draw)
@@ -320,7 +320,7 @@ def leaves_out_a_token_for_what_it_is(monkeypatch, fork):
 
     def draft(tree, prefill_s):
         if len(tree.tokens) > 1 and tree.tokens[-1] == 0:
-            for each in (tree.tokens, tree.parents, tree.reach, tree.laws):
+            for each in (tree.tokens, tree.parents, tree.path_probs, tree.probs):
                 each.pop()
         return right(tree, prefill_s)
 
@@ -333,7 +333,7 @@ def proposes_siblings_in_another_order(monkeypatch, fork):
 
     def draft(tree, prefill_s):
         order = sorted(range(len(tree.tokens)), key=lambda i: tree.tokens[i])
-        for each in (tree.tokens, tree.reach, tree.laws):
+        for each in (tree.tokens, tree.path_probs, tree.probs):
             each[:] = [each[i] for i in order]
         return right(tree, prefill_s)
 

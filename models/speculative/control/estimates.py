@@ -74,13 +74,13 @@ class Trust:
     PRIOR = (0.75, 0.5, 0.25) * 3  # as if these had been proposed, and accepted as often as they say
 
     def __init__(self) -> None:
-        self._expected = [sum(reach**power for reach in self.PRIOR) for power in self.POWERS]  # tokens, by power
+        self._expected = [sum(each**power for each in self.PRIOR) for power in self.POWERS]  # tokens, by power
         self._accepted = sum(self.PRIOR)
         self.power = 1.0
 
-    def add(self, reach: Iterable[float], accepted: int) -> None:
+    def add(self, path_probs: Iterable[float], accepted: int) -> None:
         """A round: the draft's probability of each proposed token and those before it, and how many were kept."""
-        logs = [math.log(each) for each in reach if each > 0]
+        logs = [math.log(each) for each in path_probs if each > 0]
         self._accepted = self._accepted * self.DECAY + accepted
         exp = math.exp
         self._expected = [
@@ -89,9 +89,9 @@ class Trust:
         ]
         self.power = self._fitting()
 
-    def chance(self, reach: float) -> float:
+    def chance(self, path_prob: float) -> float:
         """How likely a token is accepted to which the draft gives this probability."""
-        return reach**self.power
+        return path_prob**self.power
 
     def _fitting(self) -> float:
         """Between the powers that expect a little more and a little less than was accepted, in proportion."""

@@ -29,7 +29,7 @@ class DraftPolicy(Protocol):
         """Tokens that this source of drafts may propose now; 0: none, decode one token plainly."""
         ...
 
-    def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
+    def pays(self, source: str, path_prob: float, steps: int, rows: int) -> bool:
         """Whether a further token of a draft is worth its time: see `drafters.Limit`."""
         ...
 
@@ -140,9 +140,9 @@ class AutoDraftLength:
         """As of the text begun last."""
         return self.latest.draft_length(source)
 
-    def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
+    def pays(self, source: str, path_prob: float, steps: int, rows: int) -> bool:
         """As of the text begun last."""
-        return self.latest.pays(source, reach, steps, rows)
+        return self.latest.pays(source, path_prob, steps, rows)
 
     def read(self, source: str, seconds: float) -> None:
         """As of the text begun last."""
@@ -183,9 +183,9 @@ class AutoDraftLength:
             self._run[source] = Acceptance(self.PRIOR, decay=self.RUN_DECAY)
         return self._run[source]
 
-    def trust_in(self, source: str, reach: float) -> float:
+    def trust_in(self, source: str, path_prob: float) -> float:
         """How likely a token is accepted to which a draft gives this probability."""
-        return self.trust[source].chance(reach) if source in self.trust else reach
+        return self.trust[source].chance(path_prob) if source in self.trust else path_prob
 
     def round_s(self, source: str, k: int) -> float:
         """A round that drafts k tokens, or k levels, from this source."""
@@ -239,12 +239,12 @@ class AutoPolicy:
         self._asked = k
         return k
 
-    def pays(self, source: str, reach: float, steps: int, rows: int) -> bool:
+    def pays(self, source: str, path_prob: float, steps: int, rows: int) -> bool:
         """Whether a further token of a draft is worth its time: see `drafters.Limit`."""
         if self._probing:
             return True
         outlook, verify_s = self.outlook(source), self.run.costs.verify_s
-        seconds, gained = verify_s(rows) - verify_s(rows - 1), self.run.trust_in(source, reach)
+        seconds, gained = verify_s(rows) - verify_s(rows - 1), self.run.trust_in(source, path_prob)
         if steps:
             seconds += steps * outlook.step_s
             gained *= outlook.next_chance
@@ -281,11 +281,11 @@ class AutoPolicy:
         if round.parents is not None:
             run.add_nodes(source, round.drafted)
         stopped = depth < self._asked and not round.cut
-        next_chance = self._chance_left_out(round) if stopped and round.reach else None
+        next_chance = self._chance_left_out(round) if stopped and round.path_probs else None
         for acceptance in (self.acceptance(source), run.acceptance(source)):
             acceptance.add(depth, round.accepted, next_chance)
-        if round.reach:
-            run.trust.setdefault(source, Trust()).add(round.reach[: round.drafted], round.accepted)
+        if round.path_probs:
+            run.trust.setdefault(source, Trust()).add(round.path_probs[: round.drafted], round.accepted)
         if self._probing:
             self._wait = 1 if round.accepted else min(2 * self._wait, run.LONGEST_WAIT)
 
@@ -324,9 +324,9 @@ class AutoPolicy:
 
     def _chance_left_out(self, round: Round) -> float:
         """Of the token that a draft looked at and left out, or stopped before."""
-        if len(round.reach) > round.drafted and round.reach[-1]:
-            before = round.reach[-2] if round.drafted else 1.0
-            return self.run.trust_in(round.source, min(1.0, round.reach[-1] / before))
+        if len(round.path_probs) > round.drafted and round.path_probs[-1]:
+            before = round.path_probs[-2] if round.drafted else 1.0
+            return self.run.trust_in(round.source, min(1.0, round.path_probs[-1] / before))
         return self.acceptance(round.source).next_chance()
 
     def _earns_its_reading(self, source: str, outlook: _Outlook) -> bool:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # command lines import this and answer at once
 MAX_DRAFT_LENGTH = 31  # with the token before them, drafted tokens fill one tile of 32 rows
 
 
-def always(source: str, reach: float, steps: int, rows: int) -> bool:
+def always(source: str, path_prob: float, steps: int, rows: int) -> bool:
     """A `Limit.pays` that names no price."""
     return True
 
@@ -24,10 +24,10 @@ class Limit:
     """What the loop allows in this round. limit(source) is asked once per round by the source that drafts.
 
     Calling it gives the longest chain of tokens that a source ("model", "lookup", ..) may propose now; 0: none.
-    `pays(source, reach, steps, rows)` is for a drafter that knows its own probabilities: whether it is worth while to
-    verify a token as row `rows` (counted from 1, the text's last token being row 1), where `reach` is the draft's
-    probability of the token and all before it; with steps = 1 the token is still to be drafted, by one more step, and
-    reach is that of those before it. Not `priced`: everything does, and probabilities need not be found out.
+    `pays(source, path_prob, steps, rows)` is for a drafter that knows its own probabilities: whether it is worth while
+    to verify a token as row `rows` (counted from 1, the text's last token being row 1), where `path_prob` is the
+    draft's probability of the token and all before it; with steps = 1 the token is still to be drafted, by one more
+    step, and it is that of those before it. Not `priced`: everything does, and probabilities need not be found out.
     `rows`: drafted tokens that the verification has room for; a tree may have more of them than levels.
     """
 
@@ -56,9 +56,9 @@ class Draft(NamedTuple):
     parents: of a tree, the index of each token's parent among the tokens, -1 for those that follow the text; parents
     come first. A token's distribution is then without its earlier siblings: they are drawn without replacement.
     None: a chain.
-    reach: the draft's own probability of each token and all before it, where it is known; one number more than tokens
-    if one was looked at and not proposed.
-    fused: instead of tokens, a greedy round to run that drafts and verifies k of them: (rounds, k).
+    path_probs: the draft's own probability of each token and all before it, where it is known; one number more than
+    tokens if one was looked at and not proposed. fused: instead of tokens, a greedy round to run that drafts and
+    verifies k of them: (rounds, k).
     """
 
     tokens: list[int]
@@ -66,7 +66,7 @@ class Draft(NamedTuple):
     prefill_s: float = 0.0
     source: str = "model"
     parents: list[int] | None = None
-    reach: Items[float] = ()
+    path_probs: Items[float] = ()
     fused: tuple[FusedRounds, int] | None = None
 
 

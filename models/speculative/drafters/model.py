@@ -18,8 +18,8 @@ class ModelDrafter:
     top-k and top-p, from a stream of random numbers of their own.
 
     Where tokens have a price (`Limit.pays`) it stops by its own confidence: after the first token, before a step or a
-    row that its probabilities so far do not pay for. The probability of a token's law counts, never that of the
-    token drawn: so sampling stays lossless.
+    row that its probabilities so far do not pay for. The probability of a token's distribution counts, never that of
+    the token drawn: so sampling stays lossless.
 
     Where draft and target share a device, a greedy round may be one program (`rounds`). Every such round feeds the
     last two tokens, whether the model has seen the first of them or not, so that there is one program for all rounds
@@ -108,40 +108,43 @@ class ModelDrafter:
         self, tokens: list[int], pending: list[int], position: int, k: int, prefill_s: float, limit: Limit
     ) -> Draft:
         drafted: list[int] = []
-        laws: list[torch.Tensor] = []
-        reach: list[float] = []  # likeliest token of each law, and those before
+        drawn_from: list[torch.Tensor] = []
+        path_probs: list[float] = []  # likeliest token of each distribution, and those before
         priced = self._confident and limit.priced
         looked = 0  # tokens fed after `tokens`
         while len(drafted) < k:
-            if priced and drafted and not limit.pays(self.source, reach[-1], 1, len(drafted) + 2):
+            if priced and drafted and not limit.pays(self.source, path_probs[-1], 1, len(drafted) + 2):
                 break
             logits = self.model.forward(pending, position)[-1:]
             looked = len(drafted)
             if not self._usable(logits):
                 break
-            law, chance, token = self._law(logits, priced)
+            probs, chance, token = self._distribution(logits, priced)
             if priced:
-                reach.append(chance * (reach[-1] if reach else 1.0))
-                if drafted and not limit.pays(self.source, reach[-1], 0, len(drafted) + 2):
+                path_probs.append(chance * (path_probs[-1] if path_probs else 1.0))
+                if drafted and not limit.pays(self.source, path_probs[-1], 0, len(drafted) + 2):
                     break
-            if law is not None:
-                laws.append(law)
-                token = sample(law[0], self._generator)
+            if probs is not None:
+                drawn_from.append(probs)
+                token = sample(probs[0], self._generator)
             drafted.append(token)
             position, pending = position + len(pending), [token]
         self.fed(tokens, looked + 1)
-        return Draft(drafted, torch.cat(laws) if laws else None, prefill_s, source=self.source, reach=reach)
+        return Draft(
+            drafted, torch.cat(drawn_from) if drawn_from else None, prefill_s, source=self.source, path_probs=path_probs
+        )
 
     def _usable(self, logits: torch.Tensor) -> bool:
         """Whether logits [n, V] can be drafted from; if not, this was the last try."""
         self._broken = not is_distribution(logits)
         return not self._broken
 
-    def _law(self, logits: torch.Tensor, priced: bool) -> tuple[torch.Tensor | None, float, int]:
-        """(law [1, V] to draw from, None if greedy; probability of its likeliest token; that token if greedy)."""
+    def _distribution(self, logits: torch.Tensor, priced: bool) -> tuple[torch.Tensor | None, float, int]:
+        """(distribution [1, V] to draw from, None if greedy; probability of its likeliest token; that token if
+        greedy)."""
         params = self.sampling
         if not params.greedy:
-            law = distribution(logits, params.temperature, params.top_k, params.top_p)
-            return law, law.max().item() if priced else 1.0, 0
+            probs = distribution(logits, params.temperature, params.top_k, params.top_p)
+            return probs, probs.max().item() if priced else 1.0, 0
         chance, token = torch.softmax(logits, -1, dtype=torch.float32).max(-1)
         return None, float(chance), int(token)

@@ -12,26 +12,26 @@ from models.speculative.sampling import SamplingParams
 
 WIDTH = 8  # children that a token may have
 FRONTIER = 4  # tokens of a level that may have children; more give no more accepted tokens (embedded pair)
-# Sampling: how often draft and target are so much of one mind that a first child is accepted whatever it is. Without
-# it siblings are overrated: trees of 6 tokens then gave less than chains of 4 (embedded pair, temperature 0.8). What
-# it is between 0.2 and 0.6 makes little difference.
-ONE_MIND = 0.4
+# Sampling: how often draft and target agree so well that a first child is accepted whatever it is. Without it siblings
+# are overrated: trees of 6 tokens then gave less than chains of 4 (embedded pair, temperature 0.8). What it is between
+# 0.2 and 0.6 makes little difference.
+AGREEMENT = 0.4
 
 
 class TreeDrafter(ModelDrafter):
     """A model that drafts trees of at most `nodes` tokens; limit("tree") bounds their levels, limit.rows too
     their tokens.
 
-    A tree grows level by level, each by one forward of the draft over the tokens that are worth it. A token's reach is
-    the chance, as far as the draft knows, that the text gets there.
+    A tree grows level by level, each by one forward of the draft over the tokens that are worth it. A token's path
+    probability is the chance, as far as the draft knows, that the text gets there.
 
-    Greedy: reach is the probability of the token and all before it. The tree is the one of the greatest reach, as in
-    EAGLE-2 (Li et al. 2024): of all that was looked at the likeliest `nodes` tokens stay, and no level is begun that
-    could not add to them.
+    Greedy: the path probability is that of the token and all before it. The tree is the one of the greatest sum of
+    them, as in EAGLE-2 (Li et al. 2024): of all that was looked at the likeliest `nodes` tokens stay, and no level is
+    begun that could not add to them.
 
-    Sampling: children are drawn without replacement, and how many a token has is decided by laws alone, before any of
-    them is drawn. Places for children are opened where their expected reach passes a threshold, which moves from round
-    to round so that trees just fill; the last level takes what is left.
+    Sampling: children are drawn without replacement, and how many a token has is decided by distributions alone,
+    before any of them is drawn. Places for children are opened where their expected path probability passes a
+    threshold, which moves from round to round so that trees just fill; the last level takes what is left.
 
     Tokens come as the chain of first children from the text on, then the others, so that the likeliest rows of a
     verification lie where those of a chain would.
@@ -99,7 +99,7 @@ class TreeDrafter(ModelDrafter):
     # --------------------------------------------------------------------------------------------------- greedy
     def _likeliest(self, logits: Tensor, depth: int, limit: Limit) -> "_Tree":
         nodes, width = self._most, min(WIDTH, self._most, logits.shape[-1])
-        # (-reach, number, token, number of the parent): in order, parents come before their children.
+        # (-path probability, number, token, number of the parent): in order, parents come before their children.
         pool: list[tuple[float, int, int, int]] = []
         frontier, row_of = [(-1.0, -1, 0, 0)], {-1: 0}
         number = level = 0
@@ -132,7 +132,8 @@ class TreeDrafter(ModelDrafter):
         return _Tree([node[2] for node in pool], [index.get(node[3], -1) for node in pool], [-node[0] for node in pool])
 
     def _level_pays(self, frontier: list[tuple], pool: list[tuple], limit: Limit) -> bool:
-        """Whether to feed these tokens: at most their reach is added, less that of what leaves a full pool for it."""
+        """Whether to feed these tokens: at most their path probabilities are added, less those that leave a full
+        pool."""
         leaving = [0.0] * (self._most - len(pool)) + [node[0] for node in reversed(pool)]
         gain = sum(max(0.0, leaves - node[0]) for node, leaves in zip(frontier, leaving, strict=False))
         return limit.pays(self.source, gain, 1, 1 + min(self._most, len(pool) + 1))
@@ -147,17 +148,17 @@ class TreeDrafter(ModelDrafter):
         while True:
             level += 1
             last = level == depth or not self._room
-            law = distribution(logits, params.temperature, params.top_k, params.top_p)
-            places = _places(law, [tree.reach[node] if node >= 0 else 1.0 for node in frontier])
+            probs = distribution(logits, params.temperature, params.top_k, params.top_p)
+            places = _places(probs, [tree.path_probs[node] if node >= 0 else 1.0 for node in frontier])
             count, paid = self._open(places, len(tree.tokens), last, limit)
             unpaid |= not paid
-            new = tree.draw(law, frontier, [i for _, i in places[:count]], self._generator)
-            passed += sum(reach >= threshold for reach, _ in places[:count])
-            frontier = [] if last else sorted(new, key=lambda node: -tree.reach[node])[: self._room]
+            new = tree.draw(probs, frontier, [i for _, i in places[:count]], self._generator)
+            passed += sum(path_prob >= threshold for path_prob, _ in places[:count])
+            frontier = [] if last else sorted(new, key=lambda node: -tree.path_probs[node])[: self._room]
             left = self._most - len(tree.tokens)
             if not left or not frontier:
                 break
-            gain = sum(tree.reach[node] for node in frontier[:left])
+            gain = sum(tree.path_probs[node] for node in frontier[:left])
             if limit.priced and not limit.pays(self.source, gain, 1, len(tree.tokens) + 2):
                 unpaid = True
                 break
@@ -166,7 +167,7 @@ class TreeDrafter(ModelDrafter):
             row_of |= zip(frontier, rows, strict=True)
             if not self._usable(logits):
                 break
-        left_out = [reach for reach, _ in places[count:]] + [tree.reach[node] for node in frontier]
+        left_out = [path_prob for path_prob, _ in places[count:]] + [tree.path_probs[node] for node in frontier]
         if not left and max(left_out, default=0.0) >= threshold:
             self._threshold = min(1.0, 1.25 * threshold)
         elif passed < self._most and not unpaid:
@@ -176,30 +177,30 @@ class TreeDrafter(ModelDrafter):
     def _open(self, places: list[tuple[float, int]], size: int, last: bool, limit: Limit) -> tuple[int, bool]:
         """(how many of these places to open in a tree that has `size` tokens, False if a further one did not pay)."""
         places = places[: self._most - size]
-        for count, (reach, _) in enumerate(places):
-            if reach < self._threshold and count and not last:
+        for count, (path_prob, _) in enumerate(places):
+            if path_prob < self._threshold and count and not last:
                 return count, True
-            if limit.priced and size + count and not limit.pays(self.source, reach, 0, size + count + 2):
+            if limit.priced and size + count and not limit.pays(self.source, path_prob, 0, size + count + 2):
                 return count, False
         return len(places), True
 
 
 class _Tree:
-    """Tokens by number, parents first: each with its parent (-1: the text's last token), its reach, and what law [V]
-    it was drawn from if it was."""
+    """Tokens by number, parents first: each with its parent (-1: the text's last token), its path probability, and what
+    distribution [V] it was drawn from if it was."""
 
-    def __init__(self, tokens: list[int], parents: list[int], reach: list[float]) -> None:
-        self.tokens, self.parents, self.reach = tokens, parents, reach
-        self.laws: list[Tensor] = []
+    def __init__(self, tokens: list[int], parents: list[int], path_probs: list[float]) -> None:
+        self.tokens, self.parents, self.path_probs = tokens, parents, path_probs
+        self.probs: list[Tensor] = []
 
-    def draw(self, law: Tensor, frontier: list[int], places: list[int], generator) -> range:
+    def draw(self, probs: Tensor, frontier: list[int], places: list[int], generator) -> range:
         """Numbers of the tokens drawn, one for each place; those of one parent without replacement.
 
-        law [n, V] after each token of the frontier. places: indices into the frontier.
+        distribution [n, V] after each token of the frontier. places: indices into the frontier.
         """
         begin = len(self.tokens)
         for i, parent in enumerate(frontier):
-            rest, above = law[i], self.reach[parent] if parent >= 0 else 1.0
+            rest, above = probs[i], self.path_probs[parent] if parent >= 0 else 1.0
             for rank in range(places.count(i)):
                 if rank:
                     rest = rest.clone()
@@ -208,8 +209,8 @@ class _Tree:
                 token = sample(rest, generator)
                 self.tokens.append(token)
                 self.parents.append(parent)
-                self.reach.append(above * _acceptance(float(law[i, token]), rank))
-                self.laws.append(rest)
+                self.path_probs.append(above * _acceptance(float(probs[i, token]), rank))
+                self.probs.append(rest)
         return range(begin, len(self.tokens))
 
     def draft(self, prefill_s: float) -> Draft:
@@ -226,22 +227,24 @@ class _Tree:
         place = {-1: -1} | {node: i for i, node in enumerate(order)}
         return Draft(
             [self.tokens[node] for node in order],
-            torch.stack([self.laws[node] for node in order]) if self.laws else None,
+            torch.stack([self.probs[node] for node in order]) if self.probs else None,
             prefill_s,
             source=TreeDrafter.source,
             parents=[place[self.parents[node]] for node in order],
-            reach=[self.reach[node] for node in order],
+            path_probs=[self.path_probs[node] for node in order],
         )
 
 
-def _places(law: Tensor, reach: list[float]) -> list[tuple[float, int]]:
-    """Where children may be drawn, best first: (the reach that one is expected to have, index of its parent).
+def _places(probs: Tensor, path_probs: list[float]) -> list[tuple[float, int]]:
+    """Where children may be drawn, best first: (the path probability that one is expected to have, index of its
+    parent).
 
-    law [n, V]: after each parent; one has as many places as its law has tokens, up to WIDTH. reach: of the parents.
+    distribution [n, V]: after each parent; one has as many places as its distribution has tokens, up to WIDTH.
+    path_probs: of the parents.
     """
-    chances = law.topk(min(WIDTH, law.shape[-1])).values.tolist()
+    chances = probs.topk(min(WIDTH, probs.shape[-1])).values.tolist()
     places = [
-        (reach[i] * _acceptance(chance, rank), i)
+        (path_probs[i] * _acceptance(chance, rank), i)
         for i, row in enumerate(chances)
         for rank, chance in enumerate(row)
         if chance > 0
@@ -251,4 +254,4 @@ def _places(law: Tensor, reach: list[float]) -> list[tuple[float, int]]:
 
 def _acceptance(chance: float, rank: int) -> float:
     """How likely a child is accepted that has this probability and comes after `rank` siblings."""
-    return (1 - ONE_MIND) * chance + (0.0 if rank else ONE_MIND)
+    return (1 - AGREEMENT) * chance + (0.0 if rank else AGREEMENT)

@@ -1,4 +1,4 @@
-"""A picture of a run in the terminal, as SVG: python scripts/picture.py FILE.svg [arguments of the demo]
+"""A picture of a run in the terminal, as SVG: python demo/picture.py FILE.svg [arguments of the demo]
 
 The run is a real one; its finished blocks and its final table are drawn as a terminal of 112 columns shows them.
 """
@@ -37,7 +37,7 @@ def command() -> int:
     """Run, draw, write. Raises UserError for a missing file name and whatever the demo refuses."""
     arguments: Sequence[str] = sys.argv[1:]
     if not arguments or not arguments[0].endswith(".svg"):
-        raise UserError("name the picture: python scripts/picture.py FILE.svg [arguments of the demo]")
+        raise UserError("name the picture: python demo/picture.py FILE.svg [arguments of the demo]")
     check_writable(arguments[0], "FILE")
     settings = parse_settings(arguments[1:], None, os.environ)
     if settings is None:
