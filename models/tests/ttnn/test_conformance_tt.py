@@ -1,0 +1,71 @@
+"""TtnnLlama and its first layers keep what every language model promises."""
+
+import dataclasses
+
+import pytest
+
+from models.speculative.model import Tapped
+from models.tests.conformance import Conformance, Subject, TreeConformance
+from models.tests.ttnn.model_fixtures import Weights, board, hf_logits, reduced
+from models.ttnn_llama.shapes import PREFILL_CHUNK
+
+LAYERS, EXIT = 2, 1
+CONTEXT = PREFILL_CHUNK + 96
+PROMPTS = (1, 130, PREFILL_CHUNK + 6)
+
+
+@pytest.fixture(scope="module")
+def mesh(mesh_opener):
+    with board(mesh_opener) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def weights(mesh):
+    return Weights.random(reduced("1B", mesh.get_num_devices(), LAYERS), sharp=False)
+
+
+@pytest.fixture(scope="module")
+def model(mesh, weights):
+    return weights.on(mesh, max_seq_len=CONTEXT)
+
+
+@pytest.fixture
+def whole(model, weights):
+    """All layers."""
+    return subject_of(model, weights, model)
+
+
+@pytest.fixture
+def first(model, weights):
+    """The first layers, in the whole model's cache."""
+    config = dataclasses.replace(weights.config, num_hidden_layers=EXIT)
+    kept = Weights(config, {name: weights[name] for name in config.tensor_shapes()})
+    return subject_of(model.first_layers(EXIT), kept, model)
+
+
+def subject_of(model, weights, reader):
+    return Subject(
+        model,
+        lambda ids: hf_logits(weights, ids),
+        error=0.05,
+        tolerance=0.03,
+        exact=True,
+        read=lambda slot, ids: reader.prefill(ids),
+        prompts=PROMPTS,
+    )
+
+
+class TestWholeModel(Conformance, TreeConformance):
+    @pytest.fixture
+    def subject(self, whole):
+        return whole
+
+    def test_hidden_states_are_not_promised_yet(self, subject):
+        assert not isinstance(subject.model.slot(0), Tapped)
+
+
+class TestFirstLayers(Conformance):
+    @pytest.fixture
+    def subject(self, first):
+        return first
