@@ -30,7 +30,7 @@ def make_tokenizer(text: str = "def add(self, value):\n    return self.total + v
 def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     """Write it into an existing checkpoint directory."""
     tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"bos_token": BOS, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = {"bos_token": BOS, "add_bos_token": True, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 

@@ -344,7 +344,7 @@ def test_other_mistakes_name_the_value_and_the_remedy(pair, tmp_path, capsys):
     missing = str(tmp_path / "missing")
     refused(capsys, ["--target", missing], missing)
     refused(capsys, [*models[:2], "--draft", missing], missing)
-    refused(capsys, [*models, "--prompt", "x" * 600], "prompt 1", "600", "512", "--max-seq-len")
+    refused(capsys, [*models, "--prompt", "x" * 600], "prompt 1", "601", "512", "--max-seq-len")
     refused(capsys, [*models, "--max-seq-len", "513"], "513", "512")
     refused(capsys, [*models, "--temperature", "-1"], "-1")
     refused(capsys, [*models, "--temperature", "nan"], "nan")

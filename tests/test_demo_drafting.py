@@ -311,7 +311,7 @@ def test_what_early_exit_needs_is_checked_before_loading(pair, tmp_path, capsys)
     flat, _ = write_pair(tmp_path, num_hidden_layers=1)
     early = ["--drafter", "early-exit", "--prompt", "def"]
     refused(capsys, ["--target", str(flat), *early], "one layer", "another drafter")
-    tokens = len(make_tokenizer().encode("def").ids)
+    tokens = len(make_tokenizer().encode("def").ids) + 1  # the first is <bos>
     short = ["--target", str(pair[0]), *early, "--max-seq-len"]
     refused(capsys, [*short, str(tokens + 1)], "--exit-layer auto", "--max-seq-len")
     assert main([*short, str(tokens + 1), "--exit-layer", "1", "--quiet"]) == 0
