@@ -4,14 +4,13 @@
     python scripts/make_checkpoint.py --size 1b --layers 2 --vocab-size 4096 build/random-small
 
 Sizes, layout and tensor names are those of the real models, the text is noise. Weights are written shard by shard,
-so that memory holds about three shards whatever the model's size. A tensor depends on the seed, its name and its
-shape alone. The tokenizer of the embedded pair is added where the vocabulary has its size, another by --tokenizer;
-without one, a model can still be run on token ids.
+so that memory holds about three shards whatever the model's size, and depend on the seed and the shape alone. The
+tokenizer of the embedded pair is added where the vocabulary has its size, another by --tokenizer; without one, a
+model can still be run on token ids.
 """
 
 import argparse
 import dataclasses
-import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -23,12 +22,12 @@ from models.cli.console import writing_bar
 from models.errors import UserError
 from models.llama.checkpoint import SHARD_BYTES, CheckpointWriter
 from models.llama.config import DTYPES, NAMED_SIZES, LlamaConfig, named_config
+from models.llama.random_weights import RandomWeights
 from models.llama.tokenizer import LlamaTokenizer
 from models.options import CHECKPOINTS
 
 EMBEDDED = CHECKPOINTS / "tiny-target"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-INIT_STD = 0.02
 SHAPE_FLAGS = {
     "--vocab-size": "vocab_size",
     "--hidden": "hidden_size",
@@ -39,7 +38,6 @@ SHAPE_FLAGS = {
     "--head-dim": "head_dim",
     "--context": "max_position_embeddings",
 }
-BLOCK = 2**24  # weights drawn at a time: the fp32 originals of one block are all that is ever held
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,28 +131,12 @@ def write(output: Path, config: LlamaConfig, seed: int, tokenizer: LlamaTokenize
     """Draw and write all tensors, then the tokenizer's files."""
     total = config.parameter_count * getattr(torch, config.dtype).itemsize
     with CheckpointWriter(output, config, shard_bytes) as writer, writing_bar(output.name, total) as written:
-        for name, shape in config.tensor_shapes().items():
-            tensor = random_tensor(config, name, shape, seed)
+        for name, tensor in RandomWeights(config, seed).items():
             writer.add(name, tensor)
             written(tensor.nbytes)
         present = [name for name in TOKENIZER_FILES if tokenizer and (tokenizer.path / name).is_file()]
         for name in present:
             shutil.copyfile(tokenizer.path / name, writer.folder / name)
-
-
-def random_tensor(config: LlamaConfig, name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Norm weights of one; N(0, 0.02) matrices, those that add to the residual stream scaled by 1/sqrt(2 layers)."""
-    tensor = torch.ones(shape, dtype=getattr(torch, config.dtype))
-    if len(shape) == 1:
-        return tensor
-    std = INIT_STD
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        std /= (2 * config.num_hidden_layers) ** 0.5
-    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-    for block in tensor.view(-1).split(BLOCK):
-        block.copy_(torch.empty(block.shape).normal_(std=std, generator=generator))
-    return tensor
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from models.cli.command import INTERRUPTED, run_command
 from models.cli.console import MeasuringBar
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES
+from models.llama.random_weights import RandomWeights
 from models.llama.rope import rope_tables
 from models.speculative.drafters import registry
 from models.speculative.stats import GenerationStats, Round
@@ -37,7 +38,6 @@ from scripts.suites import (
     ways,
 )
 from scripts.suites.bench import Bench
-from scripts.suites.random_weights import RandomWeights
 from scripts.suites.suite import model_settings
 from tests.demo_fixtures import write_pair
 
@@ -234,17 +234,6 @@ def test_the_machines_best_rates_are_found_with_little_memory():
     assert hardware.read_bandwidth(size=2**22) > 0
     assert hardware.gemm_flops(torch.float32, side=64) > 0
     assert hardware.available_bytes() > 2**20
-
-
-def test_random_weights_are_seeded_differ_by_name_and_make_a_model():
-    config = tiny_config(dtype="bfloat16")
-    weights, others = RandomWeights(config, seed=1), RandomWeights(config, seed=2)
-    assert {name: tuple(weights[name].shape) for name in weights} == config.tensor_shapes()
-    name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(weights[name], RandomWeights(config, seed=1)[name])
-    assert not torch.equal(weights[name], others[name]) and not torch.equal(weights[name], weights[other])
-    assert weights[name].float().std() == pytest.approx(0.02, rel=0.05)
-    assert TorchLlama(config, weights, max_seq_len=32).prefill([1, 2, 3]).isfinite().all()
 
 
 def test_an_unrelated_draft_has_the_drafts_shape_and_other_weights(pair):

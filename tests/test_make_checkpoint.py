@@ -96,13 +96,6 @@ def test_weights_depend_on_seed_and_name_and_have_the_scale_of_a_fresh_model(scr
     assert not torch.equal(a["model.layers.0.mlp.up_proj.weight"], a["model.layers.0.mlp.gate_proj.weight"])
 
 
-def test_a_tensor_larger_than_a_block_is_random_throughout(script, monkeypatch):
-    config, name = tiny_config(), "model.embed_tokens.weight"
-    monkeypatch.setattr(script, "BLOCK", 1000)
-    tensor = script.random_tensor(config, name, (128, 64), seed=0)
-    assert len({tuple(row.tolist()) for row in tensor}) == 128 and abs(tensor.std() / 0.02 - 1) < 0.05
-
-
 # ------------------------------------------------------------------------------------------- tokenizers
 def test_a_given_tokenizer_is_copied_and_its_special_ids_taken(script, tmp_path):
     source = write_tiny_tokenizer(tmp_path / "tokenizer", vocab_size=280)
@@ -134,7 +127,8 @@ def test_the_embedded_tokenizer_is_added_where_it_fits(script, tmp_path, monkeyp
         (["--heads", "5"], "num_attention_heads 5 is not a multiple of num_key_value_heads 2"),
         (["--heads", "6"], "--hidden 64 is not a multiple of --heads 6: give --head-dim"),
         (["--tokenizer", "nowhere"], "nowhere has no tokenizer.json"),
-        (["--vocab-size", str(10**12)], "GB free: choose another disk"),
+        (["--vocab-size", str(10**12)], "vocab_size is 1000000000000: no Llama has more than 16777216"),
+        (["--layers", "4096", "--ffn", str(2**20), "--hidden", "16384"], "GB free: choose another disk"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(script, tmp_path, monkeypatch, capsys, options, message):
@@ -164,7 +158,7 @@ def test_an_interrupt_leaves_nothing(script, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "random_tensor", interrupt)
+    monkeypatch.setattr(script.RandomWeights, "__getitem__", interrupt)
     assert script.main([*SMALL, str(tmp_path / "out")]) == 130
     assert "nothing was written" in capsys.readouterr().err and os.listdir(tmp_path) == []
 

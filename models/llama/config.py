@@ -38,17 +38,14 @@ def _require_count(name: str, value: Any) -> None:
         raise UserError(f"{name} is {_shown(value)}: it must be a whole number of at least 1")
     largest = _LARGEST[name.removeprefix("rope ")]
     if value > largest:
-        raise UserError(f"{name} is {_shown(value)}: no Llama has more than {largest}, is config.json damaged?")
+        raise UserError(f"{name} is {_shown(value)}: no Llama has more than {largest}, give a smaller one")
 
 
 def _require_number(name: str, value: Any) -> None:
     if not (_is_int(value) or isinstance(value, float)) or not value > 0:
         raise UserError(f"{name} is {_shown(value)}: it must be a number above 0")
     if not _SMALLEST_NUMBER <= value <= _LARGEST_NUMBER:
-        raise UserError(
-            f"{name} is {_shown(value)}: it must be between {_SMALLEST_NUMBER:g} and {_LARGEST_NUMBER:g}, "
-            "is config.json damaged?"
-        )
+        raise UserError(f"{name} is {_shown(value)}: it must be between {_SMALLEST_NUMBER:g} and {_LARGEST_NUMBER:g}")
 
 
 def _shown(value: Any) -> str:

@@ -128,8 +128,8 @@ class VerifyCost:
         return value * (weights + caches)
 
     def _measure_model(self, name: str, config: LlamaConfig, opened, progress: Progress) -> None:
+        from models.llama.random_weights import RandomWeights
         from models.torch_llama.model import TorchLlama
-        from scripts.suites.random_weights import RandomWeights
 
         options = self.options
         progress.begin(1, f"loading {name}")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 
+from models.llama.random_weights import RandomWeights
 from models.llm import Drafting
 from models.loading import LoadedModel
 from models.options import AUTO, DRAFT_TOKENS
@@ -13,7 +14,6 @@ from models.speculative.drafters.registry import NONE, spec_of
 from models.speculative.stats import GenerationStats
 from models.torch_llama.model import TorchLlama
 from scripts.suites.bench import Bench
-from scripts.suites.random_weights import RandomWeights
 
 PLAIN, SEQUENTIAL = "plain", "sequential"
 
