@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import nnls
 
 from scripts.planner.counts import Work
 
@@ -118,27 +119,6 @@ def _solve(matrix: np.ndarray, ms: np.ndarray, form: Sequence[str]) -> np.ndarra
 
 
 def non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The x >= 0 that minimises |a x - b| (Lawson and Hanson 1974, algorithm NNLS). a: [m, n], b: [m]."""
-    n = a.shape[1]
-    x, free = np.zeros(n), np.zeros(n, dtype=bool)
-    scale = np.maximum(np.linalg.norm(a, axis=0), 1e-300)  # columns of equal length: a tolerance for all
-    a = a / scale
-    for _ in range(10 * n):
-        gradient = a.T @ (b - a @ x)
-        gradient[free] = -np.inf
-        if free.all() or gradient.max() <= 1e-10:
-            break
-        free[gradient.argmax()] = True
-        while True:
-            best = np.zeros(n)
-            best[free] = np.linalg.lstsq(a[:, free], b, rcond=None)[0]
-            negative = free & (best <= 0)
-            if not negative.any():
-                break
-            steps = x[negative] / np.maximum(x[negative] - best[negative], 1e-300)
-            x = x + steps.min() * (best - x)
-            free &= x > 1e-12
-            free[np.flatnonzero(negative)[steps.argmin()]] = False
-            x[~free] = 0
-        x = best
-    return x / scale
+    """The x >= 0 that minimises |a x - b|. a: [m, n], b: [m]."""
+    scale = np.maximum(np.linalg.norm(a, axis=0), 1e-300)  # columns of equal length: one tolerance for all
+    return nnls(a / scale, b)[0] / scale
