@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from models.errors import UserError
 from models.llama.config import LlamaConfig, as_token_ids, read_json
-from models.llama.shards import INDEX, SINGLE, Shard, read_layout, what_else
+from models.llama.shards import INDEX, SINGLE, Shard, read_layout, read_ranges, what_else
 
 SHARD_BYTES = 2 * 10**9
 # safetensors' names of the dtypes a Llama is stored in -> torch's.
@@ -119,11 +119,12 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
         for shard in self._shards:
-            digest.update(f"{shard.size}".encode() + shard.header)
+            header, ranges = read_ranges(shard.path)
+            digest.update(f"{shard.size}".encode() + header)
             with shard.path.open("rb") as file:
-                for info in shard.tensors.values():
-                    file.seek(8 + len(shard.header) + max(info.start, (info.start + info.end) // 2 - 2048))
-                    digest.update(file.read(min(4096, info.end - info.start)))
+                for start, end in ranges:
+                    file.seek(8 + len(header) + max(start, (start + end) // 2 - 2048))
+                    digest.update(file.read(min(4096, end - start)))
         return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,12 @@
-"""The safetensors files of a checkpoint directory, checked from their headers and lengths alone."""
+"""The safetensors files of a checkpoint directory: which tensors they hold, checked without reading one.
+
+The library reads and checks headers (`safe_open`). What it lacks is here:
+
+- how long a file should be, that it is a git-lfs pointer, and the system's reason why it cannot be read: `_fault` looks
+  for these in a file that the library has refused;
+- where in its file a tensor lies: `read_ranges`. A digest reads a few KiB of each tensor. Through the library's memory
+  maps, the first digest of 16 GB took 18 s on a file system where a page fault is slow; by `read` it takes 7 ms.
+"""
 
 import dataclasses
 import json
@@ -16,28 +24,25 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a shard: safetensors dtype name, shape, and its byte range behind the header."""
+    """One tensor of a shard: safetensors' name of its dtype, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its length in bytes, its header as it lies in the file, and what that describes."""
+    """One safetensors file: its length in bytes, and what it holds."""
 
     path: Path
     size: int
-    header: bytes
     tensors: dict[str, StoredTensor]
 
 
 def read_layout(path: Path) -> tuple[list[Shard], dict[str, Path]]:
-    """All shards with their headers, and which file holds which tensor."""
+    """All shards, and which file holds which tensor."""
     if (path / SINGLE).is_file():
-        shard = _read_header(path / SINGLE)
+        shard = _read_shard(path / SINGLE)
         return [shard], {name: shard.path for name in shard.tensors}
     if not (path / INDEX).is_file():
         raise UserError(f"{path} has neither {SINGLE} nor {INDEX}{what_else(path)}")
@@ -49,47 +54,56 @@ def read_layout(path: Path) -> tuple[list[Shard], dict[str, Path]]:
             raise UserError(f"{path / INDEX} names the file {name!r}: shards must lie beside their index")
         if not (path / name).is_file():
             raise UserError(f"{path} lacks the file {name}, which its index names: download it again")
-    shards = [_read_header(path / name) for name in sorted(set(weight_map.values()))]
+    shards = [_read_shard(path / name) for name in sorted(set(weight_map.values()))]
     return shards, {tensor: path / name for tensor, name in weight_map.items()}
 
 
-def _read_header(path: Path) -> Shard:
-    """Parse a safetensors header and compare the file's length with it. Reads nothing behind the header.
+def read_ranges(path: Path) -> tuple[bytes, list[tuple[int, int]]]:
+    """The header of a file that `read_layout` has accepted, and (start, end) of each tensor's bytes behind it."""
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    return header, _ranges(header)
 
-    The library (0.8) opens a file too, but tells neither where in it a tensor lies nor the header's bytes, both of
-    which a checkpoint's fingerprint needs. It calls files that are too short, too long or pointers all the same.
-    """
+
+def _ranges(header: bytes) -> list[tuple[int, int]]:
+    described = json.loads(header)
+    return [tuple(info["data_offsets"]) for name, info in described.items() if name != "__metadata__"]
+
+
+def _read_shard(path: Path) -> Shard:
+    """What a file holds, from its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {name: StoredTensor(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+        return Shard(path, path.stat().st_size, tensors)
+    except (SafetensorError, OSError) as error:
+        raise UserError(_fault(path, error)) from None
+
+
+def _fault(path: Path, refusal: Exception) -> str:
+    """What is wrong with a file that the library refused: one line, with both lengths if one is wrong."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            if prefix == b"version ":
-                raise UserError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its repository")
             length = int.from_bytes(prefix, "little")
             header = file.read(length) if length <= _HEADER_LIMIT else b""
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        return f"cannot read {path}: {error.strerror}"
+    if prefix == b"version ":
+        return f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its repository"
     if size >= 8 and length <= _HEADER_LIMIT and size < 8 + length:
-        raise UserError(f"{path} is truncated: {size} bytes, its header alone has {8 + length}: download it again")
+        return f"{path} is truncated: {size} bytes, its header alone has {8 + length}: download it again"
     try:
-        tensors = {
-            name: StoredTensor(info["dtype"], tuple(info["shape"]), *info["data_offsets"])
-            for name, info in json.loads(header).items()
-            if name != "__metadata__"
-        }
-        expected = 8 + length + max((info.end for info in tensors.values()), default=0)
+        expected = 8 + length + max((end for _, end in _ranges(header)), default=0)
+        wrong = (size > expected) - (size < expected)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise UserError(f"{path} is not a safetensors file (its header is unreadable): download it again") from None
-    if size < expected:
-        raise UserError(f"{path} is truncated: {size} bytes, its header promises {expected}: download it again")
-    if size > expected:
-        raise UserError(f"{path} is damaged: {size} bytes, its header promises {expected}: download it again")
-    try:  # the library's own checks (ranges against shapes, overlaps), so that no read fails later
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): download it again") from None
-    return Shard(path, size, header, tensors)
+        return f"{path} is not a safetensors file (its header is unreadable): download it again"
+    if wrong:
+        what = "damaged" if wrong > 0 else "truncated"
+        return f"{path} is {what}: {size} bytes, its header promises {expected}: download it again"
+    return f"{path} is damaged ({' '.join(str(refusal).split())}): download it again"
 
 
 def what_else(path: Path) -> str:

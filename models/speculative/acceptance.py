@@ -116,8 +116,8 @@ def accept_sampled(
     for accepted, token in enumerate(drafted):
         probs = next(distributions)
         draft_probs = _one_hot(token, probs) if q is None else q[accepted]
-        # u < p/q without the division; never true where p is 0.
-        if _uniform(generator) * float(draft_probs[token]) >= float(probs[token]):
+        # u < p/q without the division; never true where p is 0, or a number is none.
+        if not _uniform(generator) * float(draft_probs[token]) < float(probs[token]):
             return accepted, sample(residual(probs, draft_probs), generator)
     return len(drafted), sample(next(distributions), generator)
 

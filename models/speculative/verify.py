@@ -45,7 +45,7 @@ def first_token(sequence: Sequence, step: Step) -> int:
     Raises NotFinite for logits that are not: looked at once a text, here, where it costs nothing.
     """
     params, logits = sequence.request.sampling, step.logits(0)
-    if not torch.isfinite(logits).all():
+    if not logits.max().isfinite():  # the largest is NaN where any is; masked logits may be -inf
         raise NotFinite(
             "the target's logits after the prompt are not finite: its weights are damaged, or its numbers too large "
             "for its data type"

@@ -1,9 +1,12 @@
 """Checkpoint: what is read equals what was stored, and each way a directory can be wrong has its own message."""
 
 import json
+import math
 import os
+import resource
 import shutil
 import struct
+import time
 import types
 from pathlib import Path
 
@@ -15,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from models.errors import UserError
+from models.llama import shards
 from models.llama.checkpoint import Checkpoint, CheckpointWriter, save_checkpoint
+from models.llama.config import named_config
 from models.llama.shards import INDEX, SINGLE
 from models.tests.llama_fixtures import hf_model, random_tensors, tiny_config, write_tiny_checkpoint
 
@@ -421,3 +426,38 @@ def test_an_index_that_leaves_a_tensor_out(sharded):
 def test_a_malformed_index_is_named(sharded, weight_map):
     edit_json(sharded / INDEX, weight_map=weight_map)
     assert str(sharded / INDEX) in open_fails(sharded)
+
+
+# ------------------------------------------------------------------------------------------- large ones
+def test_opening_an_8b_checkpoint_reads_its_headers_and_none_of_its_16_gb(tmp_path):
+    config = named_config("8b")
+    shapes = list(config.tensor_shapes().items())
+    weight_map = {}
+    for shard in range(4):
+        file, header, end = tmp_path / f"model-{shard}.safetensors", {}, 0
+        for name, shape in shapes[shard::4]:
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+            weight_map[name] = file.name
+        content = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", len(content)) + content)
+        os.truncate(file, 8 + len(content) + end)  # a hole: no disk space
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+
+    began, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config == config and len(checkpoint) == 291
+    checkpoint.digest()
+    assert time.perf_counter() - began < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000  # KiB
+
+
+def test_a_file_that_cannot_be_read_says_why(single, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shards, "safe_open", refused)
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: (refused if path.name == SINGLE else opened)(path, *a, **k))
+    assert open_fails(single) == f"cannot read {single / SINGLE}: Permission denied"
