@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from models.errors import NotFinite

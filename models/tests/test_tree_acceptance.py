@@ -249,7 +249,7 @@ class TableModel:
     vocab_size, max_seq_len, max_rows = WORDS, 64, 32
 
     def __init__(self, laws):
-        self.laws = laws
+        self.probs = laws
 
     def prefill(self, tokens):
         return torch.zeros(WORDS)
