@@ -62,7 +62,7 @@ make_environment() { # LINE of find_python
     IFS='|' read -r _ version ttnn prefix python <<<"$1"
     if [ "$ttnn" = yes ]; then extras=dev,tt; fi
     trap 'die 130 "interrupted: the next run makes .venv anew"' INT
-    say "making .venv with $python (python $version): 1.5 to 3 minutes, 6 GB"
+    say "making .venv with $python (python $version): a few minutes, 6 GB"
     SECONDS=0
     ( # `-e` puts the repository on the path: models, demo, scripts and tests import from any directory
         cd "$ROOT" && rm -rf "$STAMP" .venv && if command -v uv >/dev/null; then
