@@ -7,7 +7,6 @@ ROOT="$(CDPATH="" cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 VENV_PYTHON="$VENV/bin/python"
 STAMP="$VENV/installed.txt" # written last: `version|ttnn|prefix` of the interpreter, then what `wanted` prints
-LOG="$ROOT/.venv-install.log"
 # tt-metal users export PYTHONPATH=$TT_METAL_HOME, whose `models` package would hide ours.
 unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
 
@@ -63,20 +62,16 @@ make_environment() { # LINE of find_python
     IFS='|' read -r _ version ttnn prefix python <<<"$1"
     if [ "$ttnn" = yes ]; then extras=dev,tt; fi
     trap 'die 130 "interrupted: the next run makes .venv anew"' INT
-    say "making .venv with $python (python $version): 1.5 to 3 minutes, 6 GB, progress in $LOG"
+    say "making .venv with $python (python $version): a few minutes, 6 GB"
     SECONDS=0
-    if ! ( # `-e` puts the repository on the path: models, demo, scripts and tests import from any directory
-        cd "$ROOT" && rm -rf .venv && if command -v uv; then
+    ( # `-e` puts the repository on the path: models, demo, scripts and tests import from any directory
+        cd "$ROOT" && rm -rf "$STAMP" .venv && if command -v uv >/dev/null; then
             uv venv --seed --python "$python" .venv && uv pip install --python .venv/bin/python -e ".[$extras]"
         else
             "$python" -I -m venv .venv && "$VENV_PYTHON" -I -m pip --no-input install --no-compile -e ".[$extras]"
         fi && "$VENV_PYTHON" -I -c 'import torch, transformers, pytest, models, demo, scripts, tests'
-    ) >"$LOG" 2>&1; then
-        tail -n 15 "$LOG" | sed 's/^/  | /' >&2
-        die 1 "the environment could not be made; the whole log is $LOG, the next run starts anew"
-    fi
-    [ "$ttnn" = no ] || ttnn="$("$VENV_PYTHON" -I -c "$check" 2>>"$LOG" | tail -n 1)" || ttnn=broken
-    mv "$LOG" "$VENV/install.log"
+    ) >&2 || die 1 "the environment could not be made: the lines above say why, the next run starts anew"
+    [ "$ttnn" = no ] || ttnn="$("$VENV_PYTHON" -I -c "$check" 2>"$VENV/ttnn.log" | tail -n 1)" || ttnn=broken
     { printf '%s\n' "$version|$ttnn|$prefix" && wanted; } >"$STAMP.part" && mv "$STAMP.part" "$STAMP"
     trap - INT && say "ready after $SECONDS s"
 }
@@ -93,7 +88,7 @@ prepare_environment() {
     IFS='|' read -r version TTNN _ <"$STAMP"
     case $TTNN in
         no) line="no ttnn: it needs CPython 3.12 or 3.10 on x86-64 Linux with glibc >= 2.34; CPU and CUDA work" ;;
-        broken) line="ttnn does not import, see $VENV/install.log; CPU and CUDA work" ;;
+        broken) line="ttnn does not import, see $VENV/ttnn.log; CPU and CUDA work" ;;
         *) line="ttnn $TTNN" ;;
     esac
     say "python $version ($line)"

@@ -36,6 +36,7 @@ VENV_PYTHON = """\
 root="$(dirname "$0")/../.."
 case "$*" in
     *"-m pip "*)
+        echo "Collecting fake-torch"
         printf '%s\\n' "$*" >>"$root/pip-calls"
         if [ -e "$root/pip-fails" ]; then echo "ERROR: no space left on the fake device"; exit 1; fi
         while [ -e "$root/pip-hangs" ]; do sleep 0.1; done

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
 from demo.session import PROMPTS
 from demo.settings import build_parser, parse_settings
-from models.cli import prompts
+from models.cli import environment, prompts
 from models.cli.environment import check_writable, project_version, write_json
 from models.errors import UserError
 from models.options import NAMED
@@ -366,3 +367,18 @@ def test_json_destination_is_checked_without_a_trace(tmp_path):
     for bad in (tmp_path, tmp_path / "missing" / "out.json"):
         with pytest.raises(UserError, match="cannot write --json"):
             check_writable(str(bad))
+
+
+def test_versions_are_those_of_the_installed_packages(monkeypatch):
+    installed = {environment.PROJECT: "1.2.3", "torch": "9.9"}
+
+    def version(package):
+        if package not in installed:
+            raise metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = environment.versions()
+    assert (found["project"], found["torch"], found["ttnn"]) == ("1.2.3", "9.9", None)
+    del installed[environment.PROJECT]
+    assert project_version() == "unknown"

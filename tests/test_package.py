@@ -88,3 +88,12 @@ def test_editable_install_puts_the_repository_on_the_path(wheel, tmp_path):
     (path_file,) = [name for name in archive.namelist() if ".dist-info/" not in name]
     assert path_file.endswith(".pth")
     assert archive.read(path_file).decode().splitlines() == [str(source)]
+
+
+def test_environment_of_these_tests_imports_this_checkout_from_any_directory(tmp_path):
+    """An environment made for another checkout would run that one's scripts and demos in the tests that start them."""
+    code = "import demo, models, scripts, tests\nfor room in demo, models, scripts, tests: print(room.__path__[0])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, f"run `pip install -e .` here: {done.stderr}"
+    found = [Path(line) for line in done.stdout.splitlines()]
+    assert found == [ROOT / name for name in ("demo", "models", "scripts", "tests")], "run `pip install -e .` here"

@@ -193,7 +193,7 @@ def test_ttnn_that_does_not_import_is_reported_and_does_not_stop_the_demo(machin
     result = machine.demo()
     assert result.returncode == 0
     assert result.stderr.splitlines()[-1].startswith("python 3.12.1 (ttnn does not import, see ")
-    assert "ImportError: libfake.so" in (machine.clone / ".venv/install.log").read_text()
+    assert "ImportError: libfake.so" in (machine.clone / ".venv/ttnn.log").read_text()
 
 
 @pytest.mark.parametrize("change", ["pins", "place", "stamp", "python"])
@@ -236,17 +236,18 @@ def test_another_python_variable_makes_it_anew_and_the_same_does_not(machine, tm
     assert machine.installs == 2
 
 
-def test_failed_pip_shows_its_last_lines_and_the_log_and_the_next_run_recovers(machine):
+def test_progress_and_failure_of_pip_are_shown_and_the_next_run_recovers(machine):
     machine.python("python3.12", "3.12.1", ttnn="yes")
     (machine.clone / "pip-fails").touch()
     result = machine.demo()
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert "  | ERROR: no space left on the fake device\n" in result.stderr
-    log = re.search("the whole log is (.*), the next run", result.stderr).group(1)
-    assert "no space left" in Path(log).read_text()
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "Collecting fake-torch\nERROR: no space left on the fake device\n" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: the environment could not be made: ")
     (machine.clone / "pip-fails").unlink()
-    assert machine.demo().returncode == 0
+    recovered = machine.demo()
+    assert (recovered.returncode, machine.installs) == (0, 2)
+    assert "Collecting fake-torch\n" in recovered.stderr
+    assert "Collecting" not in recovered.stdout
 
 
 def test_ctrl_c_ends_the_install_in_one_line_with_130_and_the_next_run_recovers(machine):
@@ -257,7 +258,7 @@ def test_ctrl_c_ends_the_install_in_one_line_with_130_and_the_next_run_recovers(
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     stdout, stderr = process.communicate(timeout=300)
     assert (process.returncode, stdout) == (130, "")
-    assert stderr.splitlines()[1:] == ["error: interrupted: the next run makes .venv anew"]
+    assert stderr.splitlines()[2:] == ["error: interrupted: the next run makes .venv anew"]
     (machine.clone / "pip-hangs").unlink()
     assert machine.demo().returncode == 0
 
