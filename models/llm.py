@@ -22,7 +22,7 @@ import torch
 from models.errors import NotFinite, OptionError, UserError
 from models.loading import LoadedModel, OpenedPair, load_model, open_pair
 from models.options import AUTO, ResolvedOptions, describe_source, engine_options
-from models.speculative.control.costs import Costs
+from models.speculative.control.costs import CostModel
 from models.speculative.control.policy import AutoDraftLength, Controller, FixedDraftLength
 from models.speculative.drafters import Drafter, PerSequence
 from models.speculative.drafters.registry import NONE, DrafterSpec, Parts, spec_of
@@ -347,9 +347,9 @@ class LLM:
         if num_draft_tokens != AUTO:
             return FixedDraftLength(int(num_draft_tokens))
         if self.board:
-            return AutoDraftLength(self.board.lengths, Costs(self.board.computed_rows))
+            return AutoDraftLength(self.board.lengths, CostModel(self.board.computed_rows))
         fixed_rows = self.options.fixed_rows or 0
-        return AutoDraftLength(range(self.options.longest_draft + 1), Costs(lambda n: max(n, fixed_rows)))
+        return AutoDraftLength(range(self.options.longest_draft + 1), CostModel(lambda n: max(n, fixed_rows)))
 
     def measure_costs(self, controller: AutoDraftLength, *, greedy: bool = True) -> None:
         """What forwards of one, some and all rows cost, for a controller to begin with; it interpolates."""

@@ -1,6 +1,6 @@
 """What theory says about rounds of drafting and verifying (Leviathan et al. 2023).
 
-Chances are those of a drafted token to be accepted, once all before it are. Costs are in plain decoding steps.
+Chances are those of a drafted token to be accepted, once all before it are. CostModel are in plain decoding steps.
 """
 
 from collections.abc import Iterable

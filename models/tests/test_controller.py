@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from models.errors import UserError
-from models.speculative.control.costs import Costs
+from models.speculative.control.costs import CostModel
 from models.speculative.control.estimates import Acceptance, Trust
 from models.speculative.control.policy import AutoDraftLength
 from models.speculative.formulas import expected_tokens, tokens_by_length
@@ -58,42 +58,42 @@ def fixed_seconds(k, chance, tokens, draft_s=0.001, extra_row_s=0.0):
 
 
 def test_a_cost_is_a_median_that_outliers_do_not_move():
-    costs = Costs()
+    costs = CostModel()
     for seconds in (1.0, 1.1, 50.0, 0.9, 1.0):
         costs.add("verify", 1, seconds)
     assert costs.verify_s(1) == 1.0
 
 
 def test_a_cost_follows_a_machine_that_has_become_slower():
-    costs = Costs()
+    costs = CostModel()
     for _ in range(100):
         costs.add("verify", 1, 1.0)
-    for _ in range(Costs.KEPT):
+    for _ in range(CostModel.KEPT):
         costs.add("verify", 1, 2.0)
     assert costs.verify_s(1) == 2.0
 
 
 def test_rows_between_measured_ones_lie_between_them():
-    costs = Costs()
+    costs = CostModel()
     costs.add("verify", 1, 1.0)
     costs.add("verify", 5, 3.0)
     assert [costs.verify_s(rows) for rows in (1, 2, 3, 5, 9)] == [1.0, 1.5, 2.0, 3.0, 3.0]
 
 
 def test_fewer_rows_are_never_assumed_to_take_longer_than_more():
-    costs = Costs()
+    costs = CostModel()
     for rows, seconds in ((1, 1.0), (2, 9.0), (4, 2.0)):
         costs.add("verify", rows, seconds)
     assert costs.verify_s(2) == 2.0
 
 
 def test_nothing_known_costs_nothing():
-    assert Costs().verify_s(3) == Costs().draft_s("model") == 0.0
-    assert Costs().prefill_s("model") is None
+    assert CostModel().verify_s(3) == CostModel().draft_s("model") == 0.0
+    assert CostModel().prefill_s("model") is None
 
 
 def test_forwards_that_compute_the_same_rows_are_one_cost():
-    costs = Costs(lambda n: max(n, 5))
+    costs = CostModel(lambda n: max(n, 5))
     costs.add("verify", 1, 1.0)
     costs.add("verify", 4, 3.0)
     costs.add("verify", 8, 7.0)
@@ -102,7 +102,7 @@ def test_forwards_that_compute_the_same_rows_are_one_cost():
 
 
 def test_beginning_a_draft_costs_something_by_itself():
-    costs = Costs()
+    costs = CostModel()
     assert costs.draft_s("model", 3) == costs.draft_step_s("model") == 0.0
     costs.add("draft", ("model", 2), 0.4)
     assert costs.draft_s("model", 4) == pytest.approx(0.8)  # in proportion, as long as one length is known
@@ -115,14 +115,14 @@ def test_beginning_a_draft_costs_something_by_itself():
 
 
 def test_noise_makes_no_cost_negative():
-    costs = Costs()
+    costs = CostModel()
     for k, seconds in ((1, 0.9), (2, 0.5), (4, 0.1)):
         costs.add("draft", ("model", k), seconds)
     assert costs.draft_step_s("model") == 0.0 < costs.draft_s("model", 9)
 
 
 def test_rounds_of_one_program_are_timed_whole():
-    costs = Costs()
+    costs = CostModel()
     assert costs.whole_round_s(3) is None
     costs.add("verify", 1, 1.0)
     costs.add("round", 4, 3.0)
@@ -150,7 +150,7 @@ def test_rounds_of_one_program_decide_the_length():
 @pytest.mark.parametrize("greedy", [True, False])
 def test_measuring_times_every_row_count_with_real_forwards(greedy):
     target, _ = build_pair(seed=0, noise=None)
-    costs = Costs()
+    costs = CostModel()
     costs.measure(target, [1, 3, 3, 5], greedy=greedy, repeats=2)
     assert list(costs.known("verify")) == [1, 3, 5]
     assert all(seconds > 0 for seconds in costs.known("verify").values())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Which = int | str | tuple[str, int]  # a number of rows or tokens, a source of drafts, or both
 
 
-class Costs:
+class CostModel:
     """Seconds that parts of a round take on this machine, shared by the generations of a run.
 
     Each is the median of its last measurements, so that one moment in which the machine did something else does not

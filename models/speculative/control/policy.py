@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from models.errors import UserError
-from models.speculative.control.costs import Costs
+from models.speculative.control.costs import CostModel
 from models.speculative.control.estimates import Acceptance, Trust
 from models.speculative.drafters import MAX_DRAFT_LENGTH, always
 from models.speculative.drafters.registry import reads_prompt
@@ -89,7 +89,7 @@ class _Outlook(NamedTuple):
 class AutoDraftLength:
     """The draft length with the highest expected rate (see the module), learnt while it runs; one object for a run.
 
-    - Costs are those of the whole run. Acceptance is learnt anew in each text, beginning from what the run has shown
+    - CostModel are those of the whole run. Acceptance is learnt anew in each text, beginning from what the run has shown
       so far; texts may overlap.
     - A draft that knows its own probabilities stops, or grows as a tree, only as far as a further token pays (`pays`):
       the tokens it is expected to add against those that its time would give otherwise. How far its probabilities can
@@ -114,12 +114,12 @@ class AutoDraftLength:
     RUN_DECAY = 0.99
     LONGEST_WAIT = 8
 
-    def __init__(self, lengths: Iterable[int] = range(7), costs: Costs | None = None) -> None:
+    def __init__(self, lengths: Iterable[int] = range(7), costs: CostModel | None = None) -> None:
         self.lengths = sorted({0, *lengths})
         if self.lengths[0] < 0 or self.lengths[-1] > MAX_DRAFT_LENGTH:
             wrong = self.lengths[0] if self.lengths[0] < 0 else self.lengths[-1]
             raise UserError(f"draft length {wrong}: must be between 0 and {MAX_DRAFT_LENGTH}")
-        self.costs = costs or Costs()
+        self.costs = costs or CostModel()
         self.saved = 0.0  # seconds, for a probe
         self.trust: dict[str, Trust] = {}
         self._run: dict[str, Acceptance] = {}  # by source, of all texts

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from models.errors import UserError
-from models.speculative.control.costs import Costs
+from models.speculative.control.costs import CostModel
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.model import DraftModel, FusedRounds, SequenceModel
 from models.speculative.model import EarlyExit as ExitModel
@@ -211,7 +211,7 @@ def _times(
     In turn, so that a busy moment hits all of them alike.
     """
     fixed_rows = getattr(model, "fixed_rows", None)
-    costs = Costs(lambda rows: fixed_rows or rows)
+    costs = CostModel(lambda rows: fixed_rows or rows)
     verified = {1} if fixed_rows else {1, *(k + 1 for k in lengths)}
     last = len(tokens) - 1
     steps: dict[int, list[float]] = {count: [] for count in exits}
