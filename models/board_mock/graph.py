@@ -97,7 +97,7 @@ def capture(function: Callable[[], object], positions: Sequence[int] | None = No
 
 @dataclass(frozen=True)
 class Cost:
-    """Device ops, and DRAM bytes (read and written) on each chip. CostModel add, subtract and multiply."""
+    """Device ops, and DRAM bytes (read and written) on each chip. Costs add, subtract and multiply."""
 
     ops: int = 0  # without collectives
     collectives: int = 0

@@ -89,7 +89,7 @@ class _Outlook(NamedTuple):
 class AutoDraftLength:
     """The draft length with the highest expected rate (see the module), learnt while it runs; one object for a run.
 
-    - CostModel are those of the whole run. Acceptance is learnt anew in each text, beginning from what the run has shown
+    - Costs are those of the whole run. Acceptance is learnt anew in each text, beginning from what the run has shown
       so far; texts may overlap.
     - A draft that knows its own probabilities stops, or grows as a tree, only as far as a further token pays (`pays`):
       the tokens it is expected to add against those that its time would give otherwise. How far its probabilities can
