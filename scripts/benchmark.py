@@ -3,15 +3,15 @@
     python scripts/benchmark.py compare --json compare.json --markdown compare.md --png compare.png
     python scripts/benchmark.py SUITE --help
 
-  compare      every way to draft beside plain decoding, by kind of text
+  compare      every configuration to draft beside plain decoding, by kind of text
   sweep        fixed draft lengths 0 to 16 beside what the formula says
   verify-cost  what a forward of n rows costs, by context and size of the model
   peers        beside transformers and llama.cpp on the same weights
   bottleneck   what bounds this machine with this pair, and from which acceptance drafting pays
 
-Ways that are compared take turns prompt by prompt after an uncounted warm-up; medians are shown with the smallest and
-the largest repetition. Ctrl-C ends a suite early: what was complete is shown and written. Model flags are those of
-demo/simple_text_demo.py.
+Configurations that are compared take turns prompt by prompt after an uncounted warm-up; medians are shown with the
+smallest and the largest repetition. Ctrl-C ends a suite early: what was complete is shown and written. Model flags are
+those of demo/simple_text_demo.py.
 """
 
 import argparse

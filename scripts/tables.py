@@ -69,7 +69,9 @@ def compare() -> str:
         auto = [each["ways"].get(f"{drafter} auto") for drafter in DRAFTERS]
         fixed = f"{times(each['best_fixed_speedup'])} ({each['best_fixed']})"
         over = times(median(each["auto_over_best_fixed"]))
-        rows.append((name, *(times(way and median(way["speedup"])) for way in auto), fixed, over))
+        rows.append(
+            (name, *(times(configuration and median(configuration["speedup"])) for configuration in auto), fixed, over)
+        )
     mean_auto, mean_fixed = results["mean_auto_speedup"], results["mean_best_fixed_speedup"]
     head = ("auto with", *DRAFTERS, "best fixed length", "auto / best fixed")
     means = f"auto {times(mean_auto)}, best fixed {times(mean_fixed)}"
@@ -107,10 +109,10 @@ def verify_cost() -> str:
     results = read("verify-cost")
     rows_asked, lines = [str(n) for n in results["settings"]["rows"]], []
     for name, model in results["models"].items():
-        for way, contexts in model["ms"].items():
+        for configuration, contexts in model["ms"].items():
             for context, cells in contexts.items():
                 ms = [f"{cells[n]['median']:.0f} ({cells[n]['ratio']:.2f})" if n in cells else "" for n in rows_asked]
-                lines.append((f"{name}, {way}", context, *ms))
+                lines.append((f"{name}, {configuration}", context, *ms))
     skipped = "".join(f" {each['model']} did not fit into memory." for each in results["skipped"])
     return (
         f"{source(results)}\n\n" + markdown_table(("ms (ratio to one row)", "context", *rows_asked), lines)
@@ -155,10 +157,14 @@ def peers() -> str:
     """Beside transformers and llama.cpp."""
     results = read("peers")
     rows = []
-    for name, way in results["ways"].items():
-        same = f"{way['same_text_as_own_baseline']} of {results['prompts']}"
-        own = f"{ranged(way['own_over_this'])} {way['counterpart']}" if way["counterpart"] else ""
-        rows.append((name, ranged(way["tok_s"], number), same, own))
+    for name, configuration in results["ways"].items():
+        same = f"{configuration['same_text_as_own_baseline']} of {results['prompts']}"
+        own = (
+            f"{ranged(configuration['own_over_this'])} {configuration['counterpart']}"
+            if configuration["counterpart"]
+            else ""
+        )
+        rows.append((name, ranged(configuration["tok_s"], number), same, own))
     head = ("", "tok/s", "same text as own baseline", "own counterpart / this")
     return f"{source(results)}; transformers {results['versions']['transformers']}\n\n" + markdown_table(head, rows)
 

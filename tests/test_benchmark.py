@@ -26,6 +26,7 @@ from scripts import benchmark
 from scripts.suites import (
     bottleneck,
     categories,
+    configurations,
     formula,
     gguf_peer,
     hardware,
@@ -35,7 +36,6 @@ from scripts.suites import (
     report,
     summary,
     sweep,
-    ways,
 )
 from scripts.suites.bench import Bench
 from scripts.suites.suite import model_settings
@@ -186,11 +186,11 @@ def test_a_ratio_is_taken_to_the_best_of_the_others_within_a_repetition():
 
 def test_tokens_of_one_block_but_the_first_need_no_wait():
     stats = GenerationStats(tokens=6, rounds=[Round(3, 2, 3), Round(1, 1, 2)])
-    sample = ways.Sample([1] * 6, stats, [0.5, 0.010, 0.0, 0.0, 0.030, 0.0], 1.0)
+    sample = configurations.Sample([1] * 6, stats, [0.5, 0.010, 0.0, 0.0, 0.030, 0.0], 1.0)
     told = summary.latency([sample])
     assert told["no_wait_share"] == pytest.approx(3 / 5)
     assert told["wait_ms"]["p50"] == 0.0 and told["wait_ms"]["longest"] == pytest.approx(30.0)
-    assert summary.latency([ways.Sample([1], GenerationStats(tokens=1), [0.5], 0.5)])["wait_ms"] is None
+    assert summary.latency([configurations.Sample([1], GenerationStats(tokens=1), [0.5], 0.5)])["wait_ms"] is None
 
 
 # ---- machine and models ----
@@ -238,7 +238,7 @@ def test_the_machines_best_rates_are_found_with_little_memory():
 
 def test_an_unrelated_draft_has_the_drafts_shape_and_other_weights(pair):
     session = Bench(model_settings("compare", [*pair, "--prompt", "def"]), ["def"])
-    other = ways.with_unrelated_draft(session)
+    other = configurations.with_unrelated_draft(session)
     assert other.target is session.target and other.draft is not session.draft
     assert other.draft.model.config.hidden_size == session.draft.model.config.hidden_size
     assert not torch.equal(other.draft.model.prefill([5, 6]), session.draft.model.prefill([5, 6]))
@@ -250,9 +250,9 @@ def test_every_drafter_of_the_demo_is_a_way_that_writes_the_plain_text(pair, dra
     settings = model_settings("compare", [*models, "--drafter", drafter, "--max-new-tokens", "12"])
     session = Bench(settings, ["for i in"])
     ids = session.prompts[0].ids
-    expected = ways.write(ways.plain_way(session), ids, 12)
+    expected = configurations.write(configurations.plain_configuration(session), ids, 12)
     for length in (2, "auto"):
-        sample = ways.write(ways.drafting_way(session, drafter, length), ids, 12)
+        sample = configurations.write(configurations.drafting_configuration(session, drafter, length), ids, 12)
         assert sample.tokens == expected.tokens
         assert len(sample.waits) == 12 and sum(sample.waits) <= sample.seconds
 
@@ -296,18 +296,29 @@ def test_compare_writes_speed_ups_latency_and_winners_by_category(tmp_path, caps
         assert each["auto_speedup"] == each["ways"][f"{each['auto_drafter']} auto"]["speedup"]["median"]
         fixed = [f"{each['auto_drafter']} {length}" for length in (0, 2)]
         assert each["best_fixed"] in fixed
-        assert each["best_fixed_speedup"] == max(each["ways"][way]["speedup"]["median"] for way in fixed)
+        assert each["best_fixed_speedup"] == max(
+            each["ways"][configuration]["speedup"]["median"] for configuration in fixed
+        )
         assert each["winner"]["won"] == each["winner"]["repetitions"] == 1
-        for way in each["ways"].values():
+        for configuration in each["ways"].values():
             passes = categories.CATEGORIES[name].passes
-            assert way["texts_equal"] == way["texts"] == passes and way["tok_s"]["median"] > 0
-            assert way["total_s"]["median"] > way["ttft_ms"]["median"] / 1000 and way["init_s"] > 0
-            assert set(way["wait_ms"]) == {"p50", "p95", "p99", "longest"} and 0 <= way["no_wait_share"] < 1
-            assert way["ttft_ms"]["median"] > 0 and way["verify_ms"] > 0
+            assert (
+                configuration["texts_equal"] == configuration["texts"] == passes
+                and configuration["tok_s"]["median"] > 0
+            )
+            assert (
+                configuration["total_s"]["median"] > configuration["ttft_ms"]["median"] / 1000
+                and configuration["init_s"] > 0
+            )
+            assert (
+                set(configuration["wait_ms"]) == {"p50", "p95", "p99", "longest"}
+                and 0 <= configuration["no_wait_share"] < 1
+            )
+            assert configuration["ttft_ms"]["median"] > 0 and configuration["verify_ms"] > 0
         assert each["winner_drafter"]["name"] in ("plain", "model", "combined", "model 4 sequential")
     own = ("code-completion", "random-tokens", "short-output")
-    for way, each in results["overall"].items():
-        parts = [results["categories"][name]["ways"][way] for name in own]
+    for configuration, each in results["overall"].items():
+        parts = [results["categories"][name]["ways"][configuration] for name in own]
         assert each["texts"] == 6 and each["tokens"] == sum(part["tokens"] for part in parts)
         assert each["total_s"]["median"] == pytest.approx(sum(part["total_s"]["median"] for part in parts))
     mean = statistics.mean(each["auto_speedup"] for each in results["categories"].values())
@@ -351,7 +362,10 @@ def test_verify_cost_times_all_ways_at_all_rows_of_a_checkpoint(tmp_path, capsys
     code, results = run(tmp_path, *argv)
     [model] = results["models"].values()
     assert code == 0 and results.keys() >= CIRCUMSTANCES and results["read_gb_s"] > 0
-    assert {way: {context: set(cells) for context, cells in each.items()} for way, each in model["ms"].items()} == {
+    assert {
+        configuration: {context: set(cells) for context, cells in each.items()}
+        for configuration, each in model["ms"].items()
+    } == {
         "any rows": {"40": {"1", "4", "6"}, "100": {"1", "4", "6"}},
         "fixed 4 rows": {"40": {"1", "4"}, "100": {"1", "4"}},
         "HF": {"40": {"1", "4", "6"}, "100": {"1", "4", "6"}},
@@ -382,7 +396,7 @@ def test_peers_write_the_same_greedy_text_in_fp32_and_what_is_missing_is_said(tm
     named = [peers.OWN_PLAIN, peers.OWN_MODEL, peers.OWN_LOOKUP, peers.OWN_AUTO]
     named += [peers.HF_PLAIN, peers.HF_ASSISTED, peers.HF_DEFAULTS, peers.HF_LOOKUP]
     assert list(results["ways"]) == named
-    assert {way["same_text_as_own_baseline"] for way in results["ways"].values()} == {2}
+    assert {configuration["same_text_as_own_baseline"] for configuration in results["ways"].values()} == {2}
     own, hf = (results["ways"][name]["tok_s"]["values"] for name in (peers.OWN_PLAIN, peers.HF_PLAIN))
     expected = [a / b for a, b in zip(own, hf, strict=True)]
     assert results["baseline_ratio"]["values"] == pytest.approx(expected)
@@ -434,7 +448,7 @@ def test_llama_cpp_writes_the_same_text_with_scaled_rotations(tmp_path):
     flags = ["--target", str(target), "--draft", str(draft), "--dtype", "fp32", "--max-new-tokens", "16"]
     session = Bench(model_settings("peers", flags), ["for i in range(40):\n    print(i)" * 4])
     ids = session.prompts[0].ids
-    expected = ways.write(ways.plain_way(session), ids, 16).tokens
+    expected = configurations.write(configurations.plain_configuration(session), ids, 16).tokens
     for runner in gguf_peer.llama_cpp_runners(session, 3):
         assert runner(ids) == expected
 
@@ -489,7 +503,9 @@ def test_ctrl_c_in_verify_cost_and_peers_keeps_complete_repetitions(tmp_path, mo
     assert results["interrupted"] and sorted(len(cell["values"]) for cell in cells.values()) in ([1, 1], [1, 2])
     argv = ["peers", *pair, "--max-new-tokens", "4", "--max-prompts", "1", "--repeats", "3"]
     _, results = run(tmp_path, *argv)
-    assert results["interrupted"] and {len(way["tok_s"]["values"]) for way in results["ways"].values()} == {1}
+    assert results["interrupted"] and {
+        len(configuration["tok_s"]["values"]) for configuration in results["ways"].values()
+    } == {1}
 
 
 # ---- refusals ----

@@ -93,12 +93,12 @@ class Bottleneck:
                 progress.step()
 
     def _measure_acceptance(self, progress: Progress) -> None:
-        from scripts.suites.ways import drafting_way, write
+        from scripts.suites.configurations import drafting_configuration, write
 
-        way = drafting_way(self.bench, "model", DRAFT_TOKENS)
+        configuration = drafting_configuration(self.bench, "model", DRAFT_TOKENS)
         progress.begin(len(self.bench.prompts), "acceptance")
         for prompt in self.bench.prompts:
-            stats = write(way, prompt.ids, self.settings.max_new_tokens, self.bench.stop_ids).stats
+            stats = write(configuration, prompt.ids, self.settings.max_new_tokens, self.bench.stop_ids).stats
             self.stats.append(stats)
             progress.step()
 

@@ -1,9 +1,10 @@
-"""Every way to write text beside plain decoding, by kind of text.
+"""Every configuration of drafting beside plain decoding, by kind of text.
 
-Ways: plain decoding; the drafter of --auto-drafter with every fixed length and with its automatic one; the other
-drafters with the lengths of --other-lengths and automatically; the draft model verified token by token. Prompt by
-prompt all of them take turns. A way's speed-up is its tokens per second over plain decoding's within one repetition,
-all prompts of a category together; the median over repetitions is reported, with the smallest and the largest.
+Configurations: plain decoding; the drafter of --auto-drafter with every fixed length and with its automatic one; the
+other drafters with the lengths of --other-lengths and automatically; the draft model verified token by token. Prompt by
+prompt all of them take turns. A configuration's speed-up is its tokens per second over plain decoding's within one
+repetition, all prompts of a category together; the median over repetitions is reported, with the smallest and the
+largest.
 
 Where the draft is unrelated, the draft model drafts alone whatever --auto-drafter says, so that nothing is accepted.
 """
@@ -27,7 +28,7 @@ from scripts.suites.suite import Progress, Results, integer, integers, model_set
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from scripts.suites.ways import Sample, Way
+    from scripts.suites.configurations import Configuration, Sample
 
 NEW_TOKENS = 48
 REFUSED = ("--mode", "--drafter", "--num-draft-tokens", "--verification", "--prompts", "--prompt", "--random-prompts")
@@ -95,14 +96,16 @@ class Compare:
         ]
         if not self.categories:
             raise UserError(f"--categories {options.categories[0]} needs a drafter with a draft model: add model")
-        self.ways: dict[str, list[Way]] = {}  # by category
-        self.first: dict[str, dict[str, Sample]] = {}  # by category and way: the uncounted text of its warm-up
-        # [category][repetition][way]: a sample for each prompt and pass; complete repetitions only
+        self.configurations: dict[str, list[Configuration]] = {}  # by category
+        self.first: dict[
+            str, dict[str, Sample]
+        ] = {}  # by category and configuration: the uncounted text of its warm-up
+        # [category][repetition][configuration]: a sample for each prompt and pass; complete repetitions only
         self.samples: dict[str, list[dict[str, list[Sample]]]] = {name: [] for name in self.categories}
 
     def prepare(self) -> None:
         from scripts.suites.bench import Bench
-        from scripts.suites.ways import with_unrelated_draft
+        from scripts.suites.configurations import with_unrelated_draft
 
         texts = {name: read_texts(name, self.settings) for name in self.categories}
         self.bench = Bench(self.settings, [text for some in texts.values() for text in some])
@@ -119,54 +122,63 @@ class Compare:
 
     # -------------------------------------------------------------------------------------------------- measuring
     def measure(self, progress: Progress) -> None:
-        from scripts.suites import ways
+        from scripts.suites import configurations
 
-        own, unrelated = self._own_ways(), self._unrelated_ways()
-        self.ways = {name: unrelated if CATEGORIES[name].unrelated_draft else own for name in self.prompts}
+        own, unrelated = self._own_configurations(), self._unrelated_configurations()
+        self.configurations = {name: unrelated if CATEGORIES[name].unrelated_draft else own for name in self.prompts}
         texts = {name: CATEGORIES[name].passes * prompts for name, prompts in self.prompts.items()}
-        total = sum(len(texts[name]) * len(self.ways[name]) for name in texts)
+        total = sum(len(texts[name]) * len(self.configurations[name]) for name in texts)
         every = [ids for prompts in self.prompts.values() for ids in prompts]
         progress.begin(total * self.options.repeats, "warm-up")
         for bench in filter(None, (self.bench, self.unrelated)):
-            ways.prepare_lengths(bench, every)
-        first: dict[int, tuple[str, Way]] = {}
+            configurations.prepare_lengths(bench, every)
+        first: dict[int, tuple[str, Configuration]] = {}
         for name in self.prompts:
-            first |= {id(way): (name, way) for way in self.ways[name] if id(way) not in first}
-        for name, way in first.values():
-            self.first.setdefault(name, {})[way.name] = self._write(name, way, self.prompts[name][0])
+            first |= {
+                id(configuration): (name, configuration)
+                for configuration in self.configurations[name]
+                if id(configuration) not in first
+            }
+        for name, configuration in first.values():
+            self.first.setdefault(name, {})[configuration.name] = self._write(
+                name, configuration, self.prompts[name][0]
+            )
         for repeat in range(self.options.repeats):
             for name, ids in texts.items():
-                runs: dict[str, list[Sample]] = {way.name: [] for way in self.ways[name]}
-                for text, way in turns(repeat, len(ids), self.ways[name]):
-                    runs[way.name].append(self._write(name, way, ids[text]))
+                runs: dict[str, list[Sample]] = {configuration.name: [] for configuration in self.configurations[name]}
+                for text, configuration in turns(repeat, len(ids), self.configurations[name]):
+                    runs[configuration.name].append(self._write(name, configuration, ids[text]))
                     progress.step(f"{name}, repetition {repeat + 1} of {self.options.repeats}")
                 self.samples[name].append(runs)
 
-    def _own_ways(self) -> "list[Way]":
-        from scripts.suites.ways import drafting_way, plain_way, sequential_way
+    def _own_configurations(self) -> "list[Configuration]":
+        from scripts.suites.configurations import drafting_configuration, plain_configuration, sequential_configuration
 
-        ways = [plain_way(self.bench)]
+        configurations = [plain_configuration(self.bench)]
         if self.drafts_by_model:
-            ways.append(sequential_way(self.bench))
+            configurations.append(sequential_configuration(self.bench))
         for drafter in self.drafters:
             lengths = self.options.lengths if drafter == self.options.auto_drafter else self.options.other_lengths
-            ways += [drafting_way(self.bench, drafter, length) for length in (*lengths, AUTO)]
-        return ways
+            configurations += [drafting_configuration(self.bench, drafter, length) for length in (*lengths, AUTO)]
+        return configurations
 
-    def _unrelated_ways(self) -> "list[Way]":
-        from scripts.suites.ways import drafting_way, plain_way
+    def _unrelated_configurations(self) -> "list[Configuration]":
+        from scripts.suites.configurations import drafting_configuration, plain_configuration
 
         if self.unrelated is None:
             return []
         lengths = (*self.options.lengths, AUTO)
-        return [plain_way(self.unrelated), *(drafting_way(self.unrelated, "model", length) for length in lengths)]
+        return [
+            plain_configuration(self.unrelated),
+            *(drafting_configuration(self.unrelated, "model", length) for length in lengths),
+        ]
 
-    def _write(self, category: str, way: "Way", ids: list[int]) -> "Sample":
-        from scripts.suites.ways import write
+    def _write(self, category: str, configuration: "Configuration", ids: list[int]) -> "Sample":
+        from scripts.suites.configurations import write
 
         asked = self.options.max_new_tokens
         new_tokens = min(CATEGORIES[category].new_tokens or asked, asked)
-        return write(way, ids, new_tokens, self.bench.stop_ids if CATEGORIES[category].file else ())
+        return write(configuration, ids, new_tokens, self.bench.stop_ids if CATEGORIES[category].file else ())
 
     # -------------------------------------------------------------------------------------------------- results
     def results(self) -> Results:
@@ -184,49 +196,67 @@ class Compare:
         }
 
     def _overall(self) -> Results:
-        """The ways over all categories with the pair's own draft, in the repetitions that all of them completed."""
+        """The configurations over all categories with the pair's own draft, in the repetitions that all completed."""
+        from scripts.suites.configurations import PLAIN
         from scripts.suites.summary import summarise
-        from scripts.suites.ways import PLAIN
 
         own = [name for name in self.samples if not CATEGORIES[name].unrelated_draft]
         repetitions = list(zip(*(self.samples[name] for name in own), strict=False))
         if not repetitions:
             return {}
-        ways = self.ways[own[0]]
-        runs = {way.name: [[s for runs in some for s in runs[way.name]] for some in repetitions] for way in ways}
-        return {way.name: summarise(way, runs[way.name], runs[PLAIN]) for way in ways}
+        configurations = self.configurations[own[0]]
+        runs = {
+            configuration.name: [[s for runs in some for s in runs[configuration.name]] for some in repetitions]
+            for configuration in configurations
+        }
+        return {
+            configuration.name: summarise(configuration, runs[configuration.name], runs[PLAIN])
+            for configuration in configurations
+        }
 
     def _category(self, name: str) -> Results:
+        from scripts.suites.configurations import PLAIN
         from scripts.suites.summary import rate, summarise
-        from scripts.suites.ways import PLAIN
 
         category, repetitions = CATEGORIES[name], self.samples[name]
-        runs = {way.name: [runs[way.name] for runs in repetitions] for way in self.ways[name]}
-        ways = {way.name: summarise(way, runs[way.name], runs[PLAIN]) for way in self.ways[name]}
+        runs = {
+            configuration.name: [runs[configuration.name] for runs in repetitions]
+            for configuration in self.configurations[name]
+        }
+        configurations = {
+            configuration.name: summarise(configuration, runs[configuration.name], runs[PLAIN])
+            for configuration in self.configurations[name]
+        }
         first = self.first.get(name, {}).items()
-        rates = {way: [rate(samples) or 0.0 for samples in some] for way, some in runs.items()}
+        rates = {configuration: [rate(samples) or 0.0 for samples in some] for configuration, some in runs.items()}
         drafter = "model" if category.unrelated_draft else self.options.auto_drafter
         auto, fixed = f"{drafter} {AUTO}", [f"{drafter} {length}" for length in self.options.lengths]
-        best_fixed = max(fixed, key=lambda way: _median(ways[way]["speedup"]) or 0.0)
+        best_fixed = max(fixed, key=lambda configuration: _median(configurations[configuration]["speedup"]) or 0.0)
         by_drafter: dict[str, list[float]] = {}
-        for way in self.ways[name]:
-            who = way.drafter if way.verification == "batched" and way.length else way.name
-            who = PLAIN if way.length == 0 else who
-            by_drafter[who] = list(map(max, rates[way.name], by_drafter.get(who, rates[way.name])))
+        for configuration in self.configurations[name]:
+            who = (
+                configuration.drafter
+                if configuration.verification == "batched" and configuration.length
+                else configuration.name
+            )
+            who = PLAIN if configuration.length == 0 else who
+            by_drafter[who] = list(map(max, rates[configuration.name], by_drafter.get(who, rates[configuration.name])))
         return {
             "about": category.about,
             "prompts": len(self.prompts[name]),
             "repetitions": len(repetitions),
             "auto_drafter": drafter,
-            "auto_speedup": _median(ways[auto]["speedup"]),
+            "auto_speedup": _median(configurations[auto]["speedup"]),
             "best_fixed": best_fixed,
-            "best_fixed_speedup": _median(ways[best_fixed]["speedup"]),
+            "best_fixed_speedup": _median(configurations[best_fixed]["speedup"]),
             "auto_over_best_fixed": spread(ratios(rates[auto], rates[best_fixed])),
             "winner": winner(rates),
-            "winner_speedup": _median(ways[winner(rates)["name"]]["speedup"]),
+            "winner_speedup": _median(configurations[winner(rates)["name"]]["speedup"]),
             "winner_drafter": winner(by_drafter),
-            "drafted_in_first_text": {way: [round.drafted for round in each.stats.rounds] for way, each in first},
-            "ways": ways,
+            "drafted_in_first_text": {
+                configuration: [round.drafted for round in each.stats.rounds] for configuration, each in first
+            },
+            "ways": configurations,
         }
 
     # -------------------------------------------------------------------------------------------------- showing
@@ -254,7 +284,7 @@ class Compare:
             "auto",
             "best fixed length",
             "auto / best fixed",
-            "fastest way",
+            "fastest configuration",
             "fastest drafter",
         )
         text += markdown_table(head, rows)
@@ -276,12 +306,12 @@ class Compare:
     def figure(results: Results) -> "Figure":
         from scripts.suites.figures import grouped_bars
 
-        bars = {"auto": [], "best fixed length": [], "fastest of all ways": []}
+        bars = {"auto": [], "best fixed length": [], "fastest of all configurations": []}
         for each in results["categories"].values():
-            ways = each["ways"]
-            bars["auto"].append(ways[f"{each['auto_drafter']} {AUTO}"]["speedup"])
-            bars["best fixed length"].append(ways[each["best_fixed"]]["speedup"])
-            bars["fastest of all ways"].append(ways[each["winner"]["name"]]["speedup"])
+            configurations = each["ways"]
+            bars["auto"].append(configurations[f"{each['auto_drafter']} {AUTO}"]["speedup"])
+            bars["best fixed length"].append(configurations[each["best_fixed"]]["speedup"])
+            bars["fastest of all configurations"].append(configurations[each["winner"]["name"]]["speedup"])
         return grouped_bars(list(results["categories"]), bars, "speed-up over plain decoding", line=1.0)
 
 
@@ -295,32 +325,34 @@ OVERALL = (
     "speed-up",
     "use it when",
 )
-ADVICE = {
-    (None, "batched"): "there is nothing to draft from",
-    ("model", "sequential"): "never: it is the mistake to compare with",
-    ("model", "batched"): "the text is new",
-    ("prompt-lookup", "batched"): "the answer repeats its prompt, or no draft model fits",
-    ("combined", "batched"): "texts are mixed",
-    ("tree", "batched"): "the draft is unsure, and rows are cheap",
-    ("early-exit", "batched"): "the target was trained to be left early",
-}
 
 
-def overall_rows(ways: Results) -> list[tuple[str, ...]]:
-    """Cells of OVERALL. init: loading the models of the way and measuring what it goes by; total: all texts of a
-    repetition, whole calls."""
+def _advice(configuration: Results) -> str:
+    """When to use a configuration."""
+    if configuration["draft_length"] == 0:
+        return "only to compare"
+    if configuration["drafter"] is None:
+        return "there is nothing to draft from"
+    if configuration["verification"] == "sequential":
+        return "never: it is the mistake to compare with"
+    return registry.spec_of(configuration["drafter"]).when
+
+
+def overall_rows(configurations: Results) -> list[tuple[str, ...]]:
+    """Cells of OVERALL. init: loading the models of the configuration and measuring what it goes by; total: all texts
+    of a repetition, whole calls."""
     return [
         (
             name,
-            number(_median(way["ttft_ms"])),
-            number(_median(way["tok_s"]), 0),
-            percent(way["acceptance_rate"]),
-            number(way["init_s"], 2),
-            number(_median(way["total_s"]), 2),
-            ranged(way["speedup"]),
-            "only to compare" if way["draft_length"] == 0 else ADVICE[way["drafter"], way["verification"]],
+            number(_median(configuration["ttft_ms"])),
+            number(_median(configuration["tok_s"]), 0),
+            percent(configuration["acceptance_rate"]),
+            number(configuration["init_s"], 2),
+            number(_median(configuration["total_s"]), 2),
+            ranged(configuration["speedup"]),
+            _advice(configuration),
         )
-        for name, way in ways.items()
+        for name, configuration in configurations.items()
     ]
 
 
@@ -338,7 +370,7 @@ def _learning(category: Results) -> str:
 
 
 _HEAD = (
-    "way",
+    "configuration",
     "speed-up",
     "tok/s",
     "TTFT ms",
@@ -352,23 +384,25 @@ _HEAD = (
 )
 
 
-def _rows(ways: Results) -> list[tuple[str, ...]]:
+def _rows(configurations: Results) -> list[tuple[str, ...]]:
     rows = []
-    for name, way in ways.items():
-        waits = way["wait_ms"]
+    for name, configuration in configurations.items():
+        waits = configuration["wait_ms"]
         rows.append(
             (
                 name,
-                ranged(way["speedup"]),
-                ranged(way["tok_s"], lambda value: number(value, 0)),
-                number(_median(way["ttft_ms"])),
+                ranged(configuration["speedup"]),
+                ranged(configuration["tok_s"], lambda value: number(value, 0)),
+                number(_median(configuration["ttft_ms"])),
                 " / ".join(number(value) for value in waits.values()) if waits else number(None),
-                percent(way["no_wait_share"]),
-                percent(way["acceptance_rate"]),
-                " ".join(percent(value) for value in way["acceptance_by_position"]),
-                number(way["mean_acceptance_length"], 2),
-                f"{way['draft_ms']:.2f} + {way['verify_ms']:.2f} + {way['host_ms']:.3f}",
-                number(None) if way["texts_equal"] is None else f"{way['texts_equal']} of {way['texts']}",
+                percent(configuration["no_wait_share"]),
+                percent(configuration["acceptance_rate"]),
+                " ".join(percent(value) for value in configuration["acceptance_by_position"]),
+                number(configuration["mean_acceptance_length"], 2),
+                f"{configuration['draft_ms']:.2f} + {configuration['verify_ms']:.2f} + {configuration['host_ms']:.3f}",
+                number(None)
+                if configuration["texts_equal"] is None
+                else f"{configuration['texts_equal']} of {configuration['texts']}",
             )
         )
     return rows

@@ -17,14 +17,15 @@ def shuffled(items: Sequence[T], turn: int) -> list[T]:
     return random.Random(turn).sample(items, len(items))
 
 
-def turns(repeat: int, items: int, ways: Sequence[T]) -> Iterator[tuple[int, T]]:
-    """(item, way) of one repetition: item by item every way takes its turn, in another order each time.
+def turns(repeat: int, items: int, configurations: Sequence[T]) -> Iterator[tuple[int, T]]:
+    """(item, configuration) of one repetition: item by item every configuration takes its turn, in another order each
+    time.
 
-    Whatever else the machine does for a while then hits all ways alike.
+    Whatever else the machine does for a while then hits all configurations alike.
     """
     for item in range(items):
-        for way in shuffled(ways, repeat * items + item):
-            yield item, way
+        for configuration in shuffled(configurations, repeat * items + item):
+            yield item, configuration
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:

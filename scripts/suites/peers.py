@@ -4,11 +4,11 @@
     python scripts/benchmark.py peers --dtype fp32 --json peers.json
     python scripts/benchmark.py peers --target DIR --draft DIR --num-draft-tokens 3
 
-All ways write the same greedy text, prompt by prompt in turn. transformers' assistant runs twice: with this project's
-number of draft tokens (constant, no confidence threshold) and with transformers' own defaults. llama.cpp takes part
-where `pip install llama-cpp-python gguf` has been run; the weights are converted to a file of its own in a temporary
-folder. A rate is new tokens over wall-clock seconds of the whole call, prefill included, the same for all. Ratios are
-taken within one repetition; the median is reported, with the smallest and the largest.
+All configurations write the same greedy text, prompt by prompt in turn. transformers' assistant runs twice: with this
+project's number of draft tokens (constant, no confidence threshold) and with transformers' own defaults. llama.cpp
+takes part where `pip install llama-cpp-python gguf` has been run; the weights are converted to a file of its own in a
+temporary folder. A rate is new tokens over wall-clock seconds of the whole call, prefill included, the same for all.
+Ratios are taken within one repetition; the median is reported, with the smallest and the largest.
 """
 
 import argparse
@@ -112,26 +112,26 @@ class Peers:
     def results(self) -> Results:
         from scripts.suites.summary import describe_models, describe_settings
 
-        ways = {}
+        configurations = {}
         for name, rates in self.rates.items():
             if not rates:
                 continue
             same = sum(a == b for a, b in zip(self.texts[name], self.texts[OWN_PLAIN], strict=True))
             own = COUNTERPART.get(name)
-            ways[name] = {
+            configurations[name] = {
                 "tok_s": spread(rates),
                 "same_text_as_own_baseline": same,
                 "counterpart": own,
                 "own_over_this": spread(best_ratio(self.rates, own, [name])) if own else None,
             }
         plain, model = None, None
-        if ways:
+        if configurations:
             plain = spread(best_ratio(self.rates, OWN_PLAIN, [HF_PLAIN]))
             model = spread(best_ratio(self.rates, OWN_MODEL, [HF_ASSISTED, HF_DEFAULTS]))
         return {
             "baseline_ratio": plain,
             "speculative_ratio": model,
-            "ways": ways,
+            "ways": configurations,
             "notes": self.notes,
             "prompts": len(self.prompts),
             "models": describe_models(self.bench),
@@ -142,10 +142,14 @@ class Peers:
     @staticmethod
     def markdown(results: Results) -> str:
         text, rows = header(results, Peers.title), []
-        for name, way in results["ways"].items():
-            same = f"{way['same_text_as_own_baseline']} of {results['prompts']}"
-            ratio = f"{ranged(way['own_over_this'])} {way['counterpart']}" if way["counterpart"] else ""
-            rows.append((name, ranged(way["tok_s"], number), same, ratio))
+        for name, configuration in results["ways"].items():
+            same = f"{configuration['same_text_as_own_baseline']} of {results['prompts']}"
+            ratio = (
+                f"{ranged(configuration['own_over_this'])} {configuration['counterpart']}"
+                if configuration["counterpart"]
+                else ""
+            )
+            rows.append((name, ranged(configuration["tok_s"], number), same, ratio))
         head = ("", "tok/s (median, smallest to largest)", "same text as own baseline", "own counterpart / this")
         text += markdown_table(head, rows) if rows else ""
         if results["baseline_ratio"]:
@@ -159,7 +163,7 @@ class Peers:
     def figure(results: Results) -> "Figure":
         from scripts.suites.figures import grouped_bars
 
-        bars = {"": [way["tok_s"] for way in results["ways"].values()]}
+        bars = {"": [configuration["tok_s"] for configuration in results["ways"].values()]}
         return grouped_bars(list(results["ways"]), bars, "tokens per second, whole calls")
 
 
@@ -169,25 +173,25 @@ def best_ratio(rates: dict[str, list[float]], above: str, below: Sequence[str]) 
 
 
 def own_runners(bench: "Bench", k: int) -> dict[str, Generate]:
-    """This project's ways with k draft tokens, as functions from prompt ids to new ids."""
-    from scripts.suites.ways import drafting_way, plain_way, write
+    """This project's configurations with k draft tokens, as functions from prompt ids to new ids."""
+    from scripts.suites.configurations import drafting_configuration, plain_configuration, write
 
     settings = bench.settings
-    ways = {
-        OWN_PLAIN: plain_way(bench),
-        OWN_MODEL: drafting_way(bench, "model", k),
-        OWN_LOOKUP: drafting_way(bench, "prompt-lookup", k),
-        OWN_AUTO: drafting_way(bench, "combined", AUTO),
+    configurations = {
+        OWN_PLAIN: plain_configuration(bench),
+        OWN_MODEL: drafting_configuration(bench, "model", k),
+        OWN_LOOKUP: drafting_configuration(bench, "prompt-lookup", k),
+        OWN_AUTO: drafting_configuration(bench, "combined", AUTO),
     }
 
     def run(name: str, ids: list[int]) -> list[int]:
-        return write(ways[name], ids, settings.max_new_tokens, bench.stop_ids).tokens
+        return write(configurations[name], ids, settings.max_new_tokens, bench.stop_ids).tokens
 
-    return {name: lambda ids, name=name: run(name, ids) for name in ways}
+    return {name: lambda ids, name=name: run(name, ids) for name in configurations}
 
 
 def hf_runners(bench: "Bench", k: int) -> dict[str, Generate]:
-    """transformers' ways. Settings of assisted generation are read from the assistant's generation_config."""
+    """transformers' configurations. Settings of assisted generation are read from the assistant's generation_config."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""The numbers of one way over some prompts: rates, speed-up, latency as a reader sees it, acceptance."""
+"""The numbers of one configuration over some prompts: rates, speed-up, latency as a reader sees it, acceptance."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from typing import Any
 
 from models.cli import settings as cli_settings
 from models.speculative.stats import GenerationStats
+from scripts.suites.configurations import Configuration, Sample
 from scripts.suites.measuring import percentile, ratios, spread
 from scripts.suites.report import FORMATS
-from scripts.suites.ways import Sample, Way
 
 Repetitions = Sequence[Sequence[Sample]]  # [repetition][prompt]
 
@@ -18,7 +18,7 @@ def rate(samples: Sequence[Sample]) -> float | None:
     return GenerationStats.merge([sample.stats for sample in samples]).tok_s or None
 
 
-def summarise(way: Way, runs: Repetitions, plain: Repetitions) -> dict[str, Any]:
+def summarise(configuration: Configuration, runs: Repetitions, plain: Repetitions) -> dict[str, Any]:
     """Of the complete repetitions; `plain` are those of plain decoding. Keys of times end with their unit.
 
     Rates, speed-ups and total_s (whole calls, prefill included): median, min, max and one value a repetition. Waits,
@@ -29,17 +29,17 @@ def summarise(way: Way, runs: Repetitions, plain: Repetitions) -> dict[str, Any]
     samples = [sample for samples in runs for sample in samples]
     stats = GenerationStats.merge([sample.stats for sample in samples])
     lengths = [round.drafted for round in stats.rounds if round.drafted and not round.cut]
-    greedy = way.bench.sampling.greedy
+    greedy = configuration.bench.sampling.greedy
     equal = sum(
         a.tokens == b.tokens for run, base in zip(runs, plain, strict=True) for a, b in zip(run, base, strict=True)
     )
     return {
-        "drafter": way.drafter,
-        "draft_length": way.length,
-        "verification": way.verification,
+        "drafter": configuration.drafter,
+        "draft_length": configuration.length,
+        "verification": configuration.verification,
         "tok_s": spread(rates),
         "speedup": spread(ratios(rates, [rate(samples) for samples in plain])),
-        "init_s": way.init_s,
+        "init_s": configuration.init_s,
         "total_s": spread([sum(sample.seconds for sample in run) for run in runs]),
         "ttft_ms": spread([1000 * statistics.median(sample.stats.ttft_s for sample in run) for run in runs]),
         **latency(samples),

@@ -30,7 +30,7 @@ from scripts.suites.suite import Progress, Results, integer, model_settings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from scripts.suites.ways import Sample
+    from scripts.suites.configurations import Sample
 
 REFUSED = ("--mode", "--num-draft-tokens", "--verification")
 PREDICTED = ("a", "c", "v", "formula", "formula_by_position")
@@ -67,8 +67,8 @@ class Sweep:
         settings = model_settings("sweep", rest, REFUSED, **chosen)
         self.settings = settings if settings.drafter else dataclasses.replace(settings, drafter="model")
         self.device = settings.device
-        self.ways = []
-        self.repetitions: list[dict[str, list[Sample]]] = []  # [repetition][way]: a sample for each prompt
+        self.configurations = []
+        self.repetitions: list[dict[str, list[Sample]]] = []  # [repetition][configuration]: a sample for each prompt
 
     def prepare(self) -> None:
         from scripts.suites.bench import Bench
@@ -78,44 +78,51 @@ class Sweep:
         self.prompts = [prompt.ids for prompt in self.bench.prompts]
 
     def measure(self, progress: Progress) -> None:
-        from scripts.suites.ways import drafting_way, plain_way, prepare_lengths, write
+        from scripts.suites.configurations import drafting_configuration, plain_configuration, prepare_lengths, write
 
         lengths = (*range(self.options.longest + 1), AUTO)
-        drafting = [drafting_way(self.bench, self.settings.drafter, length) for length in lengths]
-        self.ways = [plain_way(self.bench), *drafting]
-        progress.begin(self.options.repeats * len(self.prompts) * len(self.ways), "warm-up")
+        drafting = [drafting_configuration(self.bench, self.settings.drafter, length) for length in lengths]
+        self.configurations = [plain_configuration(self.bench), *drafting]
+        progress.begin(self.options.repeats * len(self.prompts) * len(self.configurations), "warm-up")
         prepare_lengths(self.bench, self.prompts)
         new_tokens, stop_ids = self.settings.max_new_tokens, self.bench.stop_ids
-        for way in self.ways:
-            write(way, self.prompts[0], new_tokens, stop_ids)
+        for configuration in self.configurations:
+            write(configuration, self.prompts[0], new_tokens, stop_ids)
         for repeat in range(self.options.repeats):
-            runs: dict[str, list[Sample]] = {way.name: [] for way in self.ways}
-            for prompt, way in turns(repeat, len(self.prompts), self.ways):
-                runs[way.name].append(write(way, self.prompts[prompt], new_tokens, stop_ids))
+            runs: dict[str, list[Sample]] = {configuration.name: [] for configuration in self.configurations}
+            for prompt, configuration in turns(repeat, len(self.prompts), self.configurations):
+                runs[configuration.name].append(write(configuration, self.prompts[prompt], new_tokens, stop_ids))
                 progress.step(f"repetition {repeat + 1} of {self.options.repeats}")
             self.repetitions.append(runs)
 
     # -------------------------------------------------------------------------------------------------- results
     def results(self) -> Results:
+        from scripts.suites.configurations import PLAIN
         from scripts.suites.summary import describe_models, describe_settings, summarise
-        from scripts.suites.ways import PLAIN
 
-        runs = {way.name: [each[way.name] for each in self.repetitions] for way in self.ways}
-        ways = {}
+        runs = {
+            configuration.name: [each[configuration.name] for each in self.repetitions]
+            for configuration in self.configurations
+        }
+        configurations = {}
         if self.repetitions:
-            ways = {way.name: summarise(way, runs[way.name], runs[PLAIN]) for way in self.ways}
+            configurations = {
+                configuration.name: summarise(configuration, runs[configuration.name], runs[PLAIN])
+                for configuration in self.configurations
+            }
         lengths = {
-            str(way.length): ways[way.name] | self._predicted(way.length, runs[way.name], runs[PLAIN])
-            for way in self.ways
-            if way.drafter and way.length != AUTO and ways
+            str(configuration.length): configurations[configuration.name]
+            | self._predicted(configuration.length, runs[configuration.name], runs[PLAIN])
+            for configuration in self.configurations
+            if configuration.drafter and configuration.length != AUTO and configurations
         }
         best = max(lengths, key=lambda k: (lengths[k]["speedup"] or {"median": 0.0})["median"]) if lengths else None
         return {
             "drafter": self.settings.drafter,
-            "plain": ways.get(PLAIN),
+            "plain": configurations.get(PLAIN),
             "lengths": lengths,
             "best": best and int(best),
-            "auto": ways.get(f"{self.settings.drafter} {AUTO}"),
+            "auto": configurations.get(f"{self.settings.drafter} {AUTO}"),
             "models": describe_models(self.bench),
             "settings": describe_settings(self.bench, self.options),
         }

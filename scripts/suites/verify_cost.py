@@ -3,10 +3,10 @@
     python scripts/benchmark.py verify-cost 1b 3b 8b     # sizes, with random weights made in memory
     python scripts/benchmark.py verify-cost DIR          # a checkpoint, beside transformers on the same weights
 
-Ways that take turns: this project with any number of rows; with fixed rows (row-invariant arithmetic: every forward
-computes the same number); transformers' LlamaForCausalLM. A forward starts at position `context` of a cache that holds
-nothing, which takes as long as one that does. Gigabytes per second: the weights over the time of one row, to compare
-with what the machine reads at best.
+Configurations that take turns: this project with any number of rows; with fixed rows (row-invariant arithmetic: every
+forward computes the same number); transformers' LlamaForCausalLM. A forward starts at position `context` of a cache
+that holds nothing, which takes as long as one that does. Gigabytes per second: the weights over the time of one row, to
+compare with what the machine reads at best.
 """
 
 import argparse
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ANY, HF = "any rows", "HF"
 MAX_ROWS = 32
 WARM_UP = 1  # uncounted repetitions
-Cell = tuple[str, int, int]  # way, context, rows
+Cell = tuple[str, int, int]  # configuration, context, rows
 
 
 class VerifyCost:
@@ -175,23 +175,26 @@ class VerifyCost:
         return {"read_gb_s": bandwidth, "models": models, "skipped": self.skipped, "settings": settings}
 
     def _model_results(self, model: Results) -> Results:
-        ways: Results = {}
-        for (way, context, rows), seconds in model["seconds"].items():
+        configurations: Results = {}
+        for (configuration, context, rows), seconds in model["seconds"].items():
             if not seconds:
                 continue
             cell = spread([1000 * value for value in seconds])
-            one = model["seconds"].get((way, context, 1))
+            one = model["seconds"].get((configuration, context, 1))
             cell["ratio"] = spread([s / o for s, o in zip(seconds, one, strict=False)])["median"] if one else None
-            ways.setdefault(way, {}).setdefault(str(context), {})[str(rows)] = cell
+            configurations.setdefault(configuration, {}).setdefault(str(context), {})[str(rows)] = cell
         speed = {}
-        for context, cells in ways.get(ANY, {}).items():
+        for context, cells in configurations.get(ANY, {}).items():
             if one := cells.get("1"):
                 kv = model["kv_bytes_per_position"] * int(context)
                 speed[context] = {
                     "weights_gb_s": model["weight_bytes"] / one["median"] / 1e6,
                     "weights_and_kv_gb_s": (model["weight_bytes"] + kv) / one["median"] / 1e6,
                 }
-        return {key: value for key, value in model.items() if key != "seconds"} | {"ms": ways, "one_row": speed}
+        return {key: value for key, value in model.items() if key != "seconds"} | {
+            "ms": configurations,
+            "one_row": speed,
+        }
 
     # -------------------------------------------------------------------------------------------------- showing
     @staticmethod
@@ -209,11 +212,11 @@ class VerifyCost:
             )
             rows = [str(n) for n in results["settings"]["rows"]]
             lines = []
-            for way, contexts in model["ms"].items():
+            for configuration, contexts in model["ms"].items():
                 for context, cells in contexts.items():
                     ms = [_cell(cells.get(n)) for n in rows]
-                    speed = model["one_row"].get(context) if way == ANY else None
-                    lines.append((way, context, *ms, number(speed and speed["weights_and_kv_gb_s"])))
+                    speed = model["one_row"].get(context) if configuration == ANY else None
+                    lines.append((configuration, context, *ms, number(speed and speed["weights_and_kv_gb_s"])))
             text += markdown_table(("ms (ratio to one row)", "context", *rows, "GB/s"), lines) if lines else ""
         return text + "GB/s: weights and KV cache over the time of one row.\n"
 
@@ -225,12 +228,12 @@ class VerifyCost:
         figure, axes = new_figure(width=5 * max(len(models), 1), columns=max(len(models), 1))
         styles = {ANY: "-", HF: ":"}
         for axis, (name, model) in zip(axes, models.items(), strict=False):
-            for way, contexts in model["ms"].items():
+            for configuration, contexts in model["ms"].items():
                 for index, (context, cells) in enumerate(contexts.items()):
                     rows = [int(n) for n in cells]
                     ratio = [cell["ratio"] or float("nan") for cell in cells.values()]
-                    style, colour = styles.get(way, "--"), COLOURS[index % len(COLOURS)]
-                    axis.plot(rows, ratio, style, color=colour, marker="o", label=f"{way}, context {context}")
+                    style, colour = styles.get(configuration, "--"), COLOURS[index % len(COLOURS)]
+                    axis.plot(rows, ratio, style, color=colour, marker="o", label=f"{configuration}, context {context}")
             axis.axhline(1.0, color="black", linewidth=1)
             axis.set_title(name)
             axis.set_xlabel("rows of a forward")
@@ -248,7 +251,7 @@ def _cell(cell: Results | None) -> str:
 
 
 def own_forwards(model, rows: Sequence[int], contexts: Sequence[int], fixed_rows: int) -> dict[Cell, Callable]:
-    """Functions that run one forward. One set of weights serves both ways."""
+    """Functions that run one forward. One set of weights serves both configurations."""
 
     def run(n: int, context: int, fixed: int | None) -> None:
         model.fixed_rows = fixed
@@ -259,8 +262,8 @@ def own_forwards(model, rows: Sequence[int], contexts: Sequence[int], fixed_rows
         for n in rows:
             forwards[ANY, context, n] = lambda n=n, context=context: run(n, context, None)
             if n <= fixed_rows:
-                way = f"fixed {fixed_rows} rows"
-                forwards[way, context, n] = lambda n=n, context=context: run(n, context, fixed_rows)
+                configuration = f"fixed {fixed_rows} rows"
+                forwards[configuration, context, n] = lambda n=n, context=context: run(n, context, fixed_rows)
     return forwards
 
 

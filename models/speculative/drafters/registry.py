@@ -71,6 +71,7 @@ class DrafterSpec:
         workload: what it asks the models for.
         settings: names of the options that are its own, of `options.DraftOptions`.
         taps: layers of the target whose hidden states it reads.
+        when: it is the one to use, as half a sentence.
         drafter: makes the engine's `Drafter` itself, in place of `make`; for drafters that draft in step.
     """
 
@@ -82,6 +83,7 @@ class DrafterSpec:
     workload: Workload = Workload()
     settings: tuple[str, ...] = ()
     taps: tuple[int, ...] = ()
+    when: str = ""
     drafter: Callable[[Callable[[Any], Parts]], Drafter] | None = None
 
     @property
@@ -187,7 +189,17 @@ _LOOKUP = {
     "lookup-short": Source("lookup, short match", "prompt lookup after a short match"),
 }
 
-register(DrafterSpec("model", "draft model", "the draft model", _model, _MODEL, Workload("draft", fusible=True)))
+register(
+    DrafterSpec(
+        "model",
+        "draft model",
+        "the draft model",
+        _model,
+        _MODEL,
+        Workload("draft", fusible=True),
+        when="the text is new",
+    )
+)
 register(
     DrafterSpec(
         "prompt-lookup",
@@ -195,6 +207,7 @@ register(
         "no model, a copy of what followed the same tokens earlier in the prompt or text",
         _lookup,
         _LOOKUP,
+        when="the answer repeats its prompt, or no draft model fits",
     )
 )
 register(
@@ -205,6 +218,7 @@ register(
         _combined,
         _LOOKUP | _MODEL,
         Workload("draft", fusible=True, mixed=True),
+        when="texts are mixed",
     )
 )
 register(
@@ -216,6 +230,7 @@ register(
         {"tree": Source("tree", "the draft model as a tree", reads_prompt=True)},
         Workload("draft", tree=True),
         settings=("tree_nodes",),
+        when="the draft is unsure, and rows are cheap",
     )
 )
 register(
@@ -227,5 +242,6 @@ register(
         {"early-exit": Source("early-exit", "early exit")},
         Workload("first-layers", fusible=True),
         settings=("exit_layer",),
+        when="the target was trained to be left early",
     )
 )

@@ -1,4 +1,4 @@
-"""The ways in which text is written: plain decoding, and every drafter with a fixed or an automatic draft length."""
+"""How text is written: plain decoding, and every drafter with a fixed or an automatic draft length."""
 
 import copy
 import dataclasses
@@ -19,8 +19,8 @@ PLAIN, SEQUENTIAL = "plain", "sequential"
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """One way to write text. ``drafting`` lives as long as the way does, so that an automatic length learns.
+class Configuration:
+    """How text is written. ``drafting`` lives as long as the configuration does, so that an automatic length learns.
 
     init_s: seconds before it can write: loading its models, and what it measures.
     """
@@ -44,12 +44,12 @@ class Sample:
     seconds: float  # of the whole call
 
 
-def plain_way(bench: Bench) -> Way:
+def plain_configuration(bench: Bench) -> Configuration:
     """Plain decoding."""
-    return Way(PLAIN, None, None, bench, bench.llm.drafting(NONE), bench.target.load_s)
+    return Configuration(PLAIN, None, None, bench, bench.llm.drafting(NONE), bench.target.load_s)
 
 
-def drafting_way(bench: Bench, drafter: str, length: int | str) -> Way:
+def drafting_configuration(bench: Bench, drafter: str, length: int | str) -> Configuration:
     """A drafter with a draft length. What is measured before a run is measured now: the costs for a length of AUTO, the
     layers of early exit."""
     llm, init_s = bench.llm, _load_s(bench, drafter)
@@ -62,31 +62,33 @@ def drafting_way(bench: Bench, drafter: str, length: int | str) -> Way:
         began = time.perf_counter()
         llm.measure_costs(drafting.controller, greedy=bench.sampling.greedy)
         init_s += time.perf_counter() - began
-    return Way(f"{drafter} {length}", drafter, length, bench, drafting, init_s)
+    return Configuration(f"{drafter} {length}", drafter, length, bench, drafting, init_s)
 
 
-def sequential_way(bench: Bench) -> Way:
+def sequential_configuration(bench: Bench) -> Configuration:
     """The draft model, verified token by token."""
     name = f"model {DRAFT_TOKENS} {SEQUENTIAL}"
     drafting = bench.llm.drafting("model", DRAFT_TOKENS, SEQUENTIAL)
-    return Way(name, "model", DRAFT_TOKENS, bench, drafting, _load_s(bench, "model"), SEQUENTIAL)
+    return Configuration(name, "model", DRAFT_TOKENS, bench, drafting, _load_s(bench, "model"), SEQUENTIAL)
 
 
 def _load_s(bench: Bench, drafter: str) -> float:
     return bench.target.load_s + (bench.draft.load_s if spec_of(drafter).needs_draft_model else 0.0)
 
 
-def write(way: Way, ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] = ()) -> Sample:
-    """Let the way continue a prompt."""
+def write(
+    configuration: Configuration, ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] = ()
+) -> Sample:
+    """Let the configuration continue a prompt."""
     stats, tokens, waits = GenerationStats(), [], []
     clock = time.perf_counter
     began = mark = clock()
-    stream = way.bench.llm.stream(
+    stream = configuration.bench.llm.stream(
         ids,
-        way.bench.sampling,
+        configuration.bench.sampling,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
-        speculate=way.drafting,
+        speculate=configuration.drafting,
         stats=stats,
     )
     with closing(stream):
@@ -99,7 +101,7 @@ def write(way: Way, ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[
 
 
 def prepare_lengths(bench: Bench, prompts: Sequence[Sequence[int]]) -> None:
-    """Read a prompt of every length once: the first one of a length prepares kernels, which belongs to no way."""
+    """Read a prompt of every length once: the first one of a length prepares kernels, for whichever comes first."""
     for ids in {len(ids): ids for ids in prompts}.values():
         for loaded in filter(None, (bench.target, bench.draft)):
             loaded.model.prefill(ids)
