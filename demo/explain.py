@@ -3,6 +3,7 @@
 from typing import Any
 
 from demo.results import RunResults, Speculation
+from models.speculative.drafters.registry import drafts_trees
 
 
 def explain_slowdown(results: RunResults) -> list[str]:
@@ -50,7 +51,7 @@ def _nothing_drafted(settings: dict[str, Any]) -> str:
 
 def _too_short(results: RunResults) -> str:
     settings = results.settings
-    unit = "levels" if settings["drafter"] == "tree" else "draft tokens"
+    unit = "levels" if drafts_trees(settings["drafter"]) else "draft tokens"
     begin = "Speculation was slower here, and every text was too short for a whole round of"
     if results.controller:
         return f"{begin} {unit}: write more (--max-new-tokens)."
@@ -72,7 +73,7 @@ def _rounds_pay(mixed: bool) -> str:
 def _mean_draft(results: RunResults) -> str:
     """How much the rounds drafted."""
     count = f"{results.speculative.mean_draft_length:.1f}".removesuffix(".0")
-    if results.settings["drafter"] == "tree":
+    if drafts_trees(results.settings["drafter"]):
         return f"trees of {count} levels on average"
     return f"{count} draft tokens" + " on average" * bool(results.controller)
 
@@ -113,7 +114,7 @@ def _advice(results: RunResults, plain_ms: float) -> str:
     if results.controller:
         return f"Its length is already chosen by these costs: write longer texts, from which it learns; or {better}"
     auto = "use --num-draft-tokens auto, which drafts only what pays; or "
-    if settings["drafter"] == "tree":  # a smaller one is another tree, of which nothing was measured
+    if drafts_trees(settings["drafter"]):  # a smaller one is another tree, of which nothing was measured
         return f"Try a smaller tree (--tree-nodes) or fewer levels (--num-draft-tokens): {auto}{better}"
     if speculative.fused_ms is not None:  # what one draft step takes of it is not known
         return f"Try fewer draft tokens (--num-draft-tokens): {auto}{better}"
@@ -149,6 +150,6 @@ def _better_drafts(results: RunResults) -> str:
         if chosen and chosen.speed_up <= 1:
             known = f"no number of the target's layers promised to pay (at best {chosen.speed_up:.2f}x)"
         return f"{tried}use --drafter model: {known}."
-    if settings["drafter"] == "tree":
+    if drafts_trees(settings["drafter"]):
         return "use --drafter model, whose rounds are cheaper, or a draft that is cheaper or closer to the target."
     return "use a draft that is cheaper or closer to the target."

@@ -15,7 +15,7 @@ from demo.results import PromptResults, RunResults
 from demo.session import Run, Session
 from demo.wording import MOCK, about, closing_lines, summary_sections
 from models.cli.environment import write_text
-from models.speculative.drafters.registry import reads_prompt, source_of
+from models.speculative.drafters.registry import drafts_trees, reads_prompt, source_of
 
 TITLES = {
     "compare": "Speculative decoding beside its baseline",
@@ -202,7 +202,7 @@ def _acceptance_figure(results: RunResults) -> ChartFigure | None:
     if not speculative or not speculative.acceptance_by_position:
         return None
     rates = speculative.acceptance_by_position
-    place = "level" if results.settings["drafter"] == "tree" else "position"
+    place = "level" if drafts_trees(results.settings["drafter"]) else "position"
     groups = [(f"{place} {i}", [Bar("accepted", rate, f"{rate:.0%}")]) for i, rate in enumerate(rates, 1)]
     break_even = controller and controller.break_even
     limit, notes = None, ["Of the rounds that drafted this far, the share that kept the token and all before it."]

@@ -8,7 +8,7 @@ from demo.results import BoardModelMemory, ModelMemory, PathTotals, RunResults, 
 from demo.runs import Row, Run
 from demo.session import Session
 from models.options import describe_source
-from models.speculative.drafters.registry import NONE, source_of
+from models.speculative.drafters.registry import NONE, drafts_trees, source_of
 
 MOCK = "mock board: the texts come from golden functions on this machine's CPU, times would say nothing"
 
@@ -151,7 +151,7 @@ def _speed_rows(results: RunResults) -> list[Cells]:
 
 def _speculation_rows(results: RunResults) -> list[Cells]:
     spec, settings = results.speculative, results.settings
-    tree = settings["drafter"] == "tree"
+    tree = drafts_trees(settings["drafter"])
 
     def only(label: str, value: float | None, form: str) -> Cells:
         return label, "", _cell(value, form), ""
@@ -248,7 +248,7 @@ def _why_other_text(settings: dict[str, Any]) -> str:
     dtype = settings.get("dtype", "fp32")
     if dtype == "fp32":
         return ""
-    if settings["drafter"] == "tree":
+    if drafts_trees(settings["drafter"]):
         return (
             f"a tree's side branches lie elsewhere in the KV cache than where plain decoding writes, so {dtype} rounds "
             "them otherwise: a near-tie can fall the other way (next to never with --dtype fp32)"

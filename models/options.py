@@ -13,7 +13,7 @@ from typing import Any
 from models.boards import PLACEMENTS
 from models.errors import OptionError, UserError
 from models.speculative.drafters import MAX_DRAFT_LENGTH
-from models.speculative.drafters.registry import NONE, DrafterSpec, spec_of
+from models.speculative.drafters.registry import NONE, DrafterSpec, drafts_trees, spec_of
 from models.ttnn_llama.weights.precision import PRECISIONS
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -188,7 +188,7 @@ class EngineOptions:
 
     @property
     def _is_tree(self) -> bool:
-        return self.drafter not in (None, NONE) and spec_of(self.drafter).workload.tree
+        return self.drafter is not None and drafts_trees(self.drafter)
 
     # ---------------------------------------------------------------------------------------------------- checks
     def _check_values(self) -> None:

@@ -125,6 +125,11 @@ def spec_of(name: str) -> DrafterSpec:
     return _TABLE[name]
 
 
+def drafts_trees(name: str) -> bool:
+    """Whether the drafter of this name drafts trees; False for a name that is not in the table."""
+    return name in _TABLE and _TABLE[name].workload.tree
+
+
 def source_of(name: str) -> Source:
     """What is known of a source of drafts; one that no row names speaks for itself."""
     return _SOURCES.get(name) or Source(name, name)
