@@ -130,7 +130,6 @@ class LLM:
         self.exit_s = 0.0  # that the choice took
         self._closed = False
         self._default: Drafting | None = None
-        self._measured: set[int] = set()  # controllers whose costs were measured, by id
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
         if self.options.device == "tt":
@@ -161,7 +160,8 @@ class LLM:
         """Open and load models.
 
         Args:
-            target: a checkpoint directory, a Hugging Face id, or "tiny", the small pair that comes with the package.
+            target: a checkpoint directory, a GGUF file, a Hugging Face id, or a name: "tiny", the small pair that comes
+                with the package, or "smollm2", a small chat model that is fetched once.
             draft: the same for the draft model; None: the one that belongs to the target, else none.
             device: "cpu", "cuda" or "tt".
             options: any other field of `options.EngineOptions`.
@@ -368,10 +368,17 @@ class LLM:
         return layer if isinstance(layer, int) else None
 
     def choose_exit(self, prompt: Sequence[int]) -> None:
-        """Choose the layers of early exit by what the target itself writes after a prompt."""
+        """Choose the layers of early exit by what the target itself writes after a prompt.
+
+        Raises UserError for a prompt that leaves no room, and while another text is under way, whose cache it needs.
+        """
         from models.speculative.drafters.early_exit import choose_exit
         from models.speculative.generate import generate
 
+        if self.engine.running:
+            raise OptionError(
+                f"[exit_layer] {AUTO} is chosen while no other text is under way: finish those, or give a number"
+            )
         began = time.perf_counter()
         model, options = self.target.model, self.options
         check_exit_choice(self.max_seq_len, prompt)
@@ -421,10 +428,9 @@ class LLM:
         if "exit_layer" in spec_of(drafting.name).settings and self.exit_layer is None:
             self.choose_exit(request.prompt)
         controller = drafting.controller
-        if isinstance(controller, AutoDraftLength) and id(controller) not in self._measured:
-            self._measured.add(id(controller))
-            if not self.engine.running and not controller.costs.known("verify"):
-                self.measure_costs(controller, greedy=request.sampling.greedy)
+        # Measuring overwrites the first slot's cache: while a text is under way its own rounds tell what they cost.
+        if isinstance(controller, AutoDraftLength) and not controller.costs.known("verify") and not self.engine.running:
+            self.measure_costs(controller, greedy=request.sampling.greedy)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -84,6 +84,21 @@ def test_streams_in_turn_write_what_each_writes_alone(llm):
     assert texts == expected
 
 
+def test_nothing_is_measured_in_the_cache_of_a_text_under_way():
+    """Costs and exit layers are found out by forwards from position 0 of the first slot."""
+    with LLM.load("tiny", max_seq_len=256, slots=2) as llm:
+        expected = llm.generate(PROMPT, max_new_tokens=30, speculate=False).text
+        for drafting in (llm.drafting("prompt-lookup", "auto"), llm.drafting("early-exit", 2)):
+            first = llm.stream(PROMPT, max_new_tokens=30, speculate=False)
+            text = "".join(next(first).text for _ in range(12))
+            if drafting.name == "early-exit":
+                with pytest.raises(UserError, match="no other text is under way"):
+                    llm.stream("class A:", max_new_tokens=9, speculate=drafting)
+            else:
+                assert len(list(llm.stream("class A:", max_new_tokens=9, speculate=drafting))) == 9
+            assert text + "".join(piece.text for piece in first) == expected
+
+
 def test_a_stream_that_is_left_frees_its_slot(llm):
     for _ in range(5):
         stats = GenerationStats()
