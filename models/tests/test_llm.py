@@ -263,17 +263,10 @@ def again():
     registry.unregister("again")
 
 
-def test_a_new_drafter_is_a_row_in_the_registry(again, plain_text, capsys):
-    """The library, the command line and the report know it from there."""
-    from demo.harness import main
-
+def test_a_new_drafter_is_a_row_in_the_registry(again, plain_text):
     with LLM.load("tiny", drafter="again", num_draft_tokens=2) as llm:
         assert llm.generate(PROMPT, max_new_tokens=60).text == plain_text.text
         assert {round.source for round in llm.stats.rounds if round.drafted} == {"again"}
-    assert main(["--drafter", "again", "--prompt", "a a a a", "--max-new-tokens", "8", "--quiet"]) == 0
-    assert "outputs identical: yes" in capsys.readouterr().out
-    assert main(["--drafter", "again", "--draft", "x"]) == 2
-    assert "--draft has no meaning with --drafter again" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- the package
