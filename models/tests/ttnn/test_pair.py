@@ -180,7 +180,7 @@ def write(models, prompt, kind=None, sampling=None, max_new_tokens=12):
 
 # ------------------------------------------------------------------------------------------ memory, before all else
 def test_models_that_do_not_fit_are_refused_before_anything_is_opened(board, calls):
-    config = reduced("1B", board.chips, layers=1, max_position_embeddings=2**31)
+    config = reduced("1B", board.chips, layers=1, max_position_embeddings=2**30)
     weights = Weights(config, {})  # nothing is read either
     with pytest.raises(UserError, match="GB too little: use --max-seq-len") as caught:
         load((opened(weights), opened(weights)), options_of("fused", board), max_seq_len=2**30)
