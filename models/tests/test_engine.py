@@ -148,6 +148,19 @@ def test_an_error_ends_only_the_sequence_it_happened_in(pair):
     assert good.tokens[8:] == plain(target, random_prompt(8, seed=1), max_new_tokens=40)
 
 
+def test_an_interrupt_while_a_drafter_is_made_is_that_interrupt(pair):
+    def interrupted(sequence):
+        raise KeyboardInterrupt
+
+    engine = Engine(pair[0])
+    sequence = engine.add(Request([1, 2, 3], drafter=PerSequence(interrupted)))
+    tokens = stream(engine, sequence)
+    next(tokens)
+    with pytest.raises(KeyboardInterrupt):
+        next(tokens)
+    assert sequence.stats.finish_reason == "interrupted" and engine.idle
+
+
 def test_a_stream_without_a_free_slot_says_so(pair):
     engine = Engine(pair[0])
     open_streams = [stream(engine, engine.add(request(number))) for number in (0, 1)]

@@ -157,8 +157,8 @@ class PerSequence:
         self._of[sequence].observe(accepted)
 
     def end(self, sequence: Sequence) -> None:
-        """Forget the sequence's drafter."""
-        del self._of[sequence]
+        """Forget the sequence's drafter, if there is one: making it may have been interrupted."""
+        self._of.pop(sequence, None)
 
 
 class OneText(PerSequence):
