@@ -23,6 +23,7 @@ from demo.session import Session
 from demo.settings import Settings
 from demo.wording import about, closing_lines, figures, pace, path_name, summary_sections
 from models.cli.console import Terminal
+from models.cli.text import visible
 
 # Where a token came from -> its style and, for the legend, its name.
 ORIGINS = {
@@ -34,16 +35,6 @@ ORIGINS = {
 }
 REDRAW_S = 0.1
 PROMPT_LINES = 12  # of a long prompt only the end is shown
-# A model may write control characters, which a terminal would obey: C0 become pictures of themselves, C1 (U+009B begins
-# a command as ESC [ does) and those that turn the direction of writing become their numbers, as on the HTML page.
-CONTROLS: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-DIRECTIONS = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-CONTROLS |= {code: f"⟨U+{code:04X}⟩" for code in (*range(0x80, 0xA0), *DIRECTIONS)}
-
-
-def visible(text: str) -> str:
-    """The text with visible characters for those that a terminal would obey; lines and tabs stay."""
-    return text.translate(CONTROLS)
 
 
 def make_display(settings: Settings, session: Session) -> "QuietView":
@@ -262,7 +253,7 @@ class TerminalView(QuietView):
 
 def _so_far(run: Run, session: Session, limit: str = "") -> str:
     said = pace(run, session)
-    return f"{len(run.tokens)}{limit} tokens" + f": {said}" * bool(said)
+    return f"{len(run.tokens)}{limit} tokens: {said}" if said else f"{len(run.tokens)}{limit} tokens"
 
 
 def _prompt_text(prompt: Prompt) -> Text:

@@ -75,7 +75,7 @@ def _mean_draft(results: RunResults) -> str:
     count = f"{results.speculative.mean_draft_length:.1f}".removesuffix(".0")
     if drafts_trees(results.settings["drafter"]):
         return f"trees of {count} levels on average"
-    return f"{count} draft tokens" + " on average" * bool(results.controller)
+    return f"{count} draft tokens on average" if results.controller else f"{count} draft tokens"
 
 
 def _rest_ms(speculative: Speculation) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from demo.results import PromptResults, RunResults
 from demo.session import Run, Session
 from demo.wording import MOCK, about, closing_lines, summary_sections
 from models.cli.environment import write_text
+from models.cli.text import plural
 from models.speculative.drafters.registry import drafts_trees, reads_prompt, source_of
 
 TITLES = {
@@ -54,7 +55,7 @@ def report(session: Session, results: RunResults) -> str:
 # ------------------------------------------------------------------------------------------------------------ words
 def _notes(session: Session, results: RunResults) -> list[str]:
     """What a reader has to know before any number."""
-    lines = [MOCK] * session.mock
+    lines = [MOCK] if session.mock else []
     if results.interrupted:
         done, asked = len(results.prompts), len(session.prompts)
         line = f"The run was interrupted: {done} of {asked} prompts are complete, and only these are counted."
@@ -68,10 +69,10 @@ def _notes(session: Session, results: RunResults) -> list[str]:
 def _facts(session: Session, results: RunResults) -> list[tuple[str, str]]:
     """What was run, on what."""
     machine, versions = results.machine, results.versions
-    device = ", ".join(filter(None, (machine["gpu"], machine["cpu"], f"{machine['cores']} cores")))
+    parts = (machine["gpu"], machine["cpu"], plural(machine["cores"], "core"), plural(machine["threads"], "thread"))
     return [
         *about(session),
-        ("machine", f"{device}, {machine['threads']} threads, {machine['platform']}"),
+        ("machine", ", ".join(filter(None, (*parts, machine["platform"])))),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("date", datetime.fromisoformat(results.date).astimezone().isoformat(" ", "minutes")),
         ("command", shlex.join(results.command)),
@@ -127,10 +128,10 @@ def _totals(results: RunResults) -> Table | None:
         rows = []
         for label, *cells, ratio in section:
             values = [cell for path, cell in zip(PATHS, cells, strict=True) if path in shown]
-            indent = "\u2003" * label.startswith(" ")
-            rows.append([indent + label.strip(), *values, *[ratio] * both])
+            name = "\u2003" + label.strip() if label.startswith(" ") else label
+            rows.append([name, *values, ratio] if both else [name, *values])
         groups.append(rows)
-    return Table(["", *shown, *["ratio"] * both], groups)
+    return Table(["", *shown, "ratio"] if both else ["", *shown], groups)
 
 
 def _prompts(results: RunResults) -> Table | None:
@@ -206,15 +207,17 @@ def _acceptance_figure(results: RunResults) -> ChartFigure | None:
     groups = [(f"{place} {i}", [Bar("accepted", rate, f"{rate:.0%}")]) for i, rate in enumerate(rates, 1)]
     break_even = controller and controller.break_even
     limit, notes = None, ["Of the rounds that drafted this far, the share that kept the token and all before it."]
-    if break_even is not None and 0 <= break_even <= 1:
-        limit = Limit(break_even, f"break-even {break_even:.0%}")
     if break_even is not None:
         known = controller.draft_step_ms
         drafted = [name for name in known if reads_prompt(name)] or known
         source = source_of(next(iter(drafted))).words  # as in the controller's own report
         when = "never pays" if break_even > 1 else f"pays if {place} 1 is above {max(break_even, 0):.0%}"
-        mixed = " (the bars are of all sources together)" * (len(speculative.sources) > 1)
-        notes.append("Dashed line: " * bool(limit) + f"drafting one token by {source} {when}{mixed}.")
+        sentence = f"drafting one token by {source} {when}"
+        if len(speculative.sources) > 1:
+            sentence += " (the bars are of all sources together)"
+        if 0 <= break_even <= 1:
+            limit, sentence = Limit(break_even, f"break-even {break_even:.0%}"), f"Dashed line: {sentence}"
+        notes.append(f"{sentence}.")
     return ChartFigure(f"Accepted, by {place}", bar_chart(groups, f"Acceptance by {place}", limit), notes=notes)
 
 

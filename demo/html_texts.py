@@ -18,6 +18,7 @@ from demo.runs import Run
 from demo.session import Session
 from demo.wording import figures, pace
 from models.cli.prompts import Prompt
+from models.cli.text import plural
 from models.llama.tokenizer import LlamaTokenizer
 from models.speculative.stats import Round
 
@@ -32,7 +33,9 @@ def texts(session: Session) -> dict[str, Any]:
     if begun:
         last = session.under_way[-1]
         said = pace(last, session)
-        note = f"interrupted on the {last.path} path after {len(last.tokens)} tokens" + f": {said}" * bool(said)
+        note = f"interrupted on the {last.path} path after {plural(len(last.tokens), 'token')}"
+        if said:
+            note += f": {said}"
         runs.append(_run_data(begun, words, session, note, "interrupted" if last.counted else "warm-up, interrupted"))
     return {"vocab": words.vocab, "special": sorted(words.special), "fused": session.fused, "runs": runs}
 
@@ -43,7 +46,7 @@ def _run_data(runs: dict[str, Run], words: "_Words", session: Session, note: str
     other = runs.get("baseline")
     prompt = run.prompt.text
     data = {
-        "label": _label(run.prompt) + f" ({state})" * bool(state),
+        "label": f"{_label(run.prompt)} ({state})" if state else _label(run.prompt),
         "prompt": prompt[-LONGEST_PROMPT:],
         "left": max(len(prompt) - LONGEST_PROMPT, 0),
         "note": note,
@@ -63,7 +66,7 @@ def _run_data(runs: dict[str, Run], words: "_Words", session: Session, note: str
 
 def _label(prompt: Prompt) -> str:
     words = " ".join(prompt.text[:300].split())
-    return f"{prompt.number}: {words[:70]}" + "…" * (len(words) > 70)
+    return f"{prompt.number}: {words[:70]}…" if len(words) > 70 else f"{prompt.number}: {words}"
 
 
 def _round_data(round_: Round, words: "_Words", mock: bool) -> list:

@@ -7,6 +7,7 @@ from demo.report import acceptance_rate
 from demo.results import BoardModelMemory, ModelMemory, PathTotals, RunResults, SourceCounts
 from demo.runs import Row, Run
 from demo.session import Session
+from models.cli.text import plural
 from models.options import describe_source
 from models.speculative.drafters.registry import NONE, drafts_trees, source_of
 
@@ -48,15 +49,19 @@ def run_settings(session: Session) -> str:
     if sampling.greedy:
         parts.append("greedy")
     else:
-        limits = f", top-k {sampling.top_k}" * bool(sampling.top_k) + f", top-p {sampling.top_p}" * (sampling.top_p < 1)
-        parts.append(f"temperature {sampling.temperature}{limits}, seed {sampling.seed}")
+        parts.append(f"temperature {sampling.temperature}")
+        if sampling.top_k:
+            parts.append(f"top-k {sampling.top_k}")
+        if sampling.top_p < 1:
+            parts.append(f"top-p {sampling.top_p}")
+        parts.append(f"seed {sampling.seed}")
     if settings.drafts:
         verification = "verified in the same program" if session.fused else f"{settings.verification} verification"
         parts.append(f"{drafter_name(session)}, {_draft_lengths(session)} a round, {verification}")
     elif "speculative" in settings.paths:
         parts.append("drafter none: plain decoding")
     if settings.fixed_rows:
-        parts.append(f"{settings.fixed_rows} fixed row" + "s" * (settings.fixed_rows > 1))
+        parts.append(plural(settings.fixed_rows, "fixed row"))
     parts.append(f"{len(session.prompts)} x {settings.max_new_tokens} tokens")
     return ", ".join(parts)
 
@@ -65,12 +70,12 @@ def _draft_lengths(session: Session) -> str:
     """How much a round may draft."""
     settings = session.settings
     lengths = list(session.controller.lengths) if settings.auto else [settings.longest_draft]
-    unit = ("level" if settings.spec.workload.tree else "token") + "s" * (lengths[-1] != 1)
+    longest = plural(lengths[-1], "level" if settings.spec.workload.tree else "token")
     if not settings.auto:
-        return f"{lengths[-1]} {unit}"
+        return longest
     if lengths == list(range(len(lengths))):
-        return f"auto: 0 to {lengths[-1]} {unit}"
-    return f"auto: {', '.join(map(str, lengths[:-1]))} or {lengths[-1]} {unit}"
+        return f"auto: 0 to {longest}"
+    return f"auto: {', '.join(map(str, lengths[:-1]))} or {longest}"
 
 
 def drafter_name(session: Session) -> str:
@@ -80,7 +85,7 @@ def drafter_name(session: Session) -> str:
         return NONE
     layer = session.exit_layer or "(to be chosen)"
     name = settings.spec.label.format(tree_nodes=settings.tree_nodes, exit_layer=layer)
-    return name + "s" * (name.endswith(" token") and settings.tree_nodes != 1)
+    return f"{name}s" if name.endswith(" token") and settings.tree_nodes != 1 else name
 
 
 def path_name(run: Run, session: Session) -> str:
@@ -213,7 +218,8 @@ def closing_lines(results: RunResults) -> list[tuple[str, str]]:
             line += f" (median over prompts {results.speedup_median:.2f}x)"
         lines.append((line, "bold green" if results.speedup >= 1 else "bold yellow"))
     if results.prompts and results.baseline and results.speculative:
-        lines.append(("outputs identical: " + _identity(results), "yellow" * (results.outputs_identical is False)))
+        style = "yellow" if results.outputs_identical is False else ""
+        lines.append(("outputs identical: " + _identity(results), style))
         if results.outputs_identical is False and (reason := _why_other_text(results.settings)):
             lines.append((reason, "yellow"))
     memory = results.memory

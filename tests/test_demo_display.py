@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from demo.display import PlainView, TerminalView, visible
+from demo.display import PlainView, TerminalView
 from demo.runs import Row, Run
+from models.cli.command import run_command
+from models.cli.text import visible
+from models.errors import UserError
 
 OBEYED = [
     *(chr(code) for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"),
@@ -55,3 +58,13 @@ def test_no_view_passes_them_on_to_a_terminal(view_type):
 
 def test_a_pipe_gets_the_text_as_it_was_written():
     assert shown(PlainView, terminal=False).count(TEXT) == 2
+
+
+@pytest.mark.parametrize("error", [UserError, OSError])
+def test_an_error_passes_none_of_them_on_to_a_terminal(error, capsys):
+    def command():
+        raise error(f"config.json: unknown key {TEXT}")  # of a file that somebody else may have written
+
+    assert run_command(command) == 2
+    said = capsys.readouterr().err
+    assert not set(said) & set(OBEYED) and "⟨U+202E⟩" in said and "␛" in said

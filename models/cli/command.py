@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from models.cli.text import visible
 from models.errors import OptionError, UserError
 
 USER_ERROR = 2
@@ -36,14 +37,14 @@ def run_command(command: Callable[[], int], interrupted: str = "interrupted") ->
         discard_stdout()
         return BROKEN_PIPE
     except OSError as error:  # a full disk under stdout, a file that went away
-        print("error:", error, file=sys.stderr)
+        print("error:", visible(str(error)), file=sys.stderr)
         discard_stdout()
         return USER_ERROR
 
 
 def one_line(error: UserError) -> str:
     """A mistake in one line, with options named as flags."""
-    return " ".join((error.as_flags if isinstance(error, OptionError) else str(error)).split())
+    return visible(" ".join((error.as_flags if isinstance(error, OptionError) else str(error)).split()))
 
 
 def discard_stdout() -> None:

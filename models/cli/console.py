@@ -54,7 +54,7 @@ def show_memory(board: Board, plans: Mapping[str, MemoryPlan]) -> None:
 def loading_bar(quiet: bool, timed: bool) -> Iterator[Callable[[str, int, int, str], None]]:
     """A function (role, tensors done, tensors in all, name) that moves a bar for each role; on stderr, then gone.
     ``timed`` shows seconds too."""
-    clocks = [TimeElapsedColumn()] * timed
+    clocks = [TimeElapsedColumn()] if timed else []
     with _progress(MofNCompleteColumn(), *clocks, quiet=quiet, transient=True) as progress:
         tasks = {}
 
