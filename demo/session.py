@@ -32,8 +32,6 @@ class Session:
         self.sampling = settings.sampling
         self.rows: list[Row] = []
         self.under_way: list[Run] = []
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         pair = open_pair(settings.engine)
         self.settings = settings = settings.resolved_as(pair.options)
         self.max_seq_len = pair.max_seq_len
@@ -75,7 +73,7 @@ class Session:
         with loading_bar(quiet, timed=not is_mock()) as progress:
             self.llm = LLM(pair, announce=None if quiet else show_memory, progress=progress)
         board = self.llm.board
-        logger.info("compiling programs" + " and capturing traces" * board.trace)
+        logger.info("compiling programs and capturing traces" if board.trace else "compiling programs")
         self.warm_up_s = board.warm_up(len(prompt.ids) for prompt in self.prompts)
 
     @property
@@ -131,11 +129,12 @@ class Session:
         if "exit_layer" in self.settings.drafter_settings and llm.exit_layer is None:
             llm.choose_exit(self.prompts[0].ids)
             chosen = llm.exit
-            expected = f"{chosen.speed_up:.2f}x expected with {chosen.draft_length} draft tokens, " * (not self.mock)
-            logger.info(
-                f"early exit after layer {chosen.exit_layer} of {self.target.model.config.num_hidden_layers}: "
-                f"{expected}chosen by {chosen.measured_tokens} tokens that the target wrote after prompt 1"
-            )
+            basis = f"chosen by {chosen.measured_tokens} tokens that the target wrote after prompt 1"
+            if not self.mock:
+                speed_up = f"{chosen.speed_up:.2f}x expected with {chosen.draft_length} draft tokens"
+                basis = f"{speed_up}, {basis}"
+            layers = self.target.model.config.num_hidden_layers
+            logger.info(f"early exit after layer {chosen.exit_layer} of {layers}: {basis}")
         if isinstance(self.controller, AutoDraftLength):
             llm.measure_costs(self.controller, greedy=self.sampling.greedy)
 

@@ -3,27 +3,13 @@
 import pytest
 
 from demo.harness import main
-from models.speculative.drafters import Draft, registry
-from models.speculative.drafters.registry import DrafterSpec, Source
-
-
-class LastToken:
-    """Proposes the last token again."""
-
-    def propose(self, tokens, limit):
-        return Draft([tokens[-1]] * limit("again"), source="again")
-
-    def observe(self, accepted):
-        pass
+from models.tests.engine_fixtures import registered_last_token
 
 
 @pytest.fixture
 def again():
-    sources = {"again": Source("again", "repetition")}
-    spec = DrafterSpec("again", "the last token again", "the last token again", lambda parts: LastToken(), sources)
-    registry.register(spec)
-    yield
-    registry.unregister("again")
+    with registered_last_token():
+        yield
 
 
 def test_the_demo_runs_a_new_drafter_and_names_it(again, capsys, tmp_path):

@@ -10,7 +10,7 @@ from models.speculative.drafters import OneText, SequenceDrafter
 from models.speculative.engine import Engine
 from models.speculative.model import LanguageModel, OneSlot, SequenceModel
 from models.speculative.sampling import SamplingParams
-from models.speculative.sequence import Request, Token, Watcher, frozen_ids
+from models.speculative.sequence import Request, Token, Watcher
 from models.speculative.sequence import Sequence as TextSequence
 from models.speculative.stats import GenerationStats
 
@@ -51,7 +51,7 @@ def generate(
         list(prompt),
         sampling or SamplingParams(),
         max_new_tokens,
-        frozen_ids(stop_ids),
+        frozenset(stop_ids),
         watcher,
         None if drafter is None else OneText(drafter),
         controller,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -162,8 +161,3 @@ class Sequence:
         self.stats.tokens += len(block)
         self.stats.finish_reason = reason
         return block
-
-
-def frozen_ids(ids: Collection[int]) -> frozenset[int]:
-    """Stop ids as a request holds them."""
-    return ids if isinstance(ids, frozenset) else frozenset(ids)

@@ -1,13 +1,15 @@
 """Helpers for tests of the engine: pairs of tiny random Llamas that agree as much or as little as a test needs."""
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
 
 from models.llama.config import LlamaConfig
 from models.speculative.control.policy import FixedDraftLength
-from models.speculative.drafters import Limit
+from models.speculative.drafters import Draft, Limit, registry
 from models.speculative.drafters.model import ModelDrafter
+from models.speculative.drafters.registry import DrafterSpec, Source
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
@@ -102,3 +104,24 @@ def speculate(target, draft, prompt, k=4, **options):
     drafter = ModelDrafter(draft, options.get("sampling", GREEDY))
     tokens = list(generate(target, drafter, prompt, controller=FixedDraftLength(k), stats=stats, **options))
     return [token.id for token in tokens], [token.origin for token in tokens], stats
+
+
+class LastToken:
+    """Proposes the last token again: somebody else's drafter."""
+
+    def propose(self, tokens, limit):
+        return Draft([tokens[-1]] * limit("again"), source="again")
+
+    def observe(self, accepted):
+        pass
+
+
+@contextlib.contextmanager
+def registered_last_token():
+    """While it is entered, `LastToken` is a row of the registry: "again"."""
+    sources = {"again": Source("again", "repetition")}
+    registry.register(
+        DrafterSpec("again", "the last token again", "the last token again", lambda parts: LastToken(), sources)
+    )
+    yield
+    registry.unregister("again")

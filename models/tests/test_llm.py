@@ -10,8 +10,8 @@ import pytest
 import models
 from models import LLM, GenerationStats, SamplingParams, UserError
 from models.options import NAMED
-from models.speculative.drafters import Draft, registry
-from models.speculative.drafters.registry import DrafterSpec, Source
+from models.speculative.drafters import registry
+from models.tests.engine_fixtures import registered_last_token
 from models.tests.llama_fixtures import write_tiny_checkpoint, write_tiny_tokenizer
 
 PROMPT = "def add(a, b):"
@@ -238,29 +238,10 @@ def test_a_draft_with_a_smaller_context_only_stops_helping(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- a new drafter
-class LastToken:
-    """Proposes the last token again."""
-
-    def propose(self, tokens, limit):
-        return Draft([tokens[-1]] * limit("again"), source="again")
-
-    def observe(self, accepted):
-        pass
-
-
 @pytest.fixture
 def again():
-    spec = registry.register(
-        DrafterSpec(
-            "again",
-            "the last token again",
-            "nobody clever",
-            lambda parts: LastToken(),
-            {"again": Source("again", "repetition")},
-        )
-    )
-    yield spec
-    registry.unregister("again")
+    with registered_last_token():
+        yield
 
 
 def test_a_new_drafter_is_a_row_in_the_registry(again, plain_text):

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from models.cli.prompts import default_prompts, encode_prompts, named_prompts
 from models.cli.settings import RunSettings
 from models.llm import LLM
@@ -26,8 +24,6 @@ class Bench:
     """
 
     def __init__(self, settings: RunSettings, texts: Sequence[str] | None = None) -> None:
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         named = named_prompts(settings) if texts is None else texts
         pair = open_pair(settings.engine)
         texts = default_prompts(settings, pair, PROMPTS) if named is None else named
