@@ -224,9 +224,7 @@ def _kernel(command: Path) -> Kernel:
             name: int(value) for name, value in re.findall(r'\{"(\w+)",(\d+)\}', _text(directory / _NAMED_ARGS_FILE))
         },
         runtime_args=re.findall(r"::\w*RtaArg<\w+> (\w+)\{", _text(directory / _RUNTIME_ARGS_FILE)),
-        semaphores={
-            name: int(value) for name, value in re.findall(r"SemaphoreBindingToken (\w+)\{(\d+)u", bindings)
-        },
+        semaphores={name: int(value) for name, value in re.findall(r"SemaphoreBindingToken (\w+)\{(\d+)u", bindings)},
     )
 
 
