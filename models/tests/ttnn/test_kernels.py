@@ -106,7 +106,7 @@ def forwards(mesh, size: str, *rows: int) -> list[list[Kernel]]:
     model = model_of(mesh, size)
     found = []
     for count in rows:
-        model.greedy([1] * count, POSITION)  # makes the buffers that stay
+        model.prepare("ids", count)  # makes the buffers that stay
         with recorded(mesh) as kernels:
             model.greedy([1] * count, POSITION)
         found.append(kernels)
@@ -145,6 +145,8 @@ def at_two_positions(mesh, size: str, form: str) -> tuple[list[Kernel], int, lis
     if form == "fused":
         fused = FusedRound(model, model.first_layers(1))
         fused.prepare(4)
+    else:
+        model.prepare("tree-ids" if form == "tree" else "ids", 1 if form == "decode" else 5)
     calls = {
         "decode": lambda position: model.greedy([1], position),
         "verify": lambda position: model.greedy([1] * 5, position),
@@ -152,7 +154,6 @@ def at_two_positions(mesh, size: str, form: str) -> tuple[list[Kernel], int, lis
         "fused": lambda position: fused.run([1, 2], position, 4),
     }
     call = calls[form]
-    call(40)
     with recorded(mesh) as first:
         call(40)
     programs = mesh.num_program_cache_entries()
