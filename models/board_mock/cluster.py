@@ -247,8 +247,8 @@ def activate(board: str, where: str | os.PathLike | None = None) -> None:
 
 
 def quieten() -> None:
-    """Silence the Python half of ttnn, which logs through loguru, unless the user has set a level for ttnn himself."""
-    if LOG_LEVEL_VARIABLE not in os.environ:
+    """Silence the Python half of ttnn, which logs through loguru, unless the user wants more of ttnn than errors."""
+    if os.environ.get(LOG_LEVEL_VARIABLE, "error") == "error":  # which a process of the mock hands down
         with contextlib.suppress(ImportError):
             from loguru import logger
 

@@ -64,7 +64,7 @@ class Kernel:
 
     source: str  # path in ttnn's package
     processor: str  # "brisc" and "ncrisc" move data, "trisc0" unpacks, "trisc1" computes, "trisc2" packs
-    defines: dict[str, str]
+    defines: dict[str, str]  # of its program; those of the chip and of the processor are left out
     compile_args: list[int]
     named_args: dict[str, int]
     runtime_args: list[str]
@@ -106,11 +106,14 @@ def recorded(mesh_device: "ttnn.MeshDevice") -> Iterator[list[Kernel]]:
     try:
         yield kernels
     finally:
-        kernels += read(cache)
+        kernels += _read(cache)
 
 
 class MockProcess:
     """A process of its own on a mock board, with its whole mesh open and a kernel cache that ends with it.
+
+    It imports the script that makes it, which therefore needs `if __name__ == "__main__"`, and the modules of the
+    functions that it runs.
 
     Args:
         board: a name of `boards.BOARDS`.
@@ -126,9 +129,9 @@ class MockProcess:
         except UserError:
             self._directory.cleanup()
             raise
-        self._executor = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_enter, initargs=(environment,)
-        )
+        self._executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=cluster.quieten)
+        with _variables(environment):  # from its start: what it imports first may import ttnn
+            self._executor.submit(os.getpid).result()
 
     def run(
         self,
@@ -158,17 +161,24 @@ class MockProcess:
         self.close()
 
 
+@contextlib.contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """The environment with these values for the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 # ---- in the other process -------------------------------------------------------------------------------------------
 
 _open: "list[ttnn.MeshDevice]" = []
-
-
-def _enter(environment: dict[str, str]) -> None:
-    """Before ttnn is imported, with the function that is to run."""
-    if environment[cluster.LOG_LEVEL_VARIABLE] == "error":  # the mock's own level, which this process may inherit
-        os.environ.pop(cluster.LOG_LEVEL_VARIABLE, None)
-    cluster.quieten()
-    os.environ.update(environment)
 
 
 def _mesh() -> "ttnn.MeshDevice":
@@ -190,17 +200,17 @@ def _run(function: Callable[..., Result], arguments: tuple, options: dict) -> Re
 
 
 def _leave() -> None:
-    import ttnn
-
     while _open:
+        import ttnn
+
         ttnn.close_mesh_device(_open.pop())
 
 
 # ---- reading what ttnn wrote ----------------------------------------------------------------------------------------
 
 
-def read(cache: Path) -> list[Kernel]:
-    """The kernels in a cache directory of ttnn that has the compiler's commands, sorted by source and processor."""
+def _read(cache: Path) -> list[Kernel]:
+    """The kernels in a cache directory that has the compiler's commands, sorted by source and processor."""
     kernels = [_kernel(command) for command in cache.glob(f"*/kernels/*/*/*/{cluster.COMMAND}")]
     return sorted(kernels, key=lambda kernel: (kernel.source, kernel.processor, repr(kernel)))
 
@@ -213,7 +223,7 @@ def _kernel(command: Path) -> Kernel:
     defines = {name: defines[name] for name in own[own.index(_FIRST_DEFINE) + 1 :]}
     values = defines.pop(_ARGS_DEFINE, "")
     defines.pop(_NAME_DEFINE, None)
-    generated = re.findall(r"^#define (\w+) ?(.*)$", _text(directory / _DEFINES_FILE), re.MULTILINE)
+    generated = re.findall(r"^#define (\w+) *(.*?) *$", _text(directory / _DEFINES_FILE), re.MULTILINE)
     bindings = _text(directory / _BINDINGS_FILE)
     return Kernel(
         source=_source(directory),
