@@ -93,8 +93,8 @@ def compute_config(mesh_device: ttnn.MeshDevice, fidelity: str):
 
 
 def attention_compute_config(mesh_device: ttnn.MeshDevice, *, exact: bool):
-    """Compute kernel configuration of attention, as tt_transformers sets it for Llama: exact (HiFi4, sums in fp32) in
-    the prefill kernel, which trees use too; HiFi2 with bf16 sums in the decode kernel."""
+    """Compute kernel configuration of attention, as tt_transformers sets it for Llama: exact (HiFi4, scores and
+    row sums in fp32) in the prefill kernel, which trees use too; HiFi2 and bf16 in the decode kernel."""
     return ttnn.init_device_compute_kernel_config(
         mesh_device.arch(),
         math_fidelity=ttnn.MathFidelity.HiFi4 if exact else ttnn.MathFidelity.HiFi2,
