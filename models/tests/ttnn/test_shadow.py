@@ -452,16 +452,16 @@ def test_lofi_reads_a_weight_as_it_is_now_and_forgets_it_with_its_tensor(put, sh
     gc.collect()
     before = len(goldens._uppers)
     compute = ttnn.init_device_compute_kernel_config(mesh_device.arch(), math_fidelity=ttnn.MathFidelity.LoFi)
-    x, weight = put(torch.ones(32, 32)), put(torch.full((32, 32), 1 + 2**-6))
+    x, weights = put(torch.ones(32, 32)), [put(torch.full((32, 32), 1 + 2**-6))]
 
     def product():
-        return shadow.value(ttnn.linear(x, weight, compute_kernel_config=compute))[0][0, 0].item()
+        return shadow.value(ttnn.linear(x, *weights, compute_kernel_config=compute))[0][0, 0].item()
 
     assert product() == product() == 32
-    ttnn.copy(put(torch.full((32, 32), 2 + 2**-5)), weight)
+    ttnn.copy(put(torch.full((32, 32), 2 + 2**-5)), *weights)
     assert product() == 64
     assert len(goldens._uppers) > before
-    del weight
+    weights.clear()
     gc.collect()
     assert len(goldens._uppers) == before
 
