@@ -5,7 +5,7 @@ import ttnn
 
 from models.llama.config import named_config
 from models.tests.ttnn.model_fixtures import Weights, board, put, random_ids, reduced
-from models.ttnn_llama.modules.layout import Layout
+from models.ttnn_llama.modules.layout import Layout, compute_config
 from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, TILE
 from models.ttnn_llama.weights.precision import precision_named
 
@@ -33,6 +33,7 @@ def matrices(layout):
 @pytest.mark.parametrize("size", ["1B", "3B", "8B"])
 def test_a_prefill_matmul_cuts_rows_and_never_the_columns_of_a_weight(mesh, size, fidelity):
     layout = Layout(named_config(size), mesh, precision_named("performance"), 2048)
+    room = 4 if compute_config(mesh, fidelity).fp32_dest_acc_en else 8  # tiles
     for k, n in matrices(layout).values():
         for rows in range(KV_BLOCK, PREFILL_CHUNK + 1, KV_BLOCK):
             program = layout.prefill_matmul(rows, k, n, fidelity)
@@ -40,7 +41,7 @@ def test_a_prefill_matmul_cuts_rows_and_never_the_columns_of_a_weight(mesh, size
             assert program.per_core_M % program.out_block_h == 0
             assert program.out_block_h * program.out_block_w <= max(MOST_TILES, program.per_core_N)
             assert program.out_block_h % program.out_subblock_h == program.out_block_w % program.out_subblock_w == 0
-            assert program.out_subblock_h * program.out_subblock_w <= (8 if fidelity == "LoFi" else 4)
+            assert program.out_subblock_h * program.out_subblock_w <= room
             columns, lines = 8, min(layout.cores.rows, rows // TILE, 8)
             assert program.per_core_N * TILE * columns >= n and program.per_core_M * TILE * lines >= rows
 
