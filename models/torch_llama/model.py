@@ -27,7 +27,7 @@ from models.llama.rope import rope_tables
 from models.speculative.model import SlotBySlot
 from models.speculative.tree import tree_depths, tree_levels
 from models.torch_llama.first_layers import FirstLayers, chained_greedy
-from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, packing_works
+from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, int8_works, packing_works
 
 if TYPE_CHECKING:
     from models.llama.gguf_checkpoint import AnyCheckpoint
@@ -81,7 +81,7 @@ class TorchLlama(SlotBySlot):
         fixed_rows: pad every decode and verification to this many rows (row-invariant, see above); None: no padding.
         typical_rows: rows that most forwards have, for which weights are laid out (default: fixed_rows, else 1). A
             hint: it changes speed, and results only in their last bits.
-        quantize: "int8" for dynamic int8 weights (drafts on CPU; activations are then fp32), or None.
+        quantize: "int8" for matrices in int8 (on CPU; all else is then fp32), or None.
 
     Raises:
         UserError: unknown dtype or quantisation, a context longer than the model's.
@@ -108,6 +108,8 @@ class TorchLlama(SlotBySlot):
         self.device = torch.device(device)
         if quantize and self.device.type != "cpu":
             raise UserError(f"int8 weights run on the CPU only, not on {self.device}: use bf16 there")
+        if quantize and not int8_works():
+            raise UserError(f"torch {torch.__version__} has no int8 kernels for this CPU: use bf16")
         if not 0 < max_seq_len <= config.max_position_embeddings:
             raise UserError(
                 f"context of {max_seq_len} tokens is outside the model's 1..{config.max_position_embeddings}: "
@@ -154,7 +156,7 @@ class TorchLlama(SlotBySlot):
         def linear(weight: torch.Tensor):
             made: Int8Linear | PackedLinear | PlainLinear
             if quantize:
-                made = Int8Linear(weight)
+                made = Int8Linear(weight, layout_rows(weight))
             else:
                 made = PackedLinear(weight, layout_rows(weight)) if packed else PlainLinear(weight)
             self.linears.append(made)
