@@ -1,5 +1,6 @@
 """docs/kernels.md speaks of every operation that a program of ours runs, on every board."""
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -8,7 +9,6 @@ import pytest
 
 from models.board_mock import graph
 from models.llama.config import named_config
-from models.tests.ttnn.model_fixtures import board
 from models.ttnn_llama.device.runner import Runner
 from models.ttnn_llama.model import TtnnLlama
 from models.ttnn_llama.programs.fused import FusedRound
@@ -21,14 +21,14 @@ CONTEXT, POSITION = 1600, 300
 
 def named_on_the_page() -> set[tuple[str, str]]:
     """(operation, factory) of each row of the page's table."""
-    return set(re.findall(r"^\| (\w+) \| (\w+) \|", PAGE.read_text(), re.MULTILINE))
+    return {(operation, factory) for operation, factory, _ in rows_of(PAGE.read_text())}
 
 
 @pytest.fixture(scope="module")
 def ran(mesh_opener):
     """(operation, factory) of everything that the programs of 8B run, with two layers, at full sizes."""
     config = dataclasses.replace(named_config("8B"), num_hidden_layers=2)
-    with board(mesh_opener) as mesh:
+    with contextlib.nullcontext(mesh_opener.open()) as mesh:  # without values
         runner = Runner(mesh, trace=False)
         precision = precision_named("performance")
         model = TtnnLlama(config, mesh, EmptySource(mesh), precision=precision, max_seq_len=CONTEXT, runner=runner)
@@ -63,4 +63,4 @@ def test_the_page_names_what_runs(ran):
 
 
 def rows_of(text: str) -> list[tuple[str, str, str]]:
-    return re.findall(r"^\| (\w+) \| (\w+) \| (.*) \|$", text, re.MULTILINE)
+    return re.findall(r"^\| (\w+Operation) \| (\w+) \| (.*) \|$", text, re.MULTILINE)

@@ -8,7 +8,7 @@ import ttnn
 from models.llama.config import named_config
 from models.tests.ttnn.model_fixtures import Weights, board, put, random_ids, reduced
 from models.ttnn_llama.model import TtnnLlama
-from models.ttnn_llama.modules.layout import Layout
+from models.ttnn_llama.modules.layout import Layout, compute_config
 from models.ttnn_llama.modules.rows import FusedRowPlan, SeparateRowPlan
 from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, ROW_COUNTS, TILE
 from models.ttnn_llama.weights.precision import precision_named
@@ -38,6 +38,7 @@ def matrices(layout):
 @pytest.mark.parametrize("size", ["1B", "3B", "8B"])
 def test_a_prefill_matmul_cuts_rows_and_never_the_columns_of_a_weight(mesh, size, fidelity):
     layout = Layout(named_config(size), mesh, precision_named("performance"), 2048)
+    room = 4 if compute_config(mesh, fidelity).fp32_dest_acc_en else 8  # tiles
     for k, n in matrices(layout).values():
         for rows in range(KV_BLOCK, PREFILL_CHUNK + 1, KV_BLOCK):
             program = layout.prefill_matmul(rows, k, n, fidelity)
@@ -45,7 +46,7 @@ def test_a_prefill_matmul_cuts_rows_and_never_the_columns_of_a_weight(mesh, size
             assert program.per_core_M % program.out_block_h == 0
             assert program.out_block_h * program.out_block_w <= max(MOST_TILES, program.per_core_N)
             assert program.out_block_h % program.out_subblock_h == program.out_block_w % program.out_subblock_w == 0
-            assert program.out_subblock_h * program.out_subblock_w <= (8 if fidelity == "LoFi" else 4)
+            assert program.out_subblock_h * program.out_subblock_w <= room
             columns, lines = 8, min(layout.cores.rows, rows // TILE, 8)
             assert program.per_core_N * TILE * columns >= n and program.per_core_M * TILE * lines >= rows
 
@@ -91,9 +92,10 @@ def cores_of(*tensors):
 
 
 @pytest.mark.parametrize("size", ["3B", "8B"])
-def test_cos_and_sin_lie_on_the_cores_of_q_and_k_in_their_order(mesh, size, monkeypatch):
+def test_cos_and_sin_lie_on_the_cores_of_q_and_k_in_their_order(mesh_opener, size, monkeypatch):
     """The kernel pairs them by core: in another order each row would be rotated by another row's angle."""
     config = dataclasses.replace(named_config(size), num_hidden_layers=1)
+    mesh = mesh_opener.open()  # without values
     model = TtnnLlama(config, mesh, EmptySource(mesh), precision=precision_named("performance"), max_seq_len=256)
     seen = []
     for kind in (FusedRowPlan, SeparateRowPlan):

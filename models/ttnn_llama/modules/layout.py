@@ -82,7 +82,11 @@ class Cores:
 
 
 def compute_config(mesh_device: ttnn.MeshDevice, fidelity: str):
-    """Compute kernel configuration of a matmul; sums are kept in fp32 except at LoFi, which is for bfp4."""
+    """Compute kernel configuration of a matmul: sums are kept in fp32, except at LoFi, which is for speed.
+
+    bf16 sums leave room for 8 tiles of output instead of 4. Tenstorrent's models choose them wherever they choose LoFi,
+    for bfp8 weights too (tt_transformers' `compute_kernel_config_lofi`; `matmul_fp32` of llama31_8b_qb2).
+    """
     return ttnn.init_device_compute_kernel_config(
         mesh_device.arch(),
         math_fidelity=getattr(ttnn.MathFidelity, fidelity),
