@@ -87,6 +87,11 @@ class Session:
         return self.llm.fused
 
     @property
+    def calibration(self):
+        """What padding rows costs on this machine; None where it was not asked, or no time says anything."""
+        return None if self.mock else self.llm.calibration
+
+    @property
     def exit(self):
         """Of early exit, how its layers were chosen, where that was by measurement."""
         return self.llm.exit

@@ -8,7 +8,7 @@ from demo.results import BoardModelMemory, ModelMemory, PathTotals, RunResults, 
 from demo.runs import Row, Run
 from demo.session import Session
 from models.cli.text import plural
-from models.options import describe_source
+from models.options import LEAST_FREE_ROWS, describe_source
 from models.speculative.drafters.registry import NONE, drafts_trees, source_of
 
 MOCK = "mock board: the texts come from golden functions on this machine's CPU, times would say nothing"
@@ -61,9 +61,21 @@ def run_settings(session: Session) -> str:
     elif "speculative" in settings.paths:
         parts.append("drafter none: plain decoding")
     if settings.fixed_rows:
-        parts.append(plural(settings.fixed_rows, "fixed row"))
+        parts.append(plural(settings.fixed_rows, "fixed row") + _padding_cost(session))
+    elif session.calibration and settings.row_invariant is False:
+        rows = LEAST_FREE_ROWS
+        cost = session.calibration.cost(rows)
+        parts.append(f"rows not padded ({plural(rows, 'row')} would cost plain decoding {cost:.2f}x)")
     parts.append(f"{len(session.prompts)} x {settings.max_new_tokens} tokens")
     return ", ".join(parts)
+
+
+def _padding_cost(session: Session) -> str:
+    """What the padding costs plain decoding, where it was measured."""
+    calibration, rows = session.calibration, session.settings.fixed_rows
+    if calibration is None or rows not in calibration.rows_ms:
+        return ""
+    return f" ({calibration.cost(rows):.2f}x the time of one)"
 
 
 def _draft_lengths(session: Session) -> str:

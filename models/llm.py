@@ -108,6 +108,7 @@ class LLM:
         stop_ids: tokens that end a text by default: the target's own.
         stats: of the text begun last.
         exit: how the layer of early exit was chosen, where it was chosen by measurement.
+        calibration: what padding rows costs on this machine, where that decided how many there are.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class LLM:
         """Load an opened pair; see `load`. announce, progress: as of `ttnn_llama.board_models.BoardModels`."""
         self.options = pair.options
         self.max_seq_len = pair.max_seq_len
+        self.calibration = pair.calibration
         self.tokenizer: LlamaTokenizer | None = pair.target.tokenizer
         self.stop_ids: tuple[int, ...] = tuple(pair.target.checkpoint.config.eos_token_ids)
         self.stats = GenerationStats()

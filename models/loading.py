@@ -4,6 +4,7 @@ Two steps, so that everything cheap is checked before anything slow begins: `ope
 configuration and tokenizer and check the files, `load_model` puts the weights on the device.
 """
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -28,6 +29,7 @@ from models.options import (
     named_target,
 )
 from models.speculative.model import EarlyExit, LanguageModel, TreeModel
+from models.torch_llama.calibration import Calibration, calibrate
 from models.torch_llama.model import TorchLlama
 from models.ttnn_llama.weights.precision import default_precision
 
@@ -94,6 +96,7 @@ class OpenedPair:
         target, draft: draft is None where none is used.
         max_seq_len: positions of the target's cache.
         note: what a user should know of the choices made; "" if nothing.
+        calibration: what padding costs on this machine; None where it was not asked.
     """
 
     options: ResolvedOptions
@@ -101,6 +104,7 @@ class OpenedPair:
     draft: OpenedModel | None
     max_seq_len: int
     note: str = ""
+    calibration: Calibration | None = None
 
     @property
     def draft_seq_len(self) -> int:
@@ -123,7 +127,6 @@ def open_pair(options: EngineOptions) -> OpenedPair:
         drafter = drafter if draft else "prompt-lookup"
     elif options.uses_draft_model:
         draft = _required_draft(options, target)
-    resolved = options.resolved(drafter, default_precision(target.checkpoint.config.hidden_size))
     max_seq_len = options.max_seq_len
     if max_seq_len is None:
         # A board has one context for both.
@@ -135,6 +138,10 @@ def open_pair(options: EngineOptions) -> OpenedPair:
                 f"[max_seq_len] {max_seq_len} is longer than the context of {describe_source(opened.source)}, "
                 f"{longest} tokens: lower it"
             )
+    calibration = _calibration(options, target)
+    if calibration:
+        options = dataclasses.replace(options, free_rows=calibration.free_rows)
+    resolved = options.resolved(drafter, default_precision(target.checkpoint.config.hidden_size))
     if resolved.spec and "exit_layer" in resolved.spec.settings and resolved.num_draft_tokens != 0:
         layers = target.checkpoint.config.num_hidden_layers
         if layers == 1:
@@ -143,7 +150,15 @@ def open_pair(options: EngineOptions) -> OpenedPair:
             )
         if isinstance(resolved.exit_layer, int):
             check_exit_layer(resolved.exit_layer, layers)
-    return OpenedPair(resolved, target, draft, max_seq_len, note)
+    return OpenedPair(resolved, target, draft, max_seq_len, note, calibration)
+
+
+def _calibration(options: EngineOptions, target: OpenedModel) -> Calibration | None:
+    """What padding costs here, where that decides whether rows are padded."""
+    dtype = options.dtype or "bf16"
+    if options.device != "cpu" or options.free_rows or options.row_invariant is False or dtype == "fp32":
+        return None
+    return calibrate(target.checkpoint.config, dtype, options.threads)
 
 
 def _fitting_draft(options: EngineOptions, target: OpenedModel) -> tuple[OpenedModel | None, str]:

@@ -31,6 +31,7 @@ AUTO = "auto"  # by what was measured: tokens to draft, from none to the longest
 # A padded decode of so many rows costs what one row does, within 5 % (bf16; 12 rows 1.12x; scripts/benchmark.py
 # verify-cost measures it).
 FREE_ROWS = 7
+LEAST_FREE_ROWS = 4  # fewer are not worth padding for: a verification of 3 drafted tokens has 4 rows
 AUTO_LONGEST = 15  # where rows are computed as they come
 AUTO_LONGEST_FIXED = FREE_ROWS - 1  # where every forward computes all rows that the longest draft needs
 DRAFT_TOKENS = 4
@@ -42,6 +43,7 @@ TORCH_OPTIONS = {
     "dtype": "use [precision] or leave it out",
     "draft_dtype": "use [draft_precision] or leave it out",
     "row_invariant": "leave it out, on a board all rows are computed alike",
+    "free_rows": "leave it out, on a board all rows are computed alike",
 }
 BOARD_OPTIONS = (
     *("precision", "draft_precision", "draft_placement"),
@@ -66,6 +68,8 @@ class EngineOptions:
             the target's.
         row_invariant: compute every target forward on as many rows as the longest verification has, so that greedy text
             is the same bit for bit with and without speculation (default: where that costs plain decoding nothing).
+        free_rows: how many rows do, and so how long drafts may be where `num_draft_tokens` is "auto" (default:
+            measured once on a CPU, `torch_llama.calibration`).
         precision, draft_precision: number formats on a board, a name in `precision.PRECISIONS` (default: by the
             target's size, `precision.default_precision`; of the draft: precision, if given, else "performance").
         draft_placement: "shared" or "own-chip", on a board.
@@ -96,6 +100,7 @@ class EngineOptions:
     dtype: str | None = None
     draft_dtype: str | None = None
     row_invariant: bool | None = None
+    free_rows: int | None = None
     precision: str | None = None
     draft_precision: str | None = None
     draft_placement: str | None = None
@@ -127,15 +132,20 @@ class EngineOptions:
         longest = 0 if length == AUTO else int(length)
         dtype = self.dtype or "bf16"
         row_invariant = self.row_invariant
+        free = self.free_rows or FREE_ROWS
         if row_invariant is None:
             asked = longest if self.tree_nodes is None else self.tree_nodes
-            row_invariant = self.device != "tt" and dtype != "fp32" and asked < FREE_ROWS
+            needed = LEAST_FREE_ROWS if length == AUTO and not self.tree_nodes else asked + 1
+            row_invariant = self.device != "tt" and dtype != "fp32" and needed <= free
+        elif free < LEAST_FREE_ROWS:  # asked for whatever it costs
+            free = FREE_ROWS
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}
         return dataclasses.replace(
             ResolvedOptions(**given),
             dtype=dtype,
             draft_dtype=self.draft_dtype or dtype,
             row_invariant=row_invariant,
+            free_rows=free,
             precision=self.precision or precision,
             draft_precision=self.draft_precision or self.precision or PRECISION,
             draft_placement=self.draft_placement or PLACEMENTS[0],
@@ -145,7 +155,7 @@ class EngineOptions:
             weight_cache=self.weight_cache is not False,
             drafter=chosen,
             num_draft_tokens=length,
-            tree_nodes=self.tree_nodes or max(longest, TREE_NODES_FIXED if row_invariant else TREE_NODES),
+            tree_nodes=self.tree_nodes or max(longest, free - 1 if row_invariant else TREE_NODES),
             exit_layer=self.exit_layer or AUTO,
         )
 
@@ -163,7 +173,7 @@ class EngineOptions:
     @property
     def longest_draft(self) -> int:
         """Tokens that a round drafts at most, one after the other; of a tree, its levels."""
-        chosen = AUTO_LONGEST_FIXED if self.row_invariant else AUTO_LONGEST
+        chosen = (self.free_rows or FREE_ROWS) - 1 if self.row_invariant else AUTO_LONGEST
         longest = chosen if self.auto else int(self.num_draft_tokens or 0)
         return min(longest, self.tree_nodes or longest) if self._is_tree else longest
 
@@ -219,6 +229,7 @@ class EngineOptions:
             ("max_seq_len", 2, None),
             ("threads", 1, None),
             ("slots", 1, None),
+            ("free_rows", 1, MAX_DRAFT_LENGTH + 1),
             ("num_draft_tokens", 0, MAX_DRAFT_LENGTH),
             ("tree_nodes", 1, MAX_DRAFT_LENGTH),
             ("exit_layer", 1, None),
@@ -286,6 +297,7 @@ class ResolvedOptions(EngineOptions):
     dtype: str = "bf16"
     draft_dtype: str = "bf16"
     row_invariant: bool = False
+    free_rows: int = FREE_ROWS
     precision: str = PRECISION
     draft_precision: str = PRECISION
     draft_placement: str = PLACEMENTS[0]

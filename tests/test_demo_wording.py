@@ -266,6 +266,7 @@ def named(*argv, exit_layer=None):
     chosen = parse_settings(list(argv), None, {})
     chosen = chosen.resolved_as(chosen.engine.resolved("combined"))
     return SimpleNamespace(
+        calibration=None,
         settings=chosen,
         sampling=SamplingParams(),
         exit_layer=exit_layer,

@@ -1,0 +1,97 @@
+"""How many rows are padded for nothing: measured once for a machine and a model, and kept."""
+
+import json
+
+import pytest
+import torch
+
+from models import loading
+from models.llama.config import named_config
+from models.options import FREE_ROWS, EngineOptions
+from models.tests.llama_fixtures import tiny_config
+from models.torch_llama import calibration
+from models.torch_llama.calibration import PART_BYTES, ROWS, Calibration, calibrate, part_of
+
+
+def made(costs):
+    """A calibration in which so many rows cost so much."""
+    return Calibration(10.0, {rows: 10.0 * cost for rows, cost in costs.items()}, "2026-01-01")
+
+
+@pytest.mark.parametrize(
+    ("costs", "free"),
+    [
+        ({2: 1.0, 4: 1.01, 8: 1.02, 16: 1.021}, 8),
+        ({2: 1.3, 4: 1.01, 8: 1.3}, 4),  # fewer rows may cost more
+        ({2: 1.1, 8: 1.03}, 1),
+        ({2: 0.9, 16: 0.98}, 16),
+    ],
+)
+def test_free_are_the_most_rows_that_cost_at_most_two_percent(costs, free):
+    assert made(costs).free_rows == free
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_calibration_is_measured_once_and_kept(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(calibration, "SECONDS", 0.0)
+    config, threads = tiny_config(), torch.get_num_threads()
+    first = calibrate(config, dtype, 1, tmp_path)
+    assert torch.get_num_threads() == threads
+    assert set(first.rows_ms) == set(ROWS) and min(first.rows_ms.values()) > 0 and first.one_row_ms > 0
+    monkeypatch.setattr(calibration, "measure", lambda *_: pytest.fail("measured again"))
+    assert calibrate(config, dtype, 1, tmp_path) == first
+    for other in ((tiny_config(intermediate_size=96), dtype, 1), (config, "fp16", 1), (config, dtype, 2)):
+        with pytest.raises(pytest.fail.Exception):
+            calibrate(*other, tmp_path)
+
+
+def test_a_damaged_or_unwritable_cache_is_measured_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "measure", lambda *_: made({2: 1.0}))
+    for content in ("", "[]", '{"one_row_ms": 1}', '{"one_row_ms": 1, "rows_ms": {"x": 1}, "measured": ""}'):
+        calibrate(tiny_config(), "bf16", 1, tmp_path)
+        (file,) = tmp_path.iterdir()
+        file.write_text(content)
+        assert calibrate(tiny_config(), "bf16", 1, tmp_path) == made({2: 1.0})
+        assert json.loads(file.read_text())["one_row_ms"] == 10.0
+    (tmp_path / "file").touch()
+    assert calibrate(tiny_config(), "bf16", 1, tmp_path / "file") == made({2: 1.0})
+
+
+def test_a_part_is_as_much_of_a_model_as_caches_do_not_hold():
+    for size in ("1B", "3B", "8B"):
+        whole = named_config(size)
+        part = part_of(whole)
+        assert 0.5 * PART_BYTES < 2 * part.parameter_count < 3 * PART_BYTES
+        layers, vocab = (part.num_hidden_layers / whole.num_hidden_layers, part.vocab_size / whole.vocab_size)
+        assert vocab == pytest.approx(layers, rel=0.01)
+    small = tiny_config()
+    assert part_of(small).num_hidden_layers == small.num_hidden_layers
+    assert part_of(small).vocab_size == small.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("costs", "options", "fixed"),
+    [
+        ({4: 1.0, 6: 1.0, 7: 1.3, 8: 1.3, 16: 1.3}, {}, 6),
+        ({4: 1.0, 6: 1.0, 7: 1.3, 8: 1.3, 16: 1.3}, {"num_draft_tokens": 6}, None),  # 7 rows
+        ({4: 1.0, 6: 1.0, 7: 1.3, 8: 1.3, 16: 1.3}, {"num_draft_tokens": 4}, 5),
+        ({16: 1.0}, {}, 16),
+        ({2: 1.1, 16: 1.3}, {}, None),
+        ({2: 1.1, 16: 1.3}, {"row_invariant": True}, FREE_ROWS),
+        ({16: 1.0}, {"row_invariant": False}, None),
+        ({16: 1.0}, {"dtype": "fp32"}, None),
+        ({2: 1.1, 16: 1.3}, {"free_rows": 5}, 5),
+    ],
+)
+def test_rows_are_padded_where_that_is_free(costs, options, fixed, monkeypatch):
+    monkeypatch.setattr(loading, "calibrate", lambda *_: made(costs))
+    resolved = loading.open_pair(EngineOptions(**options)).options
+    assert resolved.fixed_rows == fixed
+    if fixed and "num_draft_tokens" not in options:
+        assert resolved.longest_draft == fixed - 1
+
+
+def test_plain_decoding_by_itself_computes_the_same_rows(monkeypatch):
+    monkeypatch.setattr(loading, "calibrate", lambda *_: made({5: 1.0}))
+    rows = [loading.open_pair(EngineOptions(speculative=each)).options.fixed_rows for each in (True, False)]
+    assert rows == [5, 5]

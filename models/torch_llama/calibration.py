@@ -1,0 +1,173 @@
+"""How many rows a padded forward may have on this machine before plain decoding would pay for them.
+
+Fixed rows make greedy text equal bit for bit with and without drafts, but then plain decoding computes them too. A few
+layers of the model's own sizes are timed once for each machine, with one row in the layout that is fastest for one, and
+with several rows in the layout for several. The result is kept in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from loguru import logger
+
+from models.llama.config import LlamaConfig
+from models.llama.random_weights import RandomWeights
+from models.torch_llama.model import TorchLlama
+
+ROWS = (2, 3, 4, 5, 6, 7, 8, 16)
+TOLERANCE = 1.02  # of the time of the fastest plain decoding
+SECONDS, LEAST_TURNS = 1.5, 3
+POSITION = 300  # where the timed rows stand: a chat's typical length
+# Weights of the part that is timed, bytes: more than caches hold, so that they are read from memory as a model's are.
+PART_BYTES = 192e6
+VERSION = 1  # of what is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What padding costs.
+
+    Args:
+        one_row_ms: of plain decoding in its fastest form, for the part of the model that was timed.
+        rows_ms: of a forward of so many rows, for the same part.
+        measured: when, an ISO date.
+    """
+
+    one_row_ms: float
+    rows_ms: Mapping[int, float]
+    measured: str
+
+    def cost(self, rows: int) -> float:
+        """Time of plain decoding on so many rows over its time on one."""
+        return self.rows_ms[rows] / self.one_row_ms
+
+    @property
+    def free_rows(self) -> int:
+        """The most rows that cost plain decoding at most 2 %; 1 where any costs more."""
+        return max((rows for rows in self.rows_ms if self.cost(rows) <= TOLERANCE), default=1)
+
+
+def calibrate(
+    config: LlamaConfig, dtype: str, threads: int | None = None, directory: Path | None = None
+) -> Calibration:
+    """The calibration of this machine for models of these sizes: kept from before, or measured now in about 2 s.
+
+    Args:
+        config: of the model.
+        dtype: as of `TorchLlama`, or "int8".
+        threads: of torch (default: those it has).
+        directory: where it is kept (default: in the user's cache directory).
+    """
+    threads = threads or torch.get_num_threads()
+    file = (directory or default_directory()) / f"{_key(config, dtype, threads)}.json"
+    try:
+        kept = json.loads(file.read_text())
+        return Calibration(kept["one_row_ms"], {int(n): ms for n, ms in kept["rows_ms"].items()}, kept["measured"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # not there yet, or not what it should be
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        calibration = measure(config, dtype)
+    finally:
+        torch.set_num_threads(before)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_text(json.dumps(dataclasses.asdict(calibration)))
+        part.replace(file)
+    except OSError as error:
+        logger.debug(f"the calibration is not kept: {error}")
+    return calibration
+
+
+def measure(config: LlamaConfig, dtype: str, seconds: float = SECONDS) -> Calibration:
+    """Time a part of a model, all numbers of rows in each turn and in a mixed order, for so many seconds.
+
+    What other work on the machine does to one turn it does to all of it: costs are medians of the turns' ratios.
+    """
+    part = part_of(config)
+    weights = RandomWeights(part)
+    quantize = "int8" if dtype == "int8" else None
+    one, several = (
+        TorchLlama(
+            part,
+            weights,
+            dtype="fp32" if quantize else dtype,
+            max_seq_len=POSITION + max(ROWS),
+            typical_rows=rows,
+            quantize=quantize,
+        )
+        for rows in (1, 8)
+    )
+    forwards = {1: one, **dict.fromkeys(ROWS, several)}
+    turns: list[dict[int, float]] = []
+    order = random.Random(0)
+    for rows, model in forwards.items():  # not counted
+        model.greedy([1] * rows, POSITION)
+    deadline = time.perf_counter() + seconds
+    while len(turns) < LEAST_TURNS or time.perf_counter() < deadline:
+        turn = {}
+        for rows in order.sample(list(forwards), len(forwards)):
+            began = time.perf_counter()
+            forwards[rows].greedy([1] * rows, POSITION)
+            turn[rows] = 1000 * (time.perf_counter() - began)
+        turns.append(turn)
+    one_row = statistics.median(turn[1] for turn in turns)
+    costs = {rows: statistics.median(turn[rows] / turn[1] for turn in turns) for rows in ROWS}
+    return Calibration(
+        one_row, {rows: one_row * cost for rows, cost in costs.items()}, datetime.date.today().isoformat()
+    )
+
+
+def part_of(config: LlamaConfig) -> LlamaConfig:
+    """A model of as many layers as are worth timing, and a vocabulary cut in the same proportion."""
+    layers = config.num_hidden_layers
+    share = min(1.0, PART_BYTES / (2 * config.parameter_count))
+    kept = max(1, round(share * layers))
+    vocab = max(64, -(-round(config.vocab_size * kept / layers) // 64) * 64)
+    return dataclasses.replace(
+        config,
+        num_hidden_layers=kept,
+        vocab_size=min(vocab, config.vocab_size),
+        bos_token_id=None,
+        eos_token_ids=(),
+        max_position_embeddings=max(config.max_position_embeddings, POSITION + max(ROWS)),
+    )
+
+
+def default_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """In the user's cache directory."""
+    caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return caches / "tt-speculative-llama" / "calibration"
+
+
+def _key(config: LlamaConfig, dtype: str, threads: int) -> str:
+    """What a calibration depends on, in short."""
+    parts = (
+        *(VERSION, torch.__version__, threads, _cpu(), dtype),
+        *(config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size),
+        *(config.num_attention_heads, config.num_key_value_heads, config.head_dim),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """The processor's name and what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
