@@ -457,6 +457,8 @@ def _board_options(options: ResolvedOptions) -> BoardOptions:
         precision=options.precision,
         draft_precision=options.draft_precision,
         placement=options.draft_placement,
+        attention_cores=options.attention_cores,
+        prefill=options.prefill,
         trace=options.trace,
         weight_cache=options.weight_cache,
         workload=options.spec.workload if options.spec else Workload(),

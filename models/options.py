@@ -14,6 +14,7 @@ from models.boards import PLACEMENTS
 from models.errors import OptionError, UserError
 from models.speculative.drafters import MAX_DRAFT_LENGTH
 from models.speculative.drafters.registry import NONE, DrafterSpec, drafts_trees, spec_of
+from models.ttnn_llama.shapes import MAX_ATTENTION_CORES, PREFILLS
 from models.ttnn_llama.weights.precision import PRECISIONS
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -44,7 +45,10 @@ TORCH_OPTIONS = {
     "draft_dtype": "use [draft_precision] or leave it out",
     "row_invariant": "leave it out, on a board all rows are computed alike",
 }
-BOARD_OPTIONS = ("precision", "draft_precision", "draft_placement", "trace", "weight_cache")
+BOARD_OPTIONS = (
+    *("precision", "draft_precision", "draft_placement"),
+    *("attention_cores", "prefill", "trace", "weight_cache"),
+)
 DRAFT_MODEL_OPTIONS = ("draft", "draft_dtype", "draft_precision", "draft_placement")
 
 
@@ -65,6 +69,9 @@ class EngineOptions:
             is the same bit for bit with and without speculation (default: where that costs plain decoding nothing).
         precision, draft_precision: number formats on a board, a name in `precision.PRECISIONS`.
         draft_placement: "shared" or "own-chip", on a board.
+        attention_cores: cores of a board that share one row and KV head in decode attention, 1 (default) to 16: more
+            are faster at long contexts.
+        prefill: of prompts on a board: "chunks" (default), or "rows", by decode forwards of 32 tokens.
         trace: replay captured programs on a board. weight_cache: keep converted weights on disk.
         drafter: who drafts, a name in `drafters.registry` (default: "combined" where there is a draft model, "model" on
             a board, else "prompt-lookup").
@@ -92,6 +99,8 @@ class EngineOptions:
     precision: str | None = None
     draft_precision: str | None = None
     draft_placement: str | None = None
+    attention_cores: int | None = None
+    prefill: str | None = None
     trace: bool | None = None
     weight_cache: bool | None = None
     drafter: str | None = None
@@ -131,6 +140,8 @@ class EngineOptions:
             precision=precision,
             draft_precision=self.draft_precision or precision,
             draft_placement=self.draft_placement or PLACEMENTS[0],
+            attention_cores=self.attention_cores or 1,
+            prefill=self.prefill or PREFILLS[0],
             trace=self.trace is not False,
             weight_cache=self.weight_cache is not False,
             drafter=chosen,
@@ -199,6 +210,7 @@ class EngineOptions:
             ("precision", (None, *PRECISIONS)),
             ("draft_precision", (None, *PRECISIONS)),
             ("draft_placement", (None, *PLACEMENTS)),
+            ("prefill", (None, *PREFILLS)),
             ("verification", VERIFICATIONS),
         ):
             if getattr(self, name) not in allowed:
@@ -211,6 +223,7 @@ class EngineOptions:
             ("num_draft_tokens", 0, MAX_DRAFT_LENGTH),
             ("tree_nodes", 1, MAX_DRAFT_LENGTH),
             ("exit_layer", 1, None),
+            ("attention_cores", 1, MAX_ATTENTION_CORES),
         ):
             value = getattr(self, name)
             if value is None or (value == AUTO and name in ("num_draft_tokens", "exit_layer")):
@@ -277,6 +290,8 @@ class ResolvedOptions(EngineOptions):
     precision: str = PRECISION
     draft_precision: str = PRECISION
     draft_placement: str = PLACEMENTS[0]
+    attention_cores: int = 1
+    prefill: str = PREFILLS[0]
     trace: bool = True
     weight_cache: bool = True
     drafter: str = NONE

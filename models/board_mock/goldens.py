@@ -4,7 +4,8 @@ narrow for a whole model.
 Names and order of parameters are ttnn's, so that a call's arguments can be passed on. Values are float32 or int64,
 with the logical shape that the tensor has on one device; rounding to the tensor's own type is `shadow`'s work.
 
-A function with a parameter `inferred_shape` is told the shape that ttnn infers for its result.
+A function with a parameter `inferred_shape` is told the shape that ttnn infers for its result, one with a parameter
+`memory_configs` where its tensors lie. What a kernel leaves unwritten is NaN, so that nobody counts on it.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 from ttnn.operations.activations import get_golden_function_for_activation
 
 TILE = 32
+UNWRITTEN = float("nan")  # what a kernel leaves as it was
 HIDDEN = -1e6  # what is added to a score that leaves no weight beside others: far less than exp can tell from 0
 
 
@@ -36,7 +38,11 @@ def matmul(
     activation=None,
     program_config=None,
     dtype=None,
+    memory_configs=(),
 ):
+    """Raises ValueError for columns of a core's output that are cut into blocks while the weight lies in DRAM shards:
+    ttnn accepts it, and its kernel then reads the first columns for each of them."""
+    _check_width_blocks(program_config, memory_configs)
     a = input_tensor_a.mT if transpose_a else input_tensor_a
     b = input_tensor_b.mT if transpose_b else input_tensor_b
     # In whole tiles of rows, as the device does it: torch's order of summation depends on the number of rows.
@@ -46,6 +52,17 @@ def matmul(
         y = y + bias
     activation = getattr(program_config, "fused_activation", None) or activation
     return y if activation is None else activated(y, activation)
+
+
+def _check_width_blocks(program_config, memory_configs):
+    if isinstance(program_config, ttnn.MatmulMultiCoreReuseMultiCastProgramConfig):
+        weight = memory_configs[1]
+        cut = program_config.out_block_w < program_config.per_core_N
+        if cut and weight.is_sharded() and weight.buffer_type == ttnn.BufferType.DRAM:
+            raise ValueError(
+                f"matmul: blocks of {program_config.out_block_w} of {program_config.per_core_N} columns of a weight "
+                "sharded over DRAM: the kernel reads the same columns for each block"
+            )
 
 
 def binary(function):
@@ -135,8 +152,8 @@ def nlp_concat_heads(input):
 
 
 def nlp_concat_heads_decode(input_tensor, *, num_heads, inferred_shape):
-    """[1, B, Q, D] -> [1, 1, 32, Q D]: the operation always returns a whole tile of rows."""
-    y = input_tensor.new_zeros(inferred_shape)
+    """[1, B, Q, D] -> [1, 1, 32, Q D]: the operation always returns a whole tile of rows, and writes B of them."""
+    y = input_tensor.new_full(inferred_shape, UNWRITTEN)
     y[0, 0, : input_tensor.shape[1]] = input_tensor[0].flatten(1)
     return y
 
@@ -354,8 +371,8 @@ def paged_scaled_dot_product_attention_decode(
     scale=None,
     spec_multi_pos_tiles=0,
 ):
-    """Rows of q [1, B, Q, D] attend to their pages up to cur_pos (-1: a row of zeros); if not causal, to all of them
-    with the mask [B, 1, Q, T].
+    """Rows of q [1, B, Q, D] attend to their pages up to cur_pos (-1: the row is not written); if not causal, to all of
+    them with the mask [B, 1, Q, T].
 
     spec_multi_pos_tiles n: q [1, 1, 32 n, D] holds n rows of one sequence, one tile of heads each.
 
@@ -371,7 +388,7 @@ def paged_scaled_dot_product_attention_decode(
     if attn_mask is not None and attn_mask.shape[0] != q.shape[1]:
         raise ValueError(f"attention mask {list(attn_mask.shape)} for {q.shape[1]} rows: its first dimension must be B")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    y = torch.zeros_like(q)
+    y = torch.full_like(q, UNWRITTEN)
     for row in range(q.shape[1]):
         length, mask = None, None
         if positions is not None:

@@ -481,7 +481,11 @@ def _general(operation, args, kwargs):
         raise NotImplementedError(f"{name} has no golden function")
     values = {id(tensor): value(tensor) for tensor in tensors}
     count = max([len(own) for own in values.values()], default=on_device[0].device().get_num_devices())
-    extra = {"inferred_shape": tuple(outs[0].shape)} if golden in _TOLD_THE_SHAPE else {}
+    extra: dict[str, object] = {}
+    if golden in _TOLD_THE_SHAPE:
+        extra["inferred_shape"] = tuple(outs[0].shape)
+    if golden in _TOLD_THE_MEMORY:
+        extra["memory_configs"] = [tensor.memory_config() for tensor in tensors]
     results = _evaluate(golden, args, kwargs, tensors, values, count, **extra)
     if len(results) != len(outs):
         raise ShapeMismatch(f"{name}: ttnn gives {len(outs)} tensors, the golden function {len(results)}")
@@ -494,6 +498,7 @@ def _general(operation, args, kwargs):
 
 
 _TOLD_THE_SHAPE = {golden for golden in goldens.GOLDENS.values() if "inferred_shape" in _parameters(golden)}
+_TOLD_THE_MEMORY = {golden for golden in goldens.GOLDENS.values() if "memory_configs" in _parameters(golden)}
 
 _TRANSFERS: dict[str, Callable] = {
     "ttnn.as_tensor": _as_tensor,

@@ -22,6 +22,7 @@ from models.options import (
     VERIFICATIONS,
 )
 from models.speculative.drafters import MAX_DRAFT_LENGTH, registry
+from models.ttnn_llama.shapes import MAX_ATTENTION_CORES, PREFILLS
 from models.ttnn_llama.weights.precision import PRECISIONS
 
 EPILOG = """\
@@ -152,6 +153,21 @@ def add_model_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, s
         default=None,
         help="shared: the draft on the target's chips, a greedy round being one program; own-chip: on a chip of its "
         f"own, for boards with several (default: {PLACEMENTS[0]})",
+    )
+    group.add_argument(
+        "--attention-cores",
+        type=int,
+        metavar="N",
+        default=None,
+        help="cores that share one row and KV head in decode attention: more are faster at long contexts, on a chip "
+        f"they are not proved right yet; 1 to {MAX_ATTENTION_CORES}, as many as verification leaves (default: 1)",
+    )
+    group.add_argument(
+        "--prefill",
+        choices=PREFILLS,
+        default=None,
+        help="chunks: prompts are read by prefill kernels; rows: by decode forwards of 32 tokens, slower, a way around "
+        f"prefill kernels that a board gets wrong (default: {PREFILLS[0]})",
     )
     group.add_argument(
         "--trace",

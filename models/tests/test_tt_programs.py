@@ -49,6 +49,13 @@ def test_greedy_rounds_of_each_length_are_all_that_a_model_draft_runs():
     assert needed("early-exit", draft_lengths=(1, 3)) == [Program("target", "ids"), *rounds(1, 3)]
 
 
+def test_prompts_that_are_read_in_rows_have_a_program_for_it():
+    target, draft = (Program(model, "logits", 32) for model in ("target", "draft"))
+    assert needed(draft_lengths=(4,), prefill="rows") == [Program("target", "ids"), target, draft, *rounds(4)]
+    assert needed("prompt-lookup", draft_lengths=(), prefill="rows") == [Program("target", "ids"), target]
+    assert draft not in needed("early-exit", prefill="rows")  # has the target's cache
+
+
 def test_a_draft_that_may_fall_behind_can_read():
     read = Program("draft", "ids", 32)
     assert needed(draft_lengths=DRAFT_LENGTHS) == [Program("target", "ids"), read, *rounds(1, 3, 7, 15)]

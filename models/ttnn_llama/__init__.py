@@ -29,7 +29,7 @@ modules/            the forward
 programs/           what runs as one program
   options           how models run on a board, as a user asks for it
   needed            which programs a generation runs, and what their traces take
-  fused             a greedy round as one program: K drafted tokens, their verification, the accepted count
+  fused             a greedy round as one program: K drafted tokens and their verification
 
 `shapes`, `weights.precision`, `weights.memory`, `programs.options` and `programs.needed` are known without ttnn.
 

@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from loguru import logger
+
 from models.boards import Board
+from models.errors import UserError
 from models.llama.config import check_exit_layer
 from models.loading import LoadedModel, OpenedModel
 from models.ttnn_llama.device.mesh import detect_board, errors_passed_on, open_mesh, target_chips
@@ -16,7 +19,7 @@ from models.ttnn_llama.modules.decoder import Decoder
 from models.ttnn_llama.programs.fused import FusedRound
 from models.ttnn_llama.programs.needed import TREE, Program, programs, reads_late, trace_bytes, usable_lengths
 from models.ttnn_llama.programs.options import BoardOptions
-from models.ttnn_llama.shapes import KV_BLOCK, padded_prompt
+from models.ttnn_llama.shapes import KV_BLOCK, padded_prompt, padded_rows
 from models.ttnn_llama.weights.memory import MemoryPlan, check_fit, plan
 from models.ttnn_llama.weights.precision import precision_named
 from models.ttnn_llama.weights.tensors import CheckpointSource
@@ -134,8 +137,20 @@ class BoardModels:
             usable = replace(options, trace=self.trace)
             lengths = _lengths(draft, usable, meshes.target.get_num_devices(), shared)
             self.lengths = (0, *lengths)
+            self._check_attention_cores()
             self.fused = self._prepare(programs(usable, lengths, shared))
             self._stack = stack.pop_all()
+
+    def _check_attention_cores(self) -> None:
+        """A verification has to leave every row as many cores as plain decoding takes, or their bits would differ."""
+        layout, asked = self.target.model.layout, self.options.attention_cores
+        rows = padded_rows(max(self.lengths) + 1)
+        most = max(1, layout.cores.count // (rows * layout.kv_heads))
+        if asked > most:
+            raise UserError(
+                f"--attention-cores {asked}: {rows} rows of {layout.kv_heads} KV heads leave each {most} of the "
+                f"{layout.cores.count} cores of a chip: lower it to {most}, or draft fewer tokens"
+            )
 
     def _load(
         self, role: str, opened: OpenedModel, precision_name: str, runner: Runner, progress: Progress | None
@@ -157,6 +172,8 @@ class BoardModels:
                 precision=precision,
                 max_seq_len=self.max_seq_len,
                 runner=runner,
+                attention_cores=self.options.attention_cores,
+                prefill=self.options.prefill,
             )
         return LoadedModel(opened, model, precision_name, opened.seconds + time.perf_counter() - start)
 
@@ -230,6 +247,8 @@ class BoardModels:
         texts = self._texts(prompts, max_new_tokens) if reads_late(self.options) else prompts
         if texts <= self._warm:
             return 0.0
+        if self.trace:
+            logger.info(f"a prompt of {length} tokens needs programs of its own: traces are captured anew for it")
         for runner in self._runners:
             runner.release()
         return self.warm_up([length], max_new_tokens)

@@ -22,7 +22,7 @@ from models.ttnn_llama.modules.mlp import MLP
 from models.ttnn_llama.modules.norm import RMSNorm
 from models.ttnn_llama.modules.rope import RopeTables
 from models.ttnn_llama.modules.rows import RowInputs, RowPlan
-from models.ttnn_llama.shapes import PREFILL_CHUNK, padded_prompt
+from models.ttnn_llama.shapes import MAX_ROWS, PREFILL_CHUNK, PREFILLS, padded_prompt
 from models.ttnn_llama.weights.memory import kv_cache_bytes, weight_bytes
 from models.ttnn_llama.weights.precision import Precision
 from models.ttnn_llama.weights.tensors import WeightSpec, weight_specs
@@ -71,6 +71,8 @@ class TtnnLlama(Decoder):
         precision: formats of weights and cache.
         max_seq_len: positions the cache holds (<= config.max_position_embeddings).
         runner: of this mesh, shared by all models on it; None: one that runs everything eagerly.
+        attention_cores: that share one row and KV head in decode attention.
+        prefill: "chunks", or "rows" to read prompts by decode forwards.
 
     Raises:
         UserError: a context longer than the model's; sizes that the chips do not divide.
@@ -85,6 +87,8 @@ class TtnnLlama(Decoder):
         precision: Precision,
         max_seq_len: int,
         runner: Runner | None = None,
+        attention_cores: int = 1,
+        prefill: str = PREFILLS[0],
     ):
         if not 0 < max_seq_len <= config.max_position_embeddings:
             raise UserError(
@@ -98,7 +102,8 @@ class TtnnLlama(Decoder):
         self.max_seq_len = max_seq_len
         self.mesh_device = mesh_device
         self.runner = runner or Runner(mesh_device, trace=False)
-        self.layout = Layout(config, mesh_device, precision, max_seq_len)
+        self.layout = Layout(config, mesh_device, precision, max_seq_len, attention_cores)
+        self._read_prompt = self._read_in_rows if prefill == "rows" else self._read_in_chunks
         self.collectives = collectives(self.layout.chips, self.layout.residual)
         self.rope = RopeTables(config, self.layout.cache_length, mesh_device)
         self.cache = make_cache(self.layout)
@@ -120,13 +125,21 @@ class TtnnLlama(Decoder):
 
     # ------------------------------------------------------------------------------------------------ prefill
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Fill the cache from position 0: logits [V] fp32 that follow the last token.
+        """Fill the cache from position 0: logits [V] fp32 that follow the last token."""
+        self._check(len(tokens), 0)
+        return self._read_prompt(tokens)
 
-        In chunks of at most 1024 positions, the last one rounded up to a multiple of 128: what the padding writes
-        lies beyond the prompt, where nothing is attended to before it is overwritten.
-        """
+    def _read_in_rows(self, tokens: Sequence[int]) -> torch.Tensor:
+        """By decode forwards of up to 32 tokens."""
+        for start in range(0, len(tokens), MAX_ROWS):
+            rows = tokens[start : start + MAX_ROWS]
+            logits = self._run("logits", rows, start, None)
+        return self._logits_of(logits)[len(rows) - 1]
+
+    def _read_in_chunks(self, tokens: Sequence[int]) -> torch.Tensor:
+        """In chunks of at most 1024 positions, the last one rounded up to a multiple of 128: what the padding writes
+        lies beyond the prompt, where nothing is attended to before it is overwritten."""
         n = len(tokens)
-        self._check(n, 0)
         for start in range(0, n, PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
             x = self._prefill_chunk(chunk, start)

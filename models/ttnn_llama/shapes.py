@@ -7,6 +7,8 @@ PREFILL_CHUNK = 1024  # positions of one prefill forward
 # cores, one row a core, at most 8 wide.
 ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 MAX_ROWS = ROW_COUNTS[-1]
+PREFILLS = ("chunks", "rows")  # how prompts are read: by prefill kernels, or by decode forwards of MAX_ROWS tokens
+MAX_ATTENTION_CORES = 16  # that ttnn lets share one row and KV head in decode attention
 HIDDEN = -(2.0**30)  # added to a score: no weight. A power of two is exact in every format, and finite times any scale
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import ttnn
@@ -112,12 +113,17 @@ class Weights(dict):
         return self.changed(rounded)
 
     def on(
-        self, mesh: ttnn.MeshDevice, precision: str = "bf16", max_seq_len: int = 352, runner: Runner | None = None
+        self,
+        mesh: ttnn.MeshDevice,
+        precision: str = "bf16",
+        max_seq_len: int = 352,
+        runner: Runner | None = None,
+        **options: Any,
     ) -> TtnnLlama:
         """The TT-NN model of these weights."""
         named = precision_named(precision)
         source = CheckpointSource(self, mesh, named)
-        return TtnnLlama(self.config, mesh, source, precision=named, max_seq_len=max_seq_len, runner=runner)
+        return TtnnLlama(self.config, mesh, source, precision=named, max_seq_len=max_seq_len, runner=runner, **options)
 
 
 @torch.no_grad()

@@ -1,72 +1,76 @@
-"""Where tensors lie on grids of cores that the mock boards of the other tests do not have. No board is opened."""
-
-from types import SimpleNamespace
+"""Program configurations of matmuls and attention, at full sizes."""
 
 import pytest
+import ttnn
 
 from models.llama.config import named_config
-from models.ttnn_llama.modules.layout import TILE, Layout
-from models.ttnn_llama.shapes import MAX_ROWS
+from models.tests.ttnn.model_fixtures import Weights, board, put, random_ids, reduced
+from models.ttnn_llama.modules.layout import Layout
+from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, TILE
 from models.ttnn_llama.weights.precision import precision_named
 
-WORMHOLE, BLACKHOLE = 12, 8  # DRAM banks
-# The workers that are left of a chip: what is harvested differs from card to card, and with where ttnn dispatches from.
-GRIDS = [
-    *((columns, rows, WORMHOLE) for columns, rows in ((8, 8), (8, 7))),
-    *((columns, rows, BLACKHOLE) for columns, rows in ((11, 10), (12, 10), (13, 10), (14, 10))),
-]
+MOST_TILES = 96  # of output that a core keeps in L1, or one row of tiles where that is more
 
 
-def layout_on(columns, rows, banks, size, chips):
-    mesh = SimpleNamespace(
-        get_num_devices=lambda: chips,
-        compute_with_storage_grid_size=lambda: SimpleNamespace(x=columns, y=rows),
-        dram_grid_size=lambda: SimpleNamespace(x=banks, y=1),
-    )
-    return Layout(named_config(size), mesh, precision_named("performance"), 2048)
+@pytest.fixture(scope="module")
+def mesh(mesh_opener):
+    with board(mesh_opener) as mesh:
+        yield mesh
 
 
-@pytest.mark.parametrize("chips", [1, 2, 4, 8])
-@pytest.mark.parametrize("size", ["1B", "3B", "8B"])
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
-def test_every_sharding_covers_its_width_on_cores_that_the_grid_has(grid, size, chips):
-    columns, rows, _ = grid
-    layout = layout_on(*grid, size, chips)
+def matrices(layout):
+    """(k, n) per chip of all matrices of a layer."""
     heads = layout.heads + 2 * layout.kv_heads
-    widths = {"residual": layout.hidden, "qkv": heads * layout.head_dim, "gated": layout.intermediate}
-    for name, width in widths.items():
-        shards = getattr(layout, name).shard_spec
-        end = shards.grid.bounding_box().end
-        assert end.x < columns and end.y < rows, name
-        assert shards.shape[0] == TILE and shards.shape[1] % TILE == 0, name
-        assert shards.shape[1] * shards.grid.num_cores() == width, name  # no core is left with nothing
-    assert layout.qkv.shard_spec.shape[1] == layout.head_dim
+    return {
+        "wqkv": (layout.hidden, heads * layout.head_dim),
+        "wo": (layout.heads * layout.head_dim, layout.hidden),
+        "gate, up": (layout.hidden, layout.intermediate),
+        "down": (layout.intermediate, layout.hidden),
+    }
+
+
+@pytest.mark.parametrize("fidelity", ["LoFi", "HiFi2", "HiFi4"])
+@pytest.mark.parametrize("size", ["1B", "3B", "8B"])
+def test_a_prefill_matmul_cuts_rows_and_never_the_columns_of_a_weight(mesh, size, fidelity):
+    layout = Layout(named_config(size), mesh, precision_named("performance"), 2048)
+    for k, n in matrices(layout).values():
+        for rows in range(KV_BLOCK, PREFILL_CHUNK + 1, KV_BLOCK):
+            program = layout.prefill_matmul(rows, k, n, fidelity)
+            assert program.out_block_w == program.per_core_N
+            assert program.per_core_M % program.out_block_h == 0
+            assert program.out_block_h * program.out_block_w <= max(MOST_TILES, program.per_core_N)
+            assert program.out_block_h % program.out_subblock_h == program.out_block_w % program.out_subblock_w == 0
+            assert program.out_subblock_h * program.out_subblock_w <= (8 if fidelity == "LoFi" else 4)
+            columns, lines = 8, min(layout.cores.rows, rows // TILE, 8)
+            assert program.per_core_N * TILE * columns >= n and program.per_core_M * TILE * lines >= rows
+
+
+def test_a_weight_in_dram_shards_whose_columns_are_cut_is_refused(mesh, shadow):
+    """ttnn accepts it. On a chip every block then has the first columns."""
+    model = Weights.random(reduced("1B", mesh.get_num_devices(), layers=1)).on(mesh)
+    linear = model.layers[0].mlp.w1
+    x = put(mesh, Weights.random(model.config)["model.embed_tokens.weight"][random_ids(KV_BLOCK, 1)][None, None])
+    whole = model.layout.prefill_matmul(KV_BLOCK, linear.k, linear.n, linear.fidelity)
+    linear.prefill_forward(x)
+    assert whole.per_core_N > 1
+    linear.prefill_programs[KV_BLOCK] = ttnn.MatmulMultiCoreReuseMultiCastProgramConfig(
+        compute_with_storage_grid_size=whole.compute_with_storage_grid_size,
+        in0_block_w=whole.in0_block_w,
+        out_subblock_h=1,
+        out_subblock_w=1,
+        out_block_h=whole.out_block_h,
+        out_block_w=1,
+        per_core_M=whole.per_core_M,
+        per_core_N=whole.per_core_N,
+        transpose_mcast=False,
+        fused_activation=None,
+        fuse_batch=True,
+    )
+    with pytest.raises(ValueError, match=f"blocks of 1 of {whole.per_core_N} columns"):
+        linear.prefill_forward(x)
 
 
 @pytest.mark.parametrize("size", ["1B", "3B", "8B"])
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
-def test_the_norm_runs_on_the_cores_of_the_residual_stream(grid, size):
-    layout = layout_on(*grid, size, 1)
-    program, box = layout.norm_program, layout.residual.shard_spec.grid.bounding_box()
-    across, down = program.compute_with_storage_grid_size.x, program.compute_with_storage_grid_size.y
-    assert (across, down) == (box.end.x + 1, box.end.y + 1)
-    assert program.block_w * TILE * layout.residual_cores == layout.hidden
-    assert program.block_w % program.subblock_w == 0
-
-
-@pytest.mark.parametrize("size", ["1B", "3B", "8B"])
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
-def test_a_prefill_covers_rows_and_columns_within_the_grid(grid, size):
-    columns, rows, _ = grid
-    layout = layout_on(*grid, size, 1)
-    for count in (128, 1024):
-        program = layout.prefill_matmul(count, layout.hidden, layout.intermediate, "HiFi2")
-        across, down = program.compute_with_storage_grid_size.x, program.compute_with_storage_grid_size.y
-        assert across <= columns and down <= rows
-        assert program.per_core_M * down * TILE >= count
-        assert program.per_core_N * across * TILE >= layout.intermediate
-
-
-def test_wide_grids_rotate_q_and_k_of_all_rows_together():
-    fused = {grid[:2]: 2 * MAX_ROWS <= layout_on(*grid, "8B", 1).cores.count for grid in GRIDS}
-    assert fused == {grid[:2]: grid[:2] != (8, 7) for grid in GRIDS}
+def test_decode_attention_takes_the_same_number_of_cores_for_any_number_of_rows(mesh, size):
+    layout = Layout(named_config(size), mesh, precision_named("performance"), 2048)
+    assert layout.attention_program(TILE).max_cores_per_head_batch == 1

@@ -132,6 +132,14 @@ def test_a_prompt_of_several_chunks_equals_hugging_face(mesh):
         assert worst_pcc(model, ids, expected, length) >= BOUND, length
 
 
+@pytest.mark.parametrize("length", [1, 32, 33, 140])
+def test_a_prompt_read_in_rows_equals_one_read_in_chunks(small, mesh, length):
+    """As the prefill kernels and those of decoding differ in rounding, so do they."""
+    ids, in_rows = small.ids[: length + 5], small.weights.on(mesh, prefill="rows")
+    expected = made_after(small.model, ids, length)
+    assert min(row_pccs(made_after(in_rows, ids, length), expected)) >= BOUND
+
+
 # ------------------------------------------------------------------------------------ rows know their places
 def test_a_token_changes_its_own_row_and_none_before_it(small):
     model, ids = small.model, small.ids

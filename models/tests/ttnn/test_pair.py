@@ -39,6 +39,7 @@ KINDS = {  # (drafter, options)
     "own chip": ("model", {"placement": "own-chip"}),
     "own chip, sampling": ("model", {"placement": "own-chip", "greedy": False}),
     "several lengths": ("model", {"draft_lengths": LENGTHS}),
+    "prompts in rows": ("model", {"prefill": "rows"}),
     "combined": ("combined", {"draft_lengths": LENGTHS}),
     "lookup, sampling": ("prompt-lookup", {"draft_lengths": LENGTHS, "greedy": False}),
     "early exit": ("early-exit", {"exit_layer": 1, "draft_lengths": LENGTHS}),
@@ -46,7 +47,7 @@ KINDS = {  # (drafter, options)
     "tree on its own chip, sampling": ("tree", {"tree_nodes": 9, "placement": "own-chip", "greedy": False}),
 }
 DRAFTER = {kind: drafter for kind, (drafter, _) in KINDS.items()}
-FUSED = ("fused", "several lengths", "combined", "early exit")
+FUSED = ("fused", "several lengths", "prompts in rows", "combined", "early exit")
 
 
 @pytest.fixture
@@ -219,6 +220,13 @@ def test_every_chip_reserves_the_trace_region(pair):
 
 
 # ------------------------------------------------------------------------------------------------ errors on the way
+def test_more_attention_cores_than_a_verification_leaves_are_refused(board, pair, calls, opened_and_closed):
+    """Rows of a verification would have fewer cores than plain decoding, and other bits."""
+    with pytest.raises(UserError, match=r"--attention-cores 16: 16 rows of \d KV heads leave each \d of the \d+ cores"):
+        load(pair, options_of("fused", board, draft_lengths=(15,), attention_cores=16))
+    assert calls == opened_and_closed
+
+
 @pytest.mark.parametrize("role", ["target", "draft"])
 def test_an_error_while_loading_closes_the_board(role, board, pair, calls, opened_and_closed):
     broken = dict(zip(("target", "draft"), pair, strict=True))[role].checkpoint
@@ -335,7 +343,7 @@ def test_after_warming_up_nothing_is_compiled(kind, board, calls, guesses):
     assert sources == expected.get(DRAFTER[kind], {DRAFTER[kind].partition("-")[0]})
 
 
-@pytest.mark.parametrize("kind", ["fused", "combined", "own chip"])
+@pytest.mark.parametrize("kind", ["fused", "prompts in rows", "combined", "own chip"])
 def test_both_paths_write_the_targets_own_text(kind, board, calls, values):
     """Trees and early exit have tests of their own."""
     looks_up = kind == "combined"

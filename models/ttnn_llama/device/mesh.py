@@ -21,6 +21,7 @@ from models.errors import UserError
 if TYPE_CHECKING:
     import ttnn
 
+L1_SMALL_BYTES = 32768  # a core, where several chips work together
 Closers = list[tuple[str, Callable[[], None]]]  # what it closes, how; in the order of opening
 # What to do about an error of ttnn, by words in it. After any other one the board may be in no state to go on.
 REMEDIES = {
@@ -124,6 +125,8 @@ def _open(board: Board, trace_region_bytes: int, columns: int, own_chip_for_draf
             closers.append(("the fabric", lambda: ttnn.set_fabric_config(ttnn.FabricConfig.DISABLED)))
             # Dispatch on Ethernet cores would leave one more row of workers; mock boards do not have it, and this way
             # the grid on silicon is the one that the mock has checked.
+            # Collectives keep their semaphores there; in main L1 the fabric may overwrite them (tt-metal issue 56769).
+            arguments["l1_small_size"] = L1_SMALL_BYTES
             arguments["dispatch_core_config"] = ttnn.DispatchCoreConfig(ttnn.DispatchCoreType.WORKER)
         mesh = ttnn.open_mesh_device(
             ttnn.MeshShape(*board.mesh_shape), trace_region_size=trace_region_bytes, **arguments

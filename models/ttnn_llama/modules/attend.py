@@ -3,9 +3,9 @@
 Both give the heads' results of all rows side by side, [1, 1, R or 32, Q D], one head a core, as `wo` wants them.
 
 Cost per layer and chip, by the kernels' sources: causal rows stream keys and values up to their position once for each
-row, over all cores; rows of a tree stream them once for each query head (of Q / KV that share a KV head), on Q cores,
-for up to 32 rows alike. So a tree of 32 rows reads 8 to 11 times less than 32 causal rows do, and one of few rows no
-less; on 8 chips, where Q is 3 or 4, few cores do it.
+row, each on a core of its own for each KV head; rows of a tree stream them once for each query head (of Q / KV that
+share a KV head), on Q cores, for up to 32 rows alike. So a tree of 32 rows reads 8 to 11 times less than 32 causal rows
+do, and one of few rows no less; on 8 chips, where Q is 3 or 4, few cores do it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CausalRows:
         self.heads = layout.heads
         self.scale = attention_scale(layout.head_dim)
         self.program = layout.attention_program(q_chunk=TILE)
-        self.compute = attention_compute_config(layout.mesh_device)
+        self.compute = attention_compute_config(layout.mesh_device, exact=False)
         # where nlp_concat_heads_decode wants its input: one position a core, on a rectangle
         self.attended = cores.height_sharded(layout.head_dim, cores.in_rectangle(rows))
         self.page_table = ttnn.from_torch(
@@ -80,7 +80,7 @@ class TreeRows:
     def __init__(self, layout: Layout):
         self.scale = attention_scale(layout.head_dim)
         self.program = layout.attention_program(q_chunk=TILE)
-        self.compute = attention_compute_config(layout.mesh_device)
+        self.compute = attention_compute_config(layout.mesh_device, exact=True)
         cores = layout.cores
         self.joined = cores.width_sharded(layout.heads * layout.head_dim, cores.in_rows(layout.heads))
 

@@ -35,7 +35,7 @@ class Attention:
         self.heads, self.kv_heads = layout.heads, layout.kv_heads
         self.scale = attention_scale(layout.head_dim)
         self.prefill_program = layout.attention_program(q_chunk=KV_BLOCK)
-        self.compute = attention_compute_config(layout.mesh_device)
+        self.compute = attention_compute_config(layout.mesh_device, exact=True)
 
     def decode_forward(
         self, x: ttnn.Tensor, tables: list[ttnn.Tensor], inputs: RowInputs, plan: RowPlan

@@ -1,8 +1,9 @@
 """Decoding with a stack of layers on the device: decode, verify, trees and chains of drafted tokens.
 
 Decode, verification and drafting are one function of R rows (`Decoder.decode`): a row's arithmetic is the same
-whatever R is, since a tile has 32 rows anyway and attention handles each row by itself. Rows of a tree differ in how
-they attend (`attend.TreeRows`): another kernel, so that on a chip their last bits may differ from a decode's.
+whatever R is, since a tile has 32 rows anyway, and attention handles each row by itself, on the same number of cores
+(`Layout.attention_program`). Rows of a tree differ in how they attend (`attend.TreeRows`): another kernel, so that on a
+chip their last bits may differ from a decode's.
 """
 
 from __future__ import annotations

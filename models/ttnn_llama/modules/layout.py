@@ -92,13 +92,14 @@ def compute_config(mesh_device: ttnn.MeshDevice, fidelity: str):
     )
 
 
-def attention_compute_config(mesh_device: ttnn.MeshDevice):
-    """Compute kernel configuration of attention: the combination that tt_transformers decodes Llama with."""
+def attention_compute_config(mesh_device: ttnn.MeshDevice, *, exact: bool):
+    """Compute kernel configuration of attention, as tt_transformers sets it for Llama: exact (HiFi4, sums in fp32) in
+    the prefill kernel, which trees use too; HiFi2 with bf16 sums in the decode kernel."""
     return ttnn.init_device_compute_kernel_config(
         mesh_device.arch(),
-        math_fidelity=ttnn.MathFidelity.HiFi2,
+        math_fidelity=ttnn.MathFidelity.HiFi4 if exact else ttnn.MathFidelity.HiFi2,
         math_approx_mode=False,
-        fp32_dest_acc_en=False,
+        fp32_dest_acc_en=exact,
         packer_l1_acc=False,
     )
 
@@ -111,9 +112,18 @@ class Layout:
         mesh_device: an open mesh; weights and activations lie on all its chips.
         precision: formats and fidelities.
         max_seq_len: positions the model may use.
+        attention_cores: that share the work of one row and KV head in decode attention.
     """
 
-    def __init__(self, config: LlamaConfig, mesh_device: ttnn.MeshDevice, precision: Precision, max_seq_len: int):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        mesh_device: ttnn.MeshDevice,
+        precision: Precision,
+        max_seq_len: int,
+        attention_cores: int = 1,
+    ):
+        self.attention_cores = attention_cores
         self.config = config
         self.mesh_device = mesh_device
         self.precision = precision
@@ -154,8 +164,13 @@ class Layout:
         )
 
     def attention_program(self, q_chunk: int) -> ttnn.SDPAProgramConfig:
-        """Chunks of 128 positions: 32 gave wrong results beyond the first (tt-metal issue 56171)."""
+        """Chunks of 128 positions: 32 gave wrong results beyond the first (tt-metal issue 56171).
+
+        `attention_cores` matters to decoding only: left to itself its kernel takes more cores for a KV head the fewer
+        rows there are, and joins their results in bf16, so that a row's bits would depend on how many rows there are.
+        """
         return ttnn.SDPAProgramConfig(
+            max_cores_per_head_batch=self.attention_cores,
             compute_with_storage_grid_size=ttnn.CoreCoord(self.cores.columns, self.cores.rows),
             q_chunk_size=q_chunk,
             k_chunk_size=KV_BLOCK,
@@ -175,20 +190,25 @@ class Layout:
         )
 
     def prefill_matmul(self, rows: int, k: int, n: int, fidelity: str):
-        """Two-dimensional multicast matmul of [1, 1, rows, k] by [k, n] per chip, rows a multiple of 128 up to 1024."""
+        """Two-dimensional multicast matmul of [1, 1, rows, k] by [k, n] per chip, rows a multiple of 128 up to 1024.
+
+        Where a core's output is too much for its L1, its rows are cut, never its columns: a core that reads a weight
+        from DRAM shards reads all of its columns for each block, from the first one on
+        (reader_bmm_tile_layout_in1_sender_writer_padding, IN1_DRAM_WIDTH_SHARDED).
+        """
         m_tiles, k_tiles, n_tiles = rows // TILE, k // TILE, n // TILE
         columns, lines = min(8, self.cores.columns), min(self.cores.rows, m_tiles, 8)
         per_m, per_n = -(-m_tiles // lines), -(-n_tiles // columns)
-        block_n = _largest_divisor(per_n, max(1, _PREFILL_TILES // per_m))
+        block_m = _largest_divisor(per_m, max(1, _PREFILL_TILES // per_n))
         destination = 8 if fidelity == "LoFi" else 4  # tiles; fp32 sums take twice the room
-        sub_w = _largest_divisor(block_n, destination)
+        sub_w = _largest_divisor(per_n, destination)
         return ttnn.MatmulMultiCoreReuseMultiCastProgramConfig(
             compute_with_storage_grid_size=(columns, lines),
             in0_block_w=_largest_divisor(k_tiles, 4),
-            out_subblock_h=_largest_divisor(per_m, destination // sub_w),
+            out_subblock_h=_largest_divisor(block_m, destination // sub_w),
             out_subblock_w=sub_w,
-            out_block_h=per_m,
-            out_block_w=block_n,
+            out_block_h=block_m,
+            out_block_w=per_n,
             per_core_M=per_m,
             per_core_N=per_n,
             transpose_mcast=False,

@@ -1,7 +1,8 @@
-"""A whole greedy round on the device: K drafted tokens, their verification, and how many of them are right.
+"""A whole greedy round on the device: K drafted tokens and their verification.
 
 Draft and target share a mesh; the draft may be the target's own first layers. The drafted ids go from the draft's
-argmax into the target's embedding without the host, which writes two tokens and a position, and reads one small tensor.
+argmax into the target's embedding without the host, which writes two tokens and a position, reads one small tensor,
+and counts how many drafted ids the target has too.
 """
 
 from collections.abc import Sequence
@@ -90,8 +91,9 @@ class FusedRound:
         step.place(position + 2)
         verify.fill([tokens[-1]] * (longest + 1), position + 1)
         result = self.target.read(self.runner.run(self.key(k)))
-        accepted, drafted, verified = result[0], result[1 : 1 + longest], result[1 + longest :]
-        return drafted[:k], verified[: k + 1], min(accepted, k)
+        drafted, verified = result[:k], result[longest : longest + k + 1]
+        accepted = next((i for i in range(k) if drafted[i] != verified[i]), k)
+        return drafted, verified, accepted
 
     def _prepared(self, k: int) -> int:
         if not 1 <= k <= self.max_draft:
@@ -101,7 +103,7 @@ class FusedRound:
         return next(length for length in self.draft_lengths if length >= k)
 
     def _round(self, k: int, first: RowInputs, step: RowInputs, verify: RowInputs) -> ttnn.Tensor:
-        """[1, 1 + k + R] uint32: accepted, the k drafted ids, the target's ids of R >= k + 1 rows."""
+        """[1, k + R] uint32: the k drafted ids, the target's ids of R >= k + 1 rows."""
         drafted = self.draft.chain(first, step, 2, k)
         rows = verify.rows
         parts = [ttnn.slice(first.ids, [0, 1], [1, 2]), *drafted]
@@ -109,14 +111,4 @@ class FusedRound:
             parts.append(ttnn.slice(self._padding, [0, 0], [1, rows - k - 1]))
         plan = self.target.plan(rows)
         verified = self.target.head.argmax(self.target.decode(verify, plan, ttnn.concat(parts, dim=1)))
-        proposed = ttnn.concat(drafted, dim=1)
-        accepted = _leading_matches(proposed, ttnn.slice(verified, [0, 0], [1, k]))
-        return ttnn.concat([accepted, proposed, verified], dim=1)
-
-
-def _leading_matches(a: ttnn.Tensor, b: ttnn.Tensor) -> ttnn.Tensor:
-    """[1, k] and [1, k] uint32 row-major -> [1, 1] uint32: in how many leading places they agree."""
-    a, b = (ttnn.to_layout(ids, ttnn.TILE_LAYOUT) for ids in (a, b))
-    agree = ttnn.typecast(ttnn.eq(a, b), ttnn.bfloat16)  # exact: counts stay below 32
-    count = ttnn.sum(ttnn.cumprod(agree, dim=1), dim=1, keepdim=True)
-    return ttnn.to_layout(ttnn.typecast(count, ttnn.uint32), ttnn.ROW_MAJOR_LAYOUT)
+        return ttnn.concat([*drafted, verified], dim=1)

@@ -62,9 +62,10 @@ def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> lis
     a speculative round spends its time in."""
     what = "ids" if options.greedy else "logits"
     plain = Program("target", what)
+    needed = [plain, *_reading(options, lengths)]
     if not lengths:
-        return [plain]
-    needed = [plain, *_drafting(options, lengths, shared)]
+        return needed
+    needed += _drafting(options, lengths, shared)
     if is_fused(options, shared):
         if options.workload.mixed:
             needed += [Program("target", what, k + 1) for k in lengths]
@@ -77,6 +78,14 @@ def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> lis
     again = max(lengths) + 1
     rows = min(again + (options.tree_nodes or 0), MAX_ROWS)
     return [*needed, Program("target", what, again), Program("target", TREE + what, rows)]
+
+
+def _reading(options: BoardOptions, lengths: Sequence[int]) -> list[Program]:
+    """What reads prompts where prefill kernels do not."""
+    if options.prefill != "rows":
+        return []
+    drafts = ["draft"] if lengths and options.workload.drafts_with == "draft" else []
+    return [Program(model, "logits", MAX_ROWS) for model in ["target", *drafts]]
 
 
 def _drafting(options: BoardOptions, lengths: Sequence[int], shared: bool) -> list[Program]:

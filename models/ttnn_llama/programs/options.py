@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from models.errors import UserError
 from models.speculative.model import Workload
-from models.ttnn_llama.shapes import MAX_ROWS
+from models.ttnn_llama.shapes import MAX_ROWS, PREFILLS
 
 # Lengths for a controller to choose from: with the token before them 2, 4, 8 and 16 rows, all of which are computed.
 DRAFT_LENGTHS = (1, 3, 7, 15)
@@ -16,6 +16,8 @@ class BoardOptions:
 
     precision, draft_precision: names in `precision.PRECISIONS`.
     placement: "shared", or "own-chip" for a draft on a chip of its own.
+    attention_cores: that share one row and KV head in decode attention.
+    prefill: "chunks", or "rows" where prompts are read by decode forwards.
     trace: replay captured programs; never on mock boards, which cannot.
     weight_cache: keep converted weights on disk.
     workload: what drafting asks the models for. exit_layer: how many first layers draft, where they do. tree_nodes:
@@ -30,6 +32,8 @@ class BoardOptions:
     precision: str = "performance"
     draft_precision: str = "performance"
     placement: str = "shared"
+    attention_cores: int = 1
+    prefill: str = PREFILLS[0]
     trace: bool = True
     weight_cache: bool = True
     workload: Workload = Workload()
