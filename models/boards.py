@@ -74,7 +74,6 @@ class Board:
         rows, columns = self.mesh_shape
         return rows * columns
 
-
     @property
     def title(self) -> str:
         """Its name, and the one that it is sold under."""

@@ -438,7 +438,10 @@ def test_markdown_is_tables_with_a_cell_for_every_column(plan, capsys):
         ("", "the following arguments are required: --target, --draft, --board"),
         ("--target 7B --draft 1B --board N150", "no Llama size is called '7B'"),
         ("--target 1B --draft 8B --board N150", "the draft 8B is larger than the target 1B: swap them"),
-        ("--target 8B --draft 1B --board E75", "unknown board 'E75': use one of N150, N300, T3K, P150"),
+        (
+            "--target 8B --draft 1B --board E75",
+            "unknown board 'E75': use one of N150, N300, T3K (LoudBox or QuietBox), P150, ",
+        ),
         ("--target 8B --draft 1B --board N150 --acceptance 1.01", "--acceptance 1.01 is outside 0..1"),
         ("--target 8B --draft 1B --board N150 --acceptance -0.1", "--acceptance -0.1 is outside 0..1"),
         ("--target 8B --draft 1B --board N150 --acceptance nan", "--acceptance nan is outside 0..1"),

@@ -93,7 +93,7 @@ def test_an_unknown_board_is_refused_with_the_names_there_are():
     assert board_named("N300").chips == 2
     with pytest.raises(UserError) as caught:
         board_named("TG")
-    assert all(word in one_line(caught) for word in ("'TG'", "N150", "N300", "T3K", "P150", "P300", "P300x2 (QuietBox 2)"))
+    assert all(word in one_line(caught) for word in ("'TG'", "N150", "N300", "T3K", "P300", "P300x2 (QuietBox 2)"))
 
 
 def test_mesh_device_names_the_board_and_may_be_unset():

@@ -73,7 +73,7 @@ def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
             if (board.chips, board.arch) == (chips, arch):
                 return replace(board, mock=is_mock())
         known = ", ".join(f"{board.title}: {board.chips} {board.arch}" for board in BOARDS.values())
-        raise UserError(f"found {chips} {arch} chips, which is none of these ({known}): set MESH_DEVICE to the one to use")
+        raise UserError(f"found {chips} {arch} chips, none of the boards ({known}): set MESH_DEVICE to the one to use")
     if board.arch != arch:
         raise UserError(f"MESH_DEVICE={board.name} is a {board.arch}, found {arch}: unset MESH_DEVICE to detect it")
     if board.chips > chips:
