@@ -4,6 +4,7 @@ cluster   the board: ttnn's own mock mode, switched on for this process or for a
 shadow    the numbers: each operation's golden function in torch, beside the real operation on the mock
 goldens   the golden functions that ttnn does not have, or has in another form
 graph     what a function runs on a device: each op, its program, the DRAM bytes that it moves
+kernels   what it hands to kernels: each one's source, defines and compile-time arguments
 
 `python -m models.board_mock N150 SCRIPT` runs a script that way. What is real: which calls ttnn accepts, output shapes,
 types and memory configurations, memory in use. What is not: kernels, their accuracy and any time.

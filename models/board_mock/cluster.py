@@ -23,6 +23,8 @@ from models.boards import BOARDS, MOCK_VARIABLE, Board, board_named, is_mock
 from models.errors import UserError
 
 LOG_LEVEL_VARIABLE = "TT_LOGGER_LEVEL"
+COMMANDS_VARIABLE = "TT_MOCK_KEEP_COMMANDS"  # set: what the compiler is called with is kept beside what it makes
+COMMAND = "command"  # the file's name, an argument a line
 
 # ---- cluster descriptors --------------------------------------------------------------------------------------------
 
@@ -81,19 +83,23 @@ def descriptor(board: Board) -> str:
 
 # Called with --version, to compile one source (-o X.o -MF X.d SOURCE), and to link (-o X.elf). It copies under a
 # temporary name first: another process may be waiting to read the result.
-COMPILER = r"""#!/bin/sh
+COMPILER = rf"""#!/bin/sh
 # Stands where ttnn looks for its RISC-V compiler. Compiles nothing: every program it links is the same empty one.
-root=${0%/runtime/*}
+root=${{0%/runtime/*}}
 [ "$1" = --version ] && exec cat "$root/version"
-while [ $# -gt 0 ]; do
-  case $1 in
-    -o) output=$2; shift ;;
-    -MF) dependencies=$2; shift ;;
-    *.cc | *.cpp | *.c) source=$1 ;;
+previous='' output='' dependencies='' source=''
+for argument; do
+  case $previous in
+    -o) output=$argument ;;
+    -MF) dependencies=$argument ;;
   esac
-  shift
+  case $argument in
+    *.cc | *.cpp | *.c) source=$argument ;;
+  esac
+  previous=$argument
 done
 [ -z "$dependencies" ] || printf '%s: %s\n' "$output" "$source" >"$dependencies"
+[ -z "${COMMANDS_VARIABLE}" ] || [ -z "$dependencies" ] || printf '%s\n' "$@" >"${{dependencies%/*}}/{COMMAND}"
 case $output in
   *.elf) cp "$root/empty.elf" "$output.$$" ;;
   *) echo >"$output.$$" ;;
@@ -160,7 +166,7 @@ def _package() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     """A directory of this user alone, with a path that ttnn can put into a shell command."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     candidate = Path(home, "tt-speculative-llama", "ttnn_mock")
@@ -205,7 +211,7 @@ def _make_root(where: Path | None) -> Path:
     """The runtime root of the installed ttnn, made or completed; one per installation of ttnn."""
     package = _package()
     if where is None:
-        where = _cache_directory() / hashlib.sha256(str(package).encode()).hexdigest()[:12]
+        where = cache_directory() / hashlib.sha256(str(package).encode()).hexdigest()[:12]
     root = Path(where).absolute()
     for name in ("tt_metal", "ttnn", "runtime/hw"):
         _link(root / name, package / name)
@@ -258,8 +264,8 @@ def activate(board: str, where: str | os.PathLike | None = None) -> None:
 
 
 def quieten() -> None:
-    """Silence the Python half of ttnn, which logs through loguru, unless the user has set a level for ttnn himself."""
-    if LOG_LEVEL_VARIABLE not in os.environ:
+    """Silence the Python half of ttnn, which logs through loguru, unless the user wants more of ttnn than errors."""
+    if os.environ.get(LOG_LEVEL_VARIABLE, "error") == "error":  # which a process of the mock hands down
         with contextlib.suppress(ImportError):
             from loguru import logger
 

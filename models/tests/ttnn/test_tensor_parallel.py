@@ -84,8 +84,9 @@ def test_every_chip_has_only_a_part_of_each_sum(model, monkeypatch, name):
     chips = model.layout.chips
     for parts, totals in sums:
         assert len(parts) == chips
-        rows = slice(8 if name == "sum_rows" else POSITION)
-        assert max(pcc(part[..., rows, :], totals[0][..., rows, :]) for part in parts) < 0.9
+        rows = slice(8 if name == "sum_rows" else POSITION)  # kernels leave what lies behind them unwritten
+        parts, totals = parts[..., rows, :], totals[..., rows, :]
+        assert max(pcc(part, totals[0]) for part in parts) < 0.9
         assert all(torch.equal(total, totals[0]) for total in totals)
         torch.testing.assert_close(totals[0], parts.sum(0), rtol=2**-7, atol=2**-7)
 

@@ -23,7 +23,10 @@ class OneChip:
 
 
 class Line:
-    """Chips in a row (1 x n), one link, no wrap-around: what N300 and T3K have in common."""
+    """Chips in a row (1 x n), no wrap-around: what N300 and T3K have in common.
+
+    Sums use one link, gathers every link that ttnn finds free.
+    """
 
     def __init__(self, residual: ttnn.MemoryConfig):
         self.residual = residual
@@ -39,7 +42,7 @@ class Line:
 
     def join_vocabulary(self, x: ttnn.Tensor) -> ttnn.Tensor:
         """[1, 1, R, V / n] row-major -> [1, 1, R, V] on every chip, in the order of the chips."""
-        return ttnn.all_gather(x, dim=3, **self.options)
+        return ttnn.all_gather(x, dim=3)
 
 
 def collectives(chips: int, residual: ttnn.MemoryConfig) -> OneChip | Line:

@@ -114,7 +114,7 @@ class Decoder(SlotBySlot):
         if key not in self.runner:
             first, step = self.new_inputs(padded_rows(m)), self.new_inputs(1)
             self._chain_inputs[key] = (first, step)
-            self.runner.add(key, lambda: ttnn.concat(self.chain(first, step, m, k), dim=1))
+            self.runner.add(key, lambda: ttnn.concat(self.chain(first, step, m, k), dim=0))
         return key
 
     def computed_rows(self, what: str, n: int) -> int:
@@ -137,13 +137,26 @@ class Decoder(SlotBySlot):
         return TreeInputs(rows, self.plan(rows, tree=True).lookups, self.layout.cache_length, self.mesh_device)
 
     def decode(self, inputs: RowInputs, plan: RowPlan, ids: ttnn.Tensor | None = None) -> ttnn.Tensor:
-        """Logits [1, 1, R, V] row-major of the rows in ``inputs``; ``ids`` [1, R], if given, in place of theirs."""
-        embedded = ttnn.embedding(inputs.ids if ids is None else ids, self.embedding, layout=ttnn.TILE_LAYOUT)
-        x = ttnn.interleaved_to_sharded(ttnn.unsqueeze_to_4D(embedded), self.layout.residual)
+        """Logits [1, 1, R, V] row-major of the rows in ``inputs``; ``ids`` [R, 1], if given, in place of theirs."""
+        embedded = self._embed(inputs.ids) if ids is None else self._embed_pages(ids)
+        x = ttnn.interleaved_to_sharded(embedded, self.layout.residual)
         tables = plan.rope_tables(inputs)
         for layer in self.layers:
             x = layer.decode_forward(x, tables, inputs, plan)
         return self.head.logits(x)
+
+    def _embed(self, ids: ttnn.Tensor) -> ttnn.Tensor:
+        """[1, R] uint32 -> [1, 1, R, H]."""
+        return ttnn.unsqueeze_to_4D(ttnn.embedding(ids, self.embedding, layout=ttnn.TILE_LAYOUT))
+
+    def _embed_pages(self, ids: ttnn.Tensor) -> ttnn.Tensor:
+        """[R, 1] uint32, a page for each id -> [1, 1, R, H].
+
+        Ids that a program has joined are pages: to join them in one row ttnn would transpose them on the compute
+        engine.
+        """
+        rows = ttnn.embedding(ids, self.embedding, layout=ttnn.ROW_MAJOR_LAYOUT)
+        return ttnn.to_layout(ttnn.reshape(rows, (1, 1, ids.shape[0], rows.shape[-1])), ttnn.TILE_LAYOUT)
 
     def chain(self, first: RowInputs, step: RowInputs, m: int, k: int) -> list[ttnn.Tensor]:
         """k greedy ids, [1, 1] each, after the m tokens in ``first``; ``step`` holds the position after them."""

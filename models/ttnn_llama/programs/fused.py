@@ -1,7 +1,7 @@
 """A whole greedy round on the device: K drafted tokens and their verification.
 
 Draft and target share a mesh; the draft may be the target's own first layers. The drafted ids go from the draft's
-argmax into the target's embedding without the host, which writes two tokens and a position, reads one small tensor,
+argmax into the target's embedding without the host, which writes two tokens and a position, reads the ids of both,
 and counts how many drafted ids the target has too.
 """
 
@@ -42,7 +42,7 @@ class FusedRound:
         self._inputs: dict[int, tuple[RowInputs, RowInputs, RowInputs]] = {}  # by length: first, step, verify
         mapper = ttnn.ReplicateTensorToMesh(target.mesh_device)
         self._padding = ttnn.from_torch(
-            torch.zeros(1, MAX_ROWS, dtype=torch.int32),
+            torch.zeros(MAX_ROWS, 1, dtype=torch.int32),
             dtype=ttnn.uint32,
             layout=ttnn.ROW_MAJOR_LAYOUT,
             device=target.mesh_device,
@@ -90,8 +90,8 @@ class FusedRound:
         first.fill(tokens, position)
         step.place(position + 2)
         verify.fill([tokens[-1]] * (longest + 1), position + 1)
-        result = self.target.read(self.runner.run(self.key(k)))
-        drafted, verified = result[:k], result[longest : longest + k + 1]
+        ids, verified = (self.target.read(part) for part in self.runner.run(self.key(k)))
+        drafted, verified = ids[1 : k + 1], verified[: k + 1]
         accepted = next((i for i in range(k) if drafted[i] != verified[i]), k)
         return drafted, verified, accepted
 
@@ -102,13 +102,13 @@ class FusedRound:
             )
         return next(length for length in self.draft_lengths if length >= k)
 
-    def _round(self, k: int, first: RowInputs, step: RowInputs, verify: RowInputs) -> ttnn.Tensor:
-        """[1, k + R] uint32: the k drafted ids, the target's ids of R >= k + 1 rows."""
+    def _round(self, k: int, first: RowInputs, step: RowInputs, verify: RowInputs) -> tuple[ttnn.Tensor, ttnn.Tensor]:
+        """Ids [R, 1] of the R >= k + 1 rows that are verified, the last token first and then the drafted ones, and the
+        target's ids [1, R] after them."""
         drafted = self.draft.chain(first, step, 2, k)
         rows = verify.rows
         parts = [ttnn.slice(first.ids, [0, 1], [1, 2]), *drafted]
         if rows > k + 1:
-            parts.append(ttnn.slice(self._padding, [0, 0], [1, rows - k - 1]))
-        plan = self.target.plan(rows)
-        verified = self.target.head.argmax(self.target.decode(verify, plan, ttnn.concat(parts, dim=1)))
-        return ttnn.concat([*drafted, verified], dim=1)
+            parts.append(ttnn.slice(self._padding, [0, 0], [rows - k - 1, 1]))
+        ids = ttnn.concat(parts, dim=0)
+        return ids, self.target.head.argmax(self.target.decode(verify, self.target.plan(rows), ids))
