@@ -75,6 +75,12 @@ class Board:
         return rows * columns
 
     @property
+    def worker_cores(self) -> int:
+        """Of each chip, when ttnn dispatches from one row (Wormhole) or column (Blackhole) of them."""
+        lines, cores = (14, 10) if self.arch == "blackhole" else (10, 8)
+        return (lines - 1 - max(mask.bit_count() for mask in self.wiring.harvested)) * cores
+
+    @property
     def title(self) -> str:
         """Its name, and the one that it is sold under."""
         return f"{self.name} ({self.product})" if self.product else self.name

@@ -238,9 +238,13 @@ def plan(target: str) -> str:
         at = next(row for row in results["table"] if row["k"] == best["k"])
         cells = [_banded(best["speedup"], best["speedup_band"], 2), _banded(best["tok_s"], best["tok_s_band"], 1)]
         others = [_lever(results["levers"], name) for name in LEVERS]
-        rows.append((board, str(best["k"]), *cells, percent(at["break_even"]), *others))
+        plain = f"{results['decode']['tok_s']:.1f}"
+        rows.append((board, plain, str(best["k"]), *cells, percent(at["break_even"]), *others, _published(results)))
     assumed = f"acceptance {results['acceptance']['chances'][0]:g}, context {results['settings']['context']}"
-    head = (f"{target} + 1B: **predicted**", "best K", "speed-up (band)", "tok/s (band)", "break-even", *LEVERS)
+    head = (
+        *(f"{target} + 1B: **predicted**", "plain", "best K", "speed-up (band)", "tok/s (band)", "break-even"),
+        *(*LEVERS, "best plain published; of it"),
+    )
     return (
         f"`scripts/plan.py --target {target} --draft 1B --board BOARD`; {assumed}, {results['date'][:10]}\n\n"
         + markdown_table(head, rows)
@@ -251,6 +255,15 @@ def _lever(levers: Sequence[Results], name: str) -> str:
     best = max((each for each in levers if each["name"].startswith(name)), key=lambda each: each["speedup"])
     detail = best["name"].removeprefix(name)
     return _banded(best["speedup"], best["speedup_band"], 2) + f",{detail}" * bool(detail)
+
+
+def _published(results: Results) -> str:
+    """The best plain speed that has been published, and how many times as fast what is predicted would be."""
+    known = results["published_plain"]
+    if known is None:
+        return "none"
+    ratio = results["best"]["tok_s"] / known["tok_s_user"]
+    return f"{known['tok_s_user']:.1f} ({known['date'][:7]}); {ratio:.2f}x"
 
 
 def _banded(value: float, band: Sequence[float], digits: int) -> str:
