@@ -257,6 +257,24 @@ def _lever(levers: Sequence[Results], name: str) -> str:
     return _banded(best["speedup"], best["speedup_band"], 2) + f",{detail}" * bool(detail)
 
 
+def plan_fit() -> str:
+    """How well the planner's model explains published speeds."""
+    fit = read(f"plan-8B-1B-{next(iter(BOARDS))}")["fit"]
+    by_year = fit["leave_one_out_median_error_by_year"]
+    years = ", ".join(f"{year}: {error:.1%}" for year, error in by_year.items())
+    measured = len(fit["points"]) + sum(point["possible"] for point in fit["excluded"])
+    rows = [
+        (f"fit to {len(fit['points'])} figures", f"{fit['median_error']:.1%}"),
+        (f"each figure left out ({years})", f"{fit['leave_one_out_median_error']:.1%}"),
+        (
+            f"all figures of a model on a board left out (four in five within {fit['spread']:.0%})",
+            f"{fit['group_left_out_median_error']:.1%}",
+        ),
+        (f"all {measured} that were measured, fitted or not", f"{fit['all_measured_median_error']:.1%}"),
+    ]
+    return markdown_table(("of published decode speeds", "median error"), rows)
+
+
 def _published(results: Results) -> str:
     """The best plain speed that has been published, and how many times as fast what is predicted would be."""
     known = results["published_plain"]
@@ -280,6 +298,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "expect": expect,
     "bottleneck": bottleneck,
     "op-counts": op_counts,
+    "plan-fit": plan_fit,
     "plan-8B": lambda: plan("8B"),
     "plan-3B": lambda: plan("3B"),
 }

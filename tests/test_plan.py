@@ -186,7 +186,8 @@ def test_speedup_is_tokens_times_a_plain_step_over_a_round_and_its_band_moves_th
     assert figure.value == pytest.approx(1.75 * decode / (drafting + rest))
     assert figure.low == pytest.approx(1.75 * decode / (1.1 * drafting + rest))
     assert figure.high == pytest.approx(1.75 * decode / (0.9 * drafting + rest))
-    assert gain(times, round, round).low == gain(times, round, round).high == pytest.approx(1)
+    same = gain(times, round, round)
+    assert (same.low, same.value, same.high) == pytest.approx((1, 1, 1))
     rate = times.family.figure(round.tok_s)
     assert (rate.low, rate.high) == pytest.approx((0.9 * rate.value, 1.1 * rate.value))
 
@@ -478,7 +479,9 @@ def test_more_acceptance_is_faster_and_a_longer_context_makes_a_verification_dea
     speedups = [planned(plan, tmp_path, f"{pair} --acceptance {a}")["best"]["speedup"] for a in (0, 0.5, 0.8, 1)]
     assert speedups[0] == 1 and sorted(speedups) == speedups and speedups[1] < speedups[2] < speedups[3]
     near, far = (planned(plan, tmp_path, f"{pair} --context {context}")["table"] for context in (1024, 32768))
-    assert far[8]["verify_ms"] / far[0]["verify_ms"] > near[8]["verify_ms"] / near[0]["verify_ms"] > 1
+    # 16 rows of 4 KV heads are more than the chip has cores; fewer rows read the cache beside each other
+    assert far[15]["verify_ms"] / far[0]["verify_ms"] > near[15]["verify_ms"] / near[0]["verify_ms"] > 1
+    assert far[8]["verify_ms"] / far[0]["verify_ms"] == pytest.approx(1, abs=0.01)
 
 
 def test_acceptance_of_a_run_decides_the_plan(plan, fixed_run, tmp_path, capsys):

@@ -121,7 +121,7 @@ TERMS: dict[str, Callable[[Step], float]] = {
     "server_2025_ms": lambda s: 1.0 * (s.served and s.year < 2026),
     "server_2026_ms": lambda s: 1.0 * (s.served and s.year >= 2026),
     "hop_us": lambda s: s.work.exchanges * (s.chip.chips - 1) / 1000,
-    "exchange_us": lambda s: s.work.exchanges / 1000,
+    "exchange_us": lambda s: s.work.exchanges / 1000 * (s.chip.chips > 1),
 }
 _AT_LEAST = {"wormhole_bytes": 1 / MOST_EFFICIENCY, "blackhole_bytes": 1 / MOST_EFFICIENCY}
 _KNOWN = {"fidelity": 1.0}  # not fitted

@@ -117,8 +117,9 @@ def _fit(plan: Plan) -> Table:
     sources = dict.fromkeys(point["source"].split(", ")[0].split(": ")[0] for point in fit["points"])
     notes = [
         f"Median error {fit['median_error']:.1%}; leave-one-out {fit['leave_one_out_median_error']:.1%} ({years}); "
-        f"with all figures of a model on a board left out {fit['group_left_out_median_error']:.1%} (80 % of them within "
-        f"{fit['spread']:.0%}); of all that was measured, fitted or not, {fit['all_measured_median_error']:.1%}. "
+        f"with all figures of a model on a board left out {fit['group_left_out_median_error']:.1%} (80 % of them "
+        f"within {fit['spread']:.0%}); of all that was measured, fitted or not, "
+        f"{fit['all_measured_median_error']:.1%}. "
         f"Largest error of the fit: {errors}.",
         _terms(fit["forms"]),
         "Fitted: " + "; ".join(f"{name} {text}" for name, text in fit["parameters_in_words"].items()) + ".",
