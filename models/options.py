@@ -24,8 +24,7 @@ DEFAULT_TARGET = "tiny"
 EMBEDDED_DRAFT = str(NAMED[DEFAULT_TARGET][1])
 
 DEVICES = ("cpu", "cuda", "tt")
-DTYPES = ("bf16", "fp32", "fp16")
-DRAFT_DTYPES = (*DTYPES, "int8")
+DTYPES = ("bf16", "fp32", "fp16", "int8")
 PRECISION = "performance"  # as tt_transformers' demo
 VERIFICATIONS = ("batched", "sequential")
 
@@ -64,7 +63,8 @@ class EngineOptions:
         max_seq_len: positions to reserve, in tokens (default: the models' own, at most 2048).
         threads: CPU threads of torch, which on a board converts weights and draws samples (default: torch's own).
         slots: texts that may be under way at once (CPU and CUDA).
-        dtype, draft_dtype: "bf16" (default), "fp32", "fp16"; of the draft (default: dtype) also "int8".
+        dtype, draft_dtype: "bf16" (default), "fp32", "fp16", or "int8" on CPU: 8-bit matrices; of the draft by default
+            the target's.
         row_invariant: compute every target forward on as many rows as the longest verification has, so that greedy text
             is the same bit for bit with and without speculation (default: where that costs plain decoding nothing).
         precision, draft_precision: number formats on a board, a name in `precision.PRECISIONS`.
@@ -206,7 +206,7 @@ class EngineOptions:
         for name, allowed in (
             ("device", DEVICES),
             ("dtype", (None, *DTYPES)),
-            ("draft_dtype", (None, *DRAFT_DTYPES)),
+            ("draft_dtype", (None, *DTYPES)),
             ("precision", (None, *PRECISIONS)),
             ("draft_precision", (None, *PRECISIONS)),
             ("draft_placement", (None, *PLACEMENTS)),

@@ -543,6 +543,7 @@ def test_ctrl_c_in_verify_cost_and_peers_keeps_complete_repetitions(tmp_path, mo
         ("verify-cost 1b --target x", "--target is unknown to the suite verify-cost"),
         ("peers --temperature 0.7", "--temperature has no meaning in the suite peers"),
         ("peers --draft-dtype int8", "--draft-dtype has no meaning in the suite peers"),
+        ("peers --dtype int8", "--dtype int8 has no meaning in the suite peers"),
         ("peers --num-draft-tokens 32", "32 is out of range"),
         ("peers --device tt", "--device tt: the suite peers measures on cpu and cuda"),
         ("bottleneck --context 0", "0 is out of range"),

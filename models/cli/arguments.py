@@ -11,7 +11,6 @@ from models.options import (
     AUTO_LONGEST,
     AUTO_LONGEST_FIXED,
     DEVICES,
-    DRAFT_DTYPES,
     DRAFT_TOKENS,
     DTYPES,
     FREE_ROWS,
@@ -115,10 +114,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, s
     )
 
     group = parser.add_argument_group("numbers on cpu and cuda")
-    group.add_argument("--dtype", choices=DTYPES, default=None, help="of the models (default: bf16)")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=None,
+        help="of the models; int8: 8-bit matrices, on cpu, another model to the last bit (default: bf16)",
+    )
     group.add_argument(
         "--draft-dtype",
-        choices=DRAFT_DTYPES,
+        choices=DTYPES,
         default=None,
         help="of the draft; a cheaper one can only lower acceptance, never change the text (default: --dtype)",
     )

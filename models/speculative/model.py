@@ -13,10 +13,10 @@ Quick to import: torch is imported when something is computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 from models.errors import UserError
 
@@ -82,21 +82,34 @@ class Workload:
     mixed: bool = False
 
 
+Chooser: TypeAlias = "Callable[[Tensor], list[int]]"  # logits [n, V] -> n ids
+
+
 class Step:
     """What a forward gave, by the order of its `Rows`. The device's work may still be under way: reading waits for it.
 
     Args:
         results: for each sequence logits [n, V] or, where only ids were wanted, n ids.
         features: for each sequence the hidden states [n, taps x H] that were wanted, those of one layer after another.
+        choosers: for each sequence what makes ids of its logits; none: argmax.
     """
 
-    def __init__(self, results: Sequence[list[int] | Tensor], features: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        results: Sequence[list[int] | Tensor],
+        features: Sequence[Tensor] = (),
+        choosers: Sequence[Chooser] = (),
+    ) -> None:
         self._results = results
         self._features = features
+        self._choosers = choosers or [_argmax] * len(results)
 
     def ids(self) -> list[list[int]]:
-        """The id of the greatest logit of each row, by sequence; of equal logits the lowest id."""
-        return [each if isinstance(each, list) else each.argmax(-1).tolist() for each in self._results]
+        """The id of the greatest logit of each row, by sequence; of equal ones, as the model decides or the lowest."""
+        return [
+            each if isinstance(each, list) else choose(each)
+            for each, choose in zip(self._results, self._choosers, strict=True)
+        ]
 
     def logits(self, i: int) -> Tensor:
         """Logits [n, V] of sequence i, of any floating type, on the model's device. Only if they were wanted."""
@@ -113,6 +126,10 @@ class Step:
         if not self._features:
             raise ValueError("these rows were computed without their hidden states: name the layers in `Want.taps`")
         return self._features[i]
+
+
+def _argmax(logits: Tensor) -> list[int]:
+    return logits.argmax(-1).tolist()
 
 
 class SequenceModel(Protocol):
@@ -215,6 +232,15 @@ class FusedRounds(Protocol):
 
 
 @runtime_checkable
+class Chooses(Protocol):
+    """A model that can tell apart logits that are equal in its data type."""
+
+    def chooser(self) -> Chooser:
+        """What makes n ids of the logits [n, V] of the forward just computed, as its `greedy` does."""
+        ...
+
+
+@runtime_checkable
 class LanguageModel(Protocol):
     """One network on one device with a KV cache for several sequences, a slot each."""
 
@@ -268,6 +294,7 @@ class SlotBySlot:
             raise ValueError(f"several Rows of one slot: {[each.slot for each in rows]}")
         results: list[list[int] | Tensor] = []
         features: list[Tensor] = []
+        choosers: list[Chooser] = []
         for each in rows:
             model = self.slot(each.slot)
             if want.taps:
@@ -278,7 +305,9 @@ class SlotBySlot:
                 features.append(_side_by_side(states))
             else:
                 results.append(_computed(model, each, want))
-        return Step(results, features)
+            if want.logits:
+                choosers.append(model.chooser() if isinstance(model, Chooses) else _argmax)
+        return Step(results, features, choosers)
 
     def free(self, slot: int) -> None:
         """Nothing to give back: a slot's memory is its own."""
@@ -302,7 +331,9 @@ def _computed(model: SequenceModel, rows: Rows, want: Want) -> list[int] | Tenso
     _, tokens, position, parents = rows
     if want.last and position == 0:
         logits = model.prefill(tokens)[None]
-        return logits if want.logits else logits.argmax(-1).tolist()
+        if want.logits:
+            return logits
+        return model.chooser()(logits) if isinstance(model, Chooses) else _argmax(logits)
     if want.last and parents is None:  # a further piece of a prompt, of any length
         while len(tokens) > model.max_rows:
             model.greedy(tokens[: model.max_rows], position)

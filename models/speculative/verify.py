@@ -50,7 +50,7 @@ def first_token(sequence: Sequence, step: Step) -> int:
             "for its data type"
         )
     if params.greedy:
-        return int(logits.argmax())
+        return step.ids()[0][-1]
     return sample(_distribution(logits, params)[0], sequence.generator)
 
 

@@ -54,11 +54,23 @@ def test_packed_linear_equals_plain_linear(dtype, rows):
 def test_int8_linear_is_close_and_a_quarter_of_fp32():
     torch.manual_seed(0)
     weight, x = torch.randn(96, 64), torch.randn(5, 64)
-    quantised = Int8Linear(weight)
+    quantised = Int8Linear(weight, rows=8)
     exact = x @ weight.T
     error = (quantised(x) - exact).norm() / exact.norm()
     assert 1e-5 < error < 0.03
     assert quantised.bytes < weight.nbytes / 3
+
+
+def test_int8_rows_keep_their_bits_whatever_is_beside_them():
+    """A scale for all rows together would let a draft's tokens change what the target computes."""
+    torch.manual_seed(0)
+    linear, x = Int8Linear(torch.randn(96, 64), rows=8), torch.randn(32, 64)
+    x[7] *= 1000
+    x[8] = 0
+    alone = torch.cat([linear(row[None]) for row in x])
+    for rows in (2, 5, 8, 9, 16, 32):
+        assert torch.equal(linear(x[:rows]), alone[:rows])
+    assert linear(torch.full((1, 64), float("nan"))).isnan().all()
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

@@ -9,6 +9,7 @@ import torch
 
 from models.llama.config import check_exit_layer
 from models.speculative.model import SlotBySlot
+from models.torch_llama.choice import argmax
 
 if TYPE_CHECKING:
     from models.torch_llama.model import Tokens, TorchLlama
@@ -55,7 +56,7 @@ class FirstLayers(SlotBySlot):
 
     def greedy(self, tokens: Tokens, position: int) -> list[int]:
         """The argmax ids [n] of `forward`."""
-        return self.forward(tokens, position).argmax(dim=-1).tolist()
+        return argmax(self.forward(tokens, position)).tolist()
 
     def draft_greedy(self, tokens: Tokens, position: int, k: int) -> list[int]:
         """k greedy ids after tokens, each fed in turn."""
@@ -73,10 +74,10 @@ class FirstLayers(SlotBySlot):
 @torch.inference_mode()
 def chained_greedy(forward: Callable, tokens: Sequence[int] | torch.Tensor, position: int, k: int) -> list[int]:
     """k greedy ids that follow tokens at a position, each fed in turn; they stay on the device until all are there."""
-    last = forward(tokens, position)[-1:].argmax(dim=-1)
+    last = argmax(forward(tokens, position)[-1:])
     ids = [last]
     position += len(tokens)
     for step in range(k - 1):
-        last = forward(last, position + step)[-1:].argmax(dim=-1)
+        last = argmax(forward(last, position + step)[-1:])
         ids.append(last)
     return torch.cat(ids).tolist()

@@ -8,12 +8,12 @@ reason. Weights packed once into oneDNN's blocked layout cost about the same for
 Every class here is a callable `linear(x [rows, in]) -> [rows, out]` with `.bytes`, the memory its weight holds.
 """
 
-import warnings
+import functools
 
 import torch
 import torch.nn.functional as F
 
-_MKLDNN = torch.ops.mkldnn
+_MKLDNN, _ONEDNN = torch.ops.mkldnn, torch.ops.onednn
 
 
 def packing_works(dtype: torch.dtype) -> bool:
@@ -54,25 +54,53 @@ class PackedLinear:
 
 
 class Int8Linear:
-    """Weight [out, in] in int8 with one scale per output, activations quantised per call (fp32 in, fp32 out; CPU).
+    """Weight [out, in] in int8 with one scale for each output, rows quantised to 8 bits as they come (fp32 in and out;
+    CPU).
 
-    Half the bytes of bf16. It changes results, so it is for drafts only: a draft can never change the output.
+    Half the bytes of bf16. Every row has a scale of its own and products are summed as integers, so the bits of a row
+    do not depend on the rows beside it.
     """
 
-    def __init__(self, weight: torch.Tensor):
+    ZERO = 128  # of rows: kernels want them unsigned
+
+    def __init__(self, weight: torch.Tensor, rows: int):
         weight = weight.float()
-        scales = (weight.abs().amax(dim=1) / 127.0).clamp_min(1e-12).double()
-        zeros = torch.zeros(weight.shape[0], dtype=torch.long)
-        with warnings.catch_warnings():  # quantised tensors are deprecated, their onednn kernels still the fastest
-            warnings.simplefilter("ignore", UserWarning)
-            quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        engine = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "onednn"
-        try:
-            self.weight = torch.ops.quantized.linear_prepack(quantised, None)
-        finally:
-            torch.backends.quantized.engine = engine
+        scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+        quantised = (weight / scales[:, None]).round_().to(torch.int8)
+        self.weight = _ONEDNN.qlinear_prepack(quantised, [rows, weight.shape[1]])
+        self.scales = scales / 127  # a row's largest value becomes 127
+        self.zeros = torch.zeros(weight.shape[0], dtype=torch.int32)
+        self.one, self.zero = torch.tensor(1.0), torch.tensor(self.ZERO)
+        self.rounding = torch.tensor(self.ZERO + 0.5)
         self.bytes = weight.numel() + 8 * weight.shape[0]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.quantized.linear_dynamic(x, self.weight, False)
+        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).clamp_min_(1e-20)
+        rows = torch.addcmul(self.rounding, x, 127 / largest).to(torch.uint8)
+        y = _ONEDNN.qlinear_pointwise.tensor(
+            rows,
+            self.one,
+            self.zero,
+            self.weight,
+            self.scales,
+            self.zeros,
+            None,  # bias
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return y.mul_(largest)
+
+
+@functools.cache
+def int8_works() -> bool:
+    """Whether this torch build and CPU multiply int8 weights: tried on one small matrix, not guessed."""
+    try:
+        weight = torch.eye(32)
+        rows = torch.arange(64.0).reshape(2, 32)
+        return torch.allclose(Int8Linear(weight, rows=2)(rows), rows, rtol=0.01, atol=0.3)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False

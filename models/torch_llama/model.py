@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,9 @@ from models.llama.config import LlamaConfig
 from models.llama.rope import rope_tables
 from models.speculative.model import SlotBySlot
 from models.speculative.tree import tree_depths, tree_levels
+from models.torch_llama.choice import Head
 from models.torch_llama.first_layers import FirstLayers, chained_greedy
-from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, packing_works
+from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, int8_works, packing_works
 
 if TYPE_CHECKING:
     from models.llama.gguf_checkpoint import AnyCheckpoint
@@ -81,7 +83,7 @@ class TorchLlama(SlotBySlot):
         fixed_rows: pad every decode and verification to this many rows (row-invariant, see above); None: no padding.
         typical_rows: rows that most forwards have, for which weights are laid out (default: fixed_rows, else 1). A
             hint: it changes speed, and results only in their last bits.
-        quantize: "int8" for dynamic int8 weights (drafts on CPU; activations are then fp32), or None.
+        quantize: "int8" for matrices in int8 (on CPU; all else is then fp32), or None.
 
     Raises:
         UserError: unknown dtype or quantisation, a context longer than the model's.
@@ -108,6 +110,8 @@ class TorchLlama(SlotBySlot):
         self.device = torch.device(device)
         if quantize and self.device.type != "cpu":
             raise UserError(f"int8 weights run on the CPU only, not on {self.device}: use bf16 there")
+        if quantize and not int8_works():
+            raise UserError(f"torch {torch.__version__} has no int8 kernels for this CPU: use bf16")
         if not 0 < max_seq_len <= config.max_position_embeddings:
             raise UserError(
                 f"context of {max_seq_len} tokens is outside the model's 1..{config.max_position_embeddings}: "
@@ -127,6 +131,7 @@ class TorchLlama(SlotBySlot):
         self.typical_rows = typical_rows or fixed_rows or 1
         self.dtype = torch.float32 if quantize else DTYPES[dtype]
         self._early: FirstLayers | None = None  # what it has computed belongs to the tokens that come next
+        self._scored = torch.empty(0)  # rows [B R, H] that the last logits were computed from
         self._taps: tuple[int, ...] = ()  # layers after which hidden states are kept, and those kept so far
         self._tapped: list[list[torch.Tensor]] = []
         self._load(tensors, quantize)
@@ -154,7 +159,7 @@ class TorchLlama(SlotBySlot):
         def linear(weight: torch.Tensor):
             made: Int8Linear | PackedLinear | PlainLinear
             if quantize:
-                made = Int8Linear(weight)
+                made = Int8Linear(weight, layout_rows(weight))
             else:
                 made = PackedLinear(weight, layout_rows(weight)) if packed else PlainLinear(weight)
             self.linears.append(made)
@@ -175,6 +180,10 @@ class TorchLlama(SlotBySlot):
         tied = config.tie_word_embeddings
         head = self.embedding.to(self.dtype) if tied else take("lm_head.weight")
         self.lm_head = linear(head)
+        # Equal logits are decided by rows of the stored matrix, where these take no memory of their own.
+        decides = self.dtype in (torch.bfloat16, torch.float16) and on_cpu
+        stored = self.embedding if tied else head if decides and tensors["lm_head.weight"].dtype == self.dtype else None
+        self._head_rows = Head(stored if decides else None)
         cos, sin = rope_tables(config, length)
         self.cos = cos.to(device=self.device, dtype=self.dtype)[:, None]  # [S, 1, D]
         self.sin = sin.to(device=self.device, dtype=self.dtype)[:, None]
@@ -281,8 +290,16 @@ class TorchLlama(SlotBySlot):
 
     @torch.inference_mode()
     def greedy(self, tokens: Tokens, position: int, parents: Sequence[int] | None = None) -> list[int]:
-        """The argmax ids [n] after each of `tokens` [n] at `position`; only ids cross to the host."""
-        return self.forward(tokens, position, parents).argmax(dim=-1).tolist()
+        """The id [n] of greatest logit after each of `tokens` [n] at `position`; equal ones are decided in fp32 (CPU).
+
+        Only ids cross to the host.
+        """
+        logits = self.forward(tokens, position, parents)
+        return self._head_rows.choose(logits, self._scored)
+
+    def chooser(self) -> Callable[[torch.Tensor], list[int]]:
+        """What chooses ids by the logits [n, V] of the forward just computed, as `greedy` does."""
+        return functools.partial(self._head_rows.choose, hidden=self._scored)
 
     @torch.inference_mode()
     def draft_greedy(self, tokens: Tokens, position: int, k: int) -> list[int]:
@@ -463,7 +480,8 @@ class TorchLlama(SlotBySlot):
                 pieces.append(x[:used])
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps))
+        self._scored = F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
+        return self.lm_head(self._scored)
 
 
 def _block_end(rows: int) -> int:

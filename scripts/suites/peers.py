@@ -67,6 +67,10 @@ class Peers:
         self.options = options
         self.settings = model_settings("peers", rest, REFUSED, drafter="combined", num_draft_tokens=AUTO)
         self.device = self.settings.device
+        if self.settings.dtype == "int8":
+            raise UserError(
+                "--dtype int8 has no meaning in the suite peers: transformers has no such matrices: use bf16"
+            )
         self.rates: dict[str, list[float]] = {}
         self.texts: dict[str, list[list[int]]] = {}  # of the last complete repetition
         self.notes: list[str] = []
