@@ -452,7 +452,7 @@ def test_a_plan_has_all_its_parts_and_every_prediction_a_band(plan, tmp_path, ca
     assert plain["tok_s_user"] == published.best_plain("8B", board).tok_s_user and plain["date"] and plain["source"]
     names = [lever["name"] for lever in result["levers"]]
     expected = ["draft in bfp4", "one program for all layers", "LoFi projections", "8 cores for a row's KV head"]
-    expected += ["the three for speed together", "early exit after 4", "early exit after 8"]
+    expected += ["all for speed", "early exit after 4", "early exit after 8"]
     expected += ["tree of 31 tokens", "a draft that costs nothing", "context of 8192", "context of 32768"]
     assert set(expected) <= set(names) and ("a chip for the draft" in names) == (BOARDS[board].chips > 1)
     assert result["memory"]["fits"] and set(result["memory"]["bytes_per_chip"]) == {"target", "draft"}
@@ -517,6 +517,21 @@ def test_levers_are_better_where_they_must_be(shipped):
     assert found["a draft that costs nothing"].speedup.value == max(lever.speedup.value for lever in found.values())
     assert found["early exit after 4"].gain.value > found["early exit after 8"].gain.value
     assert found["context of 8192"].gain is None
+
+
+def test_lofi_is_no_lever_of_bf16_weights(plan, tmp_path):
+    names = {
+        precision: {
+            lever["name"]: lever["assumption"]
+            for lever in planned(plan, tmp_path, f"--target 8B --draft 1B --board P300 --precision {precision}")[
+                "levers"
+            ]
+        }
+        for precision in ("bf16", "performance", "bfp4")
+    }
+    assert "LoFi projections" in names["performance"]
+    assert "LoFi projections" not in names["bf16"] and "LoFi projections" not in names["bfp4"]
+    assert "LoFi" in names["performance"]["all for speed"] and "LoFi" not in names["bf16"]["all for speed"]
 
 
 def test_early_exit_and_lookup_take_no_memory_for_a_draft():

@@ -26,7 +26,7 @@ TREE_NODES = 31
 TREE_RESCUE = 0.5
 EXITS = (8, 4)  # early exit after an eighth and a quarter of the layers
 LOWEST = "bfp4"
-FASTEST = "the three for speed together"
+FASTEST = "all for speed"
 MORE_ATTENTION_CORES = 8
 
 
@@ -125,19 +125,24 @@ def levers(base: Times, acceptance: Acceptance, lengths: Sequence[int], chosen: 
         yield priced(f"draft in {LOWEST}", "same acceptance", with_pair(draft_precision=LOWEST))
     merged = Times(family.faster_layers(MERGED_US), base.counts, base.board, pair)
     yield priced("one program for all layers", "saves of each layer what it saved of 8B's on P300x2", merged)
-    if any(_projections(precision_named(name)) != {"LoFi"} for name in (pair.precision, pair.draft_precision)):
+    precisions = [precision_named(name) for name in (pair.precision, pair.draft_precision)]
+    lofi = "LoFi" if all(map(_may_be_lofi, precisions)) else None
+    if lofi and any(each.fidelity != lofi for each in precisions):
         what = "another model than that precision's: target and baseline share it; same acceptance"
-        yield priced("LoFi projections", what, with_pair(projections="LoFi"))
+        yield priced("LoFi projections", what, with_pair(projections=lofi))
     if pair.attention_cores < MORE_ATTENTION_CORES:
         what = f"--attention-cores {MORE_ATTENTION_CORES}: bits of a row depend on the rows beside it; same acceptance"
         more = with_pair(attention_cores=MORE_ATTENTION_CORES)
         yield priced(f"{MORE_ATTENTION_CORES} cores for a row's KV head", what, more)
     fastest = with_pair(
-        projections="LoFi",
+        projections=lofi,
         attention_cores=max(pair.attention_cores, MORE_ATTENTION_CORES),
         draft_precision=LOWEST,
     )
-    yield priced(FASTEST, f"LoFi, {MORE_ATTENTION_CORES} attention cores, draft in {LOWEST}; same acceptance", fastest)
+    what = (
+        f"{'LoFi, ' if lofi else ''}{fastest.pair.attention_cores} attention cores, draft in {LOWEST}; same acceptance"
+    )
+    yield priced(FASTEST, what, fastest)
     if base.board.chips > 1:
         chips = target_chips(base.board, own_chip_for_draft=True)
         apart = with_pair(places=counts.places(base.board, True, chips), own_chip=True)
@@ -170,8 +175,9 @@ def levers(base: Times, acceptance: Acceptance, lengths: Sequence[int], chosen: 
             yield priced(f"context of {context}", "same acceptance", with_pair(context=context), compare=False)
 
 
-def _projections(precision: Precision) -> set[str]:
-    return {precision.fidelity, precision.gate_up_fidelity}
+def _may_be_lofi(precision: Precision) -> bool:
+    """LoFi reads half of bfp8's mantissa; of bf16's it would leave too little to call it the same model."""
+    return "bf16" not in (precision.attention, precision.gate_up, precision.down)
 
 
 def tree(times: Times, acceptance: Acceptance, depth: int, rescue: float = TREE_RESCUE) -> Round:
