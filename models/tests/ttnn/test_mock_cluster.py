@@ -71,6 +71,8 @@ def test_board_opens_whole_and_runs_an_operation_quietly(board, expected, home):
     run = python(OPEN, board, home=home)
     stdout, stderr = run.communicate(timeout=120)
     assert stdout == f"{expected} [1, 1, 32, 32]\n", stderr
+    columns, rows = map(int, re.search(r"\((\d+), (\d+)\)$", expected).groups())
+    assert cluster.board_of(board).worker_cores == columns * rows
     assert stderr == ""
 
 
