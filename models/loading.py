@@ -29,6 +29,7 @@ from models.options import (
 )
 from models.speculative.model import EarlyExit, LanguageModel, TreeModel
 from models.torch_llama.model import TorchLlama
+from models.ttnn_llama.weights.precision import default_precision
 
 DEFAULT_CONTEXT = 2048
 # Bytes of one weight and of one number in the KV cache.
@@ -122,7 +123,7 @@ def open_pair(options: EngineOptions) -> OpenedPair:
         drafter = drafter if draft else "prompt-lookup"
     elif options.uses_draft_model:
         draft = _required_draft(options, target)
-    resolved = options.resolved(drafter)
+    resolved = options.resolved(drafter, default_precision(target.checkpoint.config.hidden_size))
     max_seq_len = options.max_seq_len
     if max_seq_len is None:
         # A board has one context for both.

@@ -15,7 +15,7 @@ from models.errors import OptionError, UserError
 from models.speculative.drafters import MAX_DRAFT_LENGTH
 from models.speculative.drafters.registry import NONE, DrafterSpec, drafts_trees, spec_of
 from models.ttnn_llama.shapes import MAX_ATTENTION_CORES, PREFILLS
-from models.ttnn_llama.weights.precision import PRECISIONS
+from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 # Models that have a name: (target, the draft model that belongs to it).
@@ -25,7 +25,6 @@ EMBEDDED_DRAFT = str(NAMED[DEFAULT_TARGET][1])
 
 DEVICES = ("cpu", "cuda", "tt")
 DTYPES = ("bf16", "fp32", "fp16", "int8")
-PRECISION = "performance"  # as tt_transformers' demo
 VERIFICATIONS = ("batched", "sequential")
 
 AUTO = "auto"  # by what was measured: tokens to draft, from none to the longest; layers to leave early after
@@ -67,7 +66,8 @@ class EngineOptions:
             the target's.
         row_invariant: compute every target forward on as many rows as the longest verification has, so that greedy text
             is the same bit for bit with and without speculation (default: where that costs plain decoding nothing).
-        precision, draft_precision: number formats on a board, a name in `precision.PRECISIONS`.
+        precision, draft_precision: number formats on a board, a name in `precision.PRECISIONS` (default: by the
+            target's size, `precision.default_precision`; of the draft: precision, if given, else "performance").
         draft_placement: "shared" or "own-chip", on a board.
         attention_cores: cores of a board that share one row and KV head in decode attention, 1 (default) to 16: more
             are faster at long contexts.
@@ -117,8 +117,8 @@ class EngineOptions:
         self._check_drafter()
 
     # -------------------------------------------------------------------------------------------------- defaults
-    def resolved(self, drafter: str) -> ResolvedOptions:
-        """With every default filled in; `drafter` is who drafts where that is left open."""
+    def resolved(self, drafter: str, precision: str = PRECISION) -> ResolvedOptions:
+        """With every default filled in; `drafter` is who drafts, `precision` the target's, where that is left open."""
         chosen = self.drafter or drafter
         length = self.num_draft_tokens
         if length is None:
@@ -130,15 +130,14 @@ class EngineOptions:
         if row_invariant is None:
             asked = longest if self.tree_nodes is None else self.tree_nodes
             row_invariant = self.device != "tt" and dtype != "fp32" and asked < FREE_ROWS
-        precision = self.precision or PRECISION
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}
         return dataclasses.replace(
             ResolvedOptions(**given),
             dtype=dtype,
             draft_dtype=self.draft_dtype or dtype,
             row_invariant=row_invariant,
-            precision=precision,
-            draft_precision=self.draft_precision or precision,
+            precision=self.precision or precision,
+            draft_precision=self.draft_precision or self.precision or PRECISION,
             draft_placement=self.draft_placement or PLACEMENTS[0],
             attention_cores=self.attention_cores or 1,
             prefill=self.prefill or PREFILLS[0],

@@ -30,12 +30,17 @@ from models.cli.command import Parser, run_command
 from models.cli.console import Terminal, memory_table
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES, LlamaConfig, named_config
-from models.options import PRECISION
 from models.speculative.drafters.registry import spec_of
 from models.ttnn_llama.device.mesh import first_line, open_mesh, target_chips
 from models.ttnn_llama.shapes import MAX_ROWS
 from models.ttnn_llama.weights import memory
-from models.ttnn_llama.weights.precision import PRECISIONS, Precision, precision_named
+from models.ttnn_llama.weights.precision import (
+    PRECISION,
+    PRECISIONS,
+    Precision,
+    default_precision,
+    precision_named,
+)
 from models.ttnn_llama.weights.tensors import check_split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,8 +90,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     meshes = f"one of {', '.join(BOARDS)}; {', '.join(cluster.VARIANTS)}: a P150 with other grids of cores"
     parser.add_argument("--mesh", required=True, help=meshes)
     parser.add_argument("--max-seq-len", type=int, help=f"context in tokens (default: {DEFAULT_CONTEXT})")
-    parser.add_argument("--precision", default=PRECISION, help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
-    parser.add_argument("--draft-precision", help="the draft's (default: as --precision)")
+    parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)} (default: the demo's, by the target's size)")
+    parser.add_argument("--draft-precision", help=f"the draft's (default: --precision, if given, else {PRECISION})")
     parser.add_argument("--draft-placement", default="shared", choices=PLACEMENTS, help="(default: %(default)s)")
     parser.add_argument("--num-draft-tokens", type=int, default=4, help="K (default: %(default)s)")
     parser.add_argument(
@@ -122,12 +127,13 @@ def question(options: argparse.Namespace) -> Question:
     if options.draft is None and (options.draft_precision or options.draft_placement != "shared"):
         raise UserError("--draft-precision and --draft-placement are about a draft: name it with --draft")
     configs = {"target": find_config(options.model)}
-    precisions = {"target": precision_named(options.precision)}
+    default = default_precision(configs["target"].hidden_size)
+    precisions = {"target": precision_named(options.precision or default)}
     chips = {"target": board.chips}
     if options.draft is not None:
         own_chip = options.draft_placement == "own-chip"
         configs["draft"] = find_config(options.draft)
-        precisions["draft"] = precision_named(options.draft_precision or options.precision)
+        precisions["draft"] = precision_named(options.draft_precision or options.precision or PRECISION)
         chips = {
             "target": target_chips(board, own_chip_for_draft=own_chip),
             "draft": 1 if own_chip else board.chips,

@@ -26,9 +26,8 @@ from models.cli.console import Terminal
 from models.cli.tables import markdown_table, terminal_table
 from models.errors import UserError
 from models.llama.config import LlamaConfig, named_config
-from models.options import PRECISION
 from models.ttnn_llama.shapes import MAX_ROWS, padded_rows
-from models.ttnn_llama.weights.precision import PRECISIONS, Precision, precision_named
+from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS, Precision, precision_named
 
 SIZES = ("1B", "3B", "8B")
 ROWS = (1, 5, 32)

@@ -27,7 +27,7 @@ from models.llama.config import named_config
 from models.speculative.formulas import break_even
 from models.ttnn_llama.shapes import MAX_ATTENTION_CORES
 from models.ttnn_llama.weights import memory
-from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
+from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS, default_precision, precision_named
 from scripts.planner import counts as counting
 from scripts.planner import describe, report
 from scripts.planner.counts import SIZES, Counts
@@ -43,7 +43,6 @@ from scripts.planner.speculation import (
     speedup,
 )
 
-PRECISION = "performance"  # as the demo's
 DEFAULT_ACCEPTANCE = 0.8
 DEFAULT_CONTEXT = 1024
 LONGEST_CONTEXT = 131072
@@ -65,8 +64,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--context", type=int, default=DEFAULT_CONTEXT, help="tokens in the KV cache (default: %(default)s)"
     )
-    parser.add_argument("--precision", default=PRECISION, help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
-    parser.add_argument("--draft-precision", help="the draft's (default: as --precision)")
+    default = f"{PRECISION}, for a target of 1B {default_precision(named_config('1B').hidden_size)}"
+    parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)} (default: {default})")
+    parser.add_argument("--draft-precision", help=f"the draft's (default: --precision if given, else {PRECISION})")
     parser.add_argument(
         "--attention-cores", type=int, default=1, metavar="N", help="cores for a row and KV head (default: %(default)s)"
     )
@@ -91,8 +91,9 @@ def check(options: argparse.Namespace) -> Acceptance:
     """UserError for what makes no sense; completes the options."""
     options.target, options.draft = size_named(options.target), size_named(options.draft)
     board_named(options.board)
-    options.precision = precision_named(options.precision).name
-    options.draft_precision = precision_named(options.draft_precision or options.precision).name
+    options.draft_precision = precision_named(options.draft_precision or options.precision or PRECISION).name
+    chosen = options.precision or default_precision(named_config(options.target).hidden_size)
+    options.precision = precision_named(chosen).name
     if SIZES.index(options.draft) > SIZES.index(options.target):
         raise UserError(f"the draft {options.draft} is larger than the target {options.target}: swap them")
     if not 1 <= options.context <= LONGEST_CONTEXT:

@@ -43,15 +43,21 @@ def read(name: str) -> Results:
 
 def source(results: Results) -> str:
     """The command that wrote results, where and when, to stand above a table."""
-    words, given = [], iter(results["command"])
+    words = _without_files(results["command"])
+    machine, versions = results["machine"], results["versions"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
+    return f"`{shlex.join(words)}`; {where}, {results['date'][:10]}"
+
+
+def _without_files(command: Sequence[str]) -> list[str]:
+    """A command without the flags that say where results go."""
+    words, given = [], iter(command)
     for word in given:
         if word in OUTPUT_FLAGS:
             next(given, None)
         elif word != "--quiet":
             words.append(word)
-    machine, versions = results["machine"], results["versions"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
-    return f"`{shlex.join(words)}`; {where}, {results['date'][:10]}"
+    return words
 
 
 def median(values: Results | None) -> float | None:
@@ -229,6 +235,17 @@ def op_counts() -> str:
     return f"{where}\n\n{markdown_table(head, rows)}"
 
 
+def agreement() -> str:
+    """Choices of a board beside the exact model's, by precision."""
+    from scripts.agreement import table
+
+    results = read("agreement-N150")
+    board, mock, ttnn = (results["machine"][key] for key in ("board", "mock", "ttnn"))
+    words = [*(("-m", "models.board_mock", board) if mock else ()), *_without_files(results["command"])]
+    where = f"{'mock of an ' if mock else ''}{board}, ttnn {ttnn}, {results['date'][:10]}"
+    return f"`python {shlex.join(words)}`; {where}\n\n{markdown_table(*table(results['targets']))}"
+
+
 def plan(target: str) -> str:
     """Predicted speed-ups of a published pair on boards."""
     rows = []
@@ -299,6 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bottleneck": bottleneck,
     "op-counts": op_counts,
     "plan-fit": plan_fit,
+    "agreement": agreement,
     "plan-8B": lambda: plan("8B"),
     "plan-3B": lambda: plan("3B"),
 }

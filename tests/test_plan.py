@@ -18,7 +18,6 @@ from models.boards import BOARDS
 from models.cli.command import run_command
 from models.errors import UserError
 from models.speculative.formulas import break_even, expected_tokens
-from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
 from scripts.planner import fit, published
 from scripts.planner.counts import ROWS, SIZES, Counts, Place, Work
 from scripts.planner.levers import free, levers, memory_of, tree
@@ -166,10 +165,8 @@ def test_fidelity_takes_16_cycles_a_phase_and_tile_on_the_cores_beside_the_banks
     assert high == low
 
 
-def test_a_precision_of_another_fidelity_has_the_counts_of_its_formats_and_times_of_its_own(shipped, monkeypatch):
+def test_a_precision_of_another_fidelity_has_the_counts_of_its_formats_and_times_of_its_own(shipped):
     place = Place("P150", 1)
-    lofi = replace(precision_named("performance"), name="lofi", fidelity="LoFi")
-    monkeypatch.setitem(PRECISIONS, "lofi", lofi)
     assert shipped.forward(place, "8B", "lofi", 1, 1024) == shipped.forward(place, "8B", "performance", 1, 1024)
     pairs = [Pair("8B", "1B", name, name, {"target": place, "draft": place}, 1024) for name in ("performance", "lofi")]
     exact, rough = (Times(Family.of(shipped), shipped, BOARDS["P150"], pair).decode()[0] for pair in pairs)

@@ -11,9 +11,13 @@ A function with a parameter `inferred_shape` is told the shape that ttnn infers 
 import torch
 import ttnn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 from ttnn.operations.activations import get_golden_function_for_activation
 
 TILE = 32
+# Bits of a significand, the leading 1 among them, that the matrix engine multiplies in one pass: of a matmul's first
+# operand, which lies in register SrcB, and of its second one, in SrcA.
+FIRST_BITS, SECOND_BITS = 7, 5
 UNWRITTEN = float("nan")  # what a kernel leaves as it was
 HIDDEN = -1e6  # what is added to a score that leaves no weight beside others: far less than exp can tell from 0
 
@@ -37,21 +41,70 @@ def matmul(
     bias=None,
     activation=None,
     program_config=None,
+    compute_kernel_config=None,
     dtype=None,
     memory_configs=(),
 ):
-    """Raises ValueError for columns of a core's output that are cut into blocks while the weight lies in DRAM shards:
-    ttnn accepts it, and its kernel then reads the first columns for each of them."""
+    """Multiplied with as many bits as the compute kernel configuration's fidelity says; all of them without one.
+
+    The bits are those of bf16, as which the engine holds block formats too; float32 operands are not cut to what it
+    takes of them. Sums are in fp32, whatever the configuration says of them.
+
+    Raises ValueError for columns of a core's output that are cut into blocks while the weight lies in DRAM shards:
+    ttnn accepts it, and its kernel then reads the first columns for each of them.
+    """
     _check_width_blocks(program_config, memory_configs)
-    a = input_tensor_a.mT if transpose_a else input_tensor_a
-    b = input_tensor_b.mT if transpose_b else input_tensor_b
-    # In whole tiles of rows, as the device does it: torch's order of summation depends on the number of rows.
-    rows = a.shape[-2] if a.ndim > 1 else TILE
-    y = (functional.pad(a, (0, 0, 0, -rows % TILE)) @ b)[..., :rows, :] if rows % TILE else a @ b
+    a, b = input_tensor_a, input_tensor_b
+    passes = _passes(a, b, getattr(compute_kernel_config, "math_fidelity", None))
+    y, *rest = (_whole_tiles(x.mT if transpose_a else x, w.mT if transpose_b else w) for x, w in passes)
+    for lower in rest:
+        y = y + lower
     if bias is not None:
         y = y + bias
     activation = getattr(program_config, "fused_activation", None) or activation
     return y if activation is None else activated(y, activation)
+
+
+def _whole_tiles(a, b):
+    """a @ b in whole tiles of rows, as the device does it: torch's order of summation depends on their number."""
+    rows = a.shape[-2] if a.ndim > 1 else TILE
+    return (functional.pad(a, (0, 0, 0, -rows % TILE)) @ b)[..., :rows, :] if rows % TILE else a @ b
+
+
+def _passes(a, b, fidelity):
+    """What is multiplied at a fidelity: pairs of operands, to be summed.
+
+    The engine takes the upper bits of both operands (LoFi), then the lower ones of the second (HiFi2), of the first
+    (HiFi3), and of both (HiFi4). Passes with one operand in common are one multiplication here. Sources: tt-metal's
+    tech_reports/matrix_engine; `FidelityMasking` and `MatmulGolden` of tt-llk's golden_generators.py, which give SrcB
+    to the first operand; "Fidelity phases" in tt-isa-documentation's SrcASrcB.md. Wormhole and Blackhole are alike.
+    """
+    if fidelity == ttnn.MathFidelity.LoFi:
+        return [(upper_bits(a, FIRST_BITS), _upper_of_second(b))]
+    if fidelity == ttnn.MathFidelity.HiFi2:
+        return [(upper_bits(a, FIRST_BITS), b)]
+    if fidelity == ttnn.MathFidelity.HiFi3:
+        upper = upper_bits(a, FIRST_BITS)
+        return [(upper, b), (a - upper, _upper_of_second(b))]
+    return [(a, b)]
+
+
+def upper_bits(x, bits):
+    """float32 values cut off after so many bits of the significand, the leading 1 among them."""
+    return (x.contiguous().view(torch.int32) & -(1 << (24 - bits))).view(torch.float32)
+
+
+_uppers = WeakTensorKeyDictionary()  # second operand: (its version, its upper bits; None where it has no others)
+
+
+def _upper_of_second(b):
+    """`upper_bits` of a second operand, kept as long as it lives and is not written to: most are weights."""
+    version, upper = _uppers.get(b, (None, None))
+    if version != b._version:
+        upper = upper_bits(b, SECOND_BITS)
+        upper = None if torch.equal(upper, b) else upper
+        _uppers[b] = b._version, upper
+    return b if upper is None else upper
 
 
 def _check_width_blocks(program_config, memory_configs):

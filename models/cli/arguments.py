@@ -15,14 +15,13 @@ from models.options import (
     DTYPES,
     FREE_ROWS,
     NAMED,
-    PRECISION,
     TREE_NODES,
     TREE_NODES_FIXED,
     VERIFICATIONS,
 )
 from models.speculative.drafters import MAX_DRAFT_LENGTH, registry
 from models.ttnn_llama.shapes import MAX_ATTENTION_CORES, PREFILLS
-from models.ttnn_llama.weights.precision import PRECISIONS
+from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS, SMALL_HIDDEN_SIZE
 
 EPILOG = """\
 prompt files:
@@ -142,14 +141,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, s
         choices=tuple(PRECISIONS),
         default=None,
         help="formats of the target's weights and KV cache: bf16 everywhere; accuracy: bfp8; performance: bfp8, gate "
-        f"and up matrices bfp4; bfp4: all layers bfp4, KV cache and output matrix bfp8 (default: {PRECISION})",
+        "and up matrices bfp4; lofi: the same formats, but the layers' matmuls read fewer bits of them; bfp4: all "
+        f"layers bfp4, KV cache and output matrix bfp8 (default: {PRECISION}; of targets of hidden size up to "
+        f"{SMALL_HIDDEN_SIZE}, such as 1B, accuracy)",
     )
     group.add_argument(
         "--draft-precision",
         choices=tuple(PRECISIONS),
         default=None,
         help="the same for the draft; a lower one can only lower acceptance, never change the text "
-        "(default: --precision)",
+        f"(default: --precision, if given, else {PRECISION})",
     )
     group.add_argument(
         "--draft-placement",

@@ -39,7 +39,7 @@ def read_prompts(settings: RunSettings, default: Path) -> list[str]:
         if not all(prompt.strip() for prompt in prompts):
             raise UserError("--prompt '' is empty: give some text")
     else:
-        prompts = _read_file(Path(settings.prompts) if settings.prompts else default)
+        prompts = read_prompt_file(Path(settings.prompts) if settings.prompts else default)
     return prompts[: settings.max_prompts]
 
 
@@ -89,7 +89,8 @@ def encode_prompts(settings: RunSettings, texts: Sequence[str], pair: OpenedPair
     return prompts
 
 
-def _read_file(path: Path) -> list[str]:
+def read_prompt_file(path: Path) -> list[str]:
+    """The texts of a prompt file. Raises UserError for a bad one."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -127,7 +127,9 @@ def levers(base: Times, acceptance: Acceptance, lengths: Sequence[int], chosen: 
     yield priced("one program for all layers", "saves of each layer what it saved of 8B's on P300x2", merged)
     precisions = [precision_named(name) for name in (pair.precision, pair.draft_precision)]
     lofi = "LoFi" if all(map(_may_be_lofi, precisions)) else None
-    if lofi and any(each.fidelity != lofi for each in precisions):
+    if lofi and any(
+        {each.attention_fidelity, each.gate_up_fidelity, each.down_fidelity} != {lofi} for each in precisions
+    ):
         what = "another model than that precision's: target and baseline share it; same acceptance"
         yield priced("LoFi projections", what, with_pair(projections=lofi))
     if pair.attention_cores < MORE_ATTENTION_CORES:

@@ -257,9 +257,9 @@ def matrices(config: LlamaConfig) -> dict[str, int]:
 def fidelities_of(precision: Precision) -> dict[str, str]:
     """The fidelity of each of `matrices`."""
     return {
-        "attention": precision.fidelity,
+        "attention": precision.attention_fidelity,
         "gate_up": precision.gate_up_fidelity,
-        "down": precision.fidelity,
+        "down": precision.down_fidelity,
         "head": precision.head_fidelity,
     }
 

@@ -8,6 +8,7 @@ import pytest
 
 from models.board_mock import cluster
 from models.boards import BOARDS
+from models.ttnn_llama.device.mesh import L1_SMALL_BYTES
 
 MISSING = None if cluster.is_installed() else "ttnn is not installed"  # why the tests cannot run
 
@@ -83,6 +84,7 @@ class MeshOpener:
         if self.board_shape != (1, 1):
             # The default, Ethernet cores, reports more worker cores on a mock of these boards than it has.
             options.setdefault("dispatch_core_config", ttnn.DispatchCoreConfig(ttnn.DispatchCoreType.WORKER))
+            options.setdefault("l1_small_size", L1_SMALL_BYTES)
         ttnn.set_fabric_config(fabric)
         try:
             self._mesh = ttnn.open_mesh_device(ttnn.MeshShape(*shape), **options)

@@ -94,18 +94,23 @@ class Weights(dict):
         return Weights(self.config, {name: change(name, tensor) for name, tensor in self.items()})
 
     def in_formats_of(self, precision: str) -> "Weights":
-        """Every matrix rounded to its format, in the order of values that it has on the device."""
+        """Every matrix rounded to its format, in the order of values that it has on the device, and cut to the bits
+        that its fidelity reads of it."""
         named = precision_named(precision)
         dim = self.config.head_dim
 
         def rounded(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            format = next((getattr(named, field) for part, field in FORMATS.items() if part in name), None)
-            if format is None:
+            kind = next((kind for part, kind in FORMATS.items() if part in name), None)
+            if kind is None:
                 return tensor
+            format, fidelity = getattr(named, kind), getattr(named, f"{kind}_fidelity")
             paired = "q_proj" in name or "k_proj" in name
             matrix = interleave_pairs(tensor, dim) if paired else tensor
             device = ttnn.from_torch(matrix.t().contiguous(), dtype=ttnn_dtype(format), layout=ttnn.TILE_LAYOUT)
             matrix = device.to_torch().t().float()
+            if fidelity == "LoFi":
+                fraction, exponent = torch.frexp(matrix)
+                matrix = torch.ldexp((fraction * 2**5).trunc(), exponent - 5)
             if paired:
                 matrix = matrix.reshape(-1, dim // 2, 2, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
             return matrix

@@ -32,10 +32,20 @@ def shadowed():
         yield
 
 
-@pytest.mark.parametrize("drafter", ["combined", "prompt-lookup"])
-def test_the_same_calls_write_plain_decodings_text(board, shadowed, drafter):
-    with LLM.load("tiny", device="tt", max_seq_len=128, drafter=drafter, weight_cache=False) as llm:
+@pytest.mark.parametrize(
+    ("drafter", "asked", "precisions"),
+    [
+        ("combined", None, ("accuracy", "performance")),  # a target as small as this one
+        ("prompt-lookup", None, ("accuracy", "performance")),
+        ("combined", "lofi", ("lofi", "lofi")),
+    ],
+)
+def test_the_same_calls_write_plain_decodings_text(board, shadowed, drafter, asked, precisions):
+    options = {"device": "tt", "max_seq_len": 128, "drafter": drafter, "weight_cache": False, "precision": asked}
+    with LLM.load("tiny", **options) as llm:
         assert llm.board is not None and (llm.options.num_draft_tokens, llm.options.dtype) == (4, "bf16")
+        assert (llm.options.precision, llm.options.draft_precision) == precisions
+        assert llm.target.model.layout.precision.name == precisions[0]
         plain = llm.generate(PROMPT, max_new_tokens=10, speculate=False)
         pieces = list(llm.stream(PROMPT, max_new_tokens=10))
         assert "".join(piece.text for piece in pieces) == plain.text

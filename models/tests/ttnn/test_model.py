@@ -99,9 +99,9 @@ def test_decoding_token_by_token_over_a_border_of_128_equals_hugging_face(case):
 
 # The worst row against the original weights, and against Hugging Face with weights rounded to the same formats: the
 # first is what the formats cost, the second shows that nothing else does. Measured on all boards and head layouts:
-# accuracy 0.9986, performance 0.941, bfp4 0.818; rounded 0.9995. (Sharp attention multiplies these losses: accuracy
-# 0.965. Trained weights lose less than random ones.)
-FLOORS = {"accuracy": 0.99, "performance": 0.92, "bfp4": 0.75}
+# accuracy 0.9986, performance 0.941, bfp4 0.818, lofi on one chip 0.957; rounded 0.9994. (Sharp attention multiplies
+# these losses: accuracy 0.965. Trained weights lose less than random ones.)
+FLOORS = {"accuracy": 0.99, "performance": 0.92, "lofi": 0.92, "bfp4": 0.75}
 
 
 @pytest.mark.parametrize("precision", FLOORS)

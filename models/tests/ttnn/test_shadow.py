@@ -1,6 +1,7 @@
 """Shadow values: each operation's numbers against plain torch, its shape against ttnn's."""
 
 import gc
+import math
 import subprocess
 import sys
 
@@ -377,6 +378,92 @@ def test_linear_equals_torch(put, same):
     same(ttnn.linear(put(x), put(w), activation="silu"), functional.silu(x @ w), 2**-6)
     same(ttnn.linear(put(x), put(w.mT.contiguous()), transpose_b=True), x @ w, 2**-6)
     same(ttnn.matmul(put(x), put(w), dtype=FP32), x @ w, 1e-4)
+
+
+FIDELITIES = ("LoFi", "HiFi2", "HiFi3", "HiFi4")
+
+
+@pytest.fixture
+def multiplied(put, shadow, mesh_device):
+    """multiplied(x, w, fidelity, format of w): what the first chip has of x @ w, in float32."""
+
+    def run(x, w, fidelity, dtype=BF16):
+        compute = ttnn.init_device_compute_kernel_config(
+            mesh_device.arch(), math_fidelity=getattr(ttnn.MathFidelity, fidelity)
+        )
+        return shadow.value(ttnn.linear(put(x), put(w, dtype=dtype), dtype=FP32, compute_kernel_config=compute))[0]
+
+    return run
+
+
+def significand(value):
+    """(sign, eight bits with the leading 1, exponent) of a number that bfloat16 holds."""
+    fraction, exponent = math.frexp(abs(value))
+    return math.copysign(1, value), int(fraction * 256), exponent - 8
+
+
+def by_phases(x, w, phases):
+    """x w of two numbers by the first phases of the engine, bit by bit."""
+    (sign_x, bits_x, exponent_x), (sign_w, bits_w, exponent_w) = significand(x), significand(w)
+    high, low = (0b11111110, 0b11111000), (0b00000001, 0b00000111)
+    masks = [high, (high[0], low[1]), (low[0], high[1]), low][:phases]
+    product = sum((bits_x & mask_x) * (bits_w & mask_w) for mask_x, mask_w in masks)
+    return sign_x * sign_w * math.ldexp(product, exponent_x + exponent_w)
+
+
+@pytest.mark.parametrize("dtype", [BF16, BF8, BF4], ids=["bf16", "bfp8", "bfp4"])
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_a_fidelity_multiplies_the_bits_that_its_phases_take(put, shadow, multiplied, fidelity, dtype):
+    x, w = bf16(3, 32), bf16(32, 5)
+    kept = shadow.value(put(w, dtype=dtype))[0]
+    phases = FIDELITIES.index(fidelity) + 1
+    expected = [
+        [sum(by_phases(*pair, phases) for pair in zip(row, column, strict=True)) for column in kept.t().tolist()]
+        for row in x.tolist()
+    ]
+    assert torch.allclose(multiplied(x, w, fidelity, dtype), torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "products"),
+    [
+        (1 + 2**-6, 1.0, (1 + 2**-6,) * 4),  # seven bits of the first operand
+        (1 + 2**-7, 1.0, (1, 1, 1 + 2**-7, 1 + 2**-7)),
+        (1.0, 1 + 2**-4, (1 + 2**-4,) * 4),  # five of the second
+        (1.0, 1 + 2**-5, (1, 1 + 2**-5, 1 + 2**-5, 1 + 2**-5)),
+        (-1.0, 1 + 2**-7, (-1, -1 - 2**-7, -1 - 2**-7, -1 - 2**-7)),
+        (1 + 2**-7, 1 + 2**-7, (1, 1 + 2**-7, 1 + 2**-6, (1 + 2**-7) ** 2)),
+    ],
+)
+def test_the_first_operand_has_seven_bits_in_a_pass_and_the_second_five(multiplied, x, w, products):
+    made = [multiplied(torch.tensor([[x]]), torch.tensor([[w]]), fidelity).item() for fidelity in FIDELITIES]
+    assert made == list(products)
+
+
+def test_lofi_loses_nothing_of_bfp4_weights_and_something_of_bfp8(multiplied):
+    x, w = bf16(4, 64), bf16(64, 32)
+    assert torch.equal(multiplied(x, w, "LoFi", BF4), multiplied(x, w, "HiFi2", BF4))
+    assert not torch.equal(multiplied(x, w, "LoFi", BF8), multiplied(x, w, "HiFi2", BF8))
+
+
+def test_lofi_reads_a_weight_as_it_is_now_and_forgets_it_with_its_tensor(put, shadow, mesh_device):
+    from models.board_mock import goldens
+
+    gc.collect()
+    before = len(goldens._uppers)
+    compute = ttnn.init_device_compute_kernel_config(mesh_device.arch(), math_fidelity=ttnn.MathFidelity.LoFi)
+    x, weights = put(torch.ones(32, 32)), [put(torch.full((32, 32), 1 + 2**-6))]
+
+    def product():
+        return shadow.value(ttnn.linear(x, *weights, compute_kernel_config=compute))[0][0, 0].item()
+
+    assert product() == product() == 32
+    ttnn.copy(put(torch.full((32, 32), 2 + 2**-5)), *weights)
+    assert product() == 64
+    assert len(goldens._uppers) > before
+    weights.clear()
+    gc.collect()
+    assert len(goldens._uppers) == before
 
 
 def test_matmul_with_a_program_config_and_shards_equals_torch(put, same):

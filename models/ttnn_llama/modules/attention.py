@@ -27,7 +27,7 @@ class Attention:
     def __init__(
         self, wqkv: ttnn.Tensor, wo: ttnn.Tensor, cache: LayerCache, layout: Layout, collectives: OneChip | Line
     ):
-        options = {"weight_format": layout.precision.attention, "fidelity": layout.precision.fidelity}
+        options = {"weight_format": layout.precision.attention, "fidelity": layout.precision.attention_fidelity}
         self.wqkv = Linear(wqkv, layout, in_cores=layout.residual_cores, output=layout.qkv, **options)
         self.wo = Linear(wo, layout, in_cores=layout.heads, output=layout.residual, **options)
         self.cache = cache

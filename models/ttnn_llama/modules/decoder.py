@@ -3,7 +3,8 @@
 Decode, verification and drafting are one function of R rows (`Decoder.decode`): a row's arithmetic is the same
 whatever R is, since a tile has 32 rows anyway, and attention handles each row by itself, on the same number of cores
 (`Layout.attention_program`). Rows of a tree differ in how they attend (`attend.TreeRows`): another kernel, so that on a
-chip their last bits may differ from a decode's.
+chip their last bits may differ from a decode's; where a chip has at most 16 query heads (N300, T3K) more than those, as
+decode attention there takes an approximate exp.
 """
 
 from __future__ import annotations

@@ -82,7 +82,11 @@ class Cores:
 
 
 def compute_config(mesh_device: ttnn.MeshDevice, fidelity: str):
-    """Compute kernel configuration of a matmul; sums are kept in fp32 except at LoFi, which is for bfp4."""
+    """Compute kernel configuration of a matmul: sums are kept in fp32, except at LoFi, which is for speed.
+
+    bf16 sums leave room for 8 tiles of output instead of 4. Tenstorrent's models choose them wherever they choose LoFi,
+    for bfp8 weights too (tt_transformers' `compute_kernel_config_lofi`; `matmul_fp32` of llama31_8b_qb2).
+    """
     return ttnn.init_device_compute_kernel_config(
         mesh_device.arch(),
         math_fidelity=getattr(ttnn.MathFidelity, fidelity),
@@ -93,8 +97,8 @@ def compute_config(mesh_device: ttnn.MeshDevice, fidelity: str):
 
 
 def attention_compute_config(mesh_device: ttnn.MeshDevice, *, exact: bool):
-    """Compute kernel configuration of attention, as tt_transformers sets it for Llama: exact (HiFi4, sums in fp32) in
-    the prefill kernel, which trees use too; HiFi2 with bf16 sums in the decode kernel."""
+    """Compute kernel configuration of attention, as tt_transformers sets it for Llama: exact (HiFi4, scores and
+    row sums in fp32) in the prefill kernel, which trees use too; HiFi2 and bf16 in the decode kernel."""
     return ttnn.init_device_compute_kernel_config(
         mesh_device.arch(),
         math_fidelity=ttnn.MathFidelity.HiFi4 if exact else ttnn.MathFidelity.HiFi2,

@@ -21,7 +21,7 @@ class MLP:
             w2,
             layout,
             weight_format=precision.down,
-            fidelity=precision.fidelity,
+            fidelity=precision.down_fidelity,
             in_cores=layout.gated.shard_spec.grid.num_cores(),
             output=layout.residual,
         )
