@@ -23,20 +23,23 @@ class Wiring:
 
     Args:
         card: kind of each card, such as "n150".
-        cards: chips of each card; the first one is on PCIe.
-        harvested_rows: of each chip, a bit mask of its Tensix rows.
-        places: (x, y) of each chip; empty where no chip has a neighbour.
-        links: (chip, channel, chip, channel) of the first of two Ethernet links between two chips.
-        harvested_ethernet, harvested_pcie: of every chip, bit masks of its channels.
+        cards: chips of each card.
+        harvested: of each chip, a bit mask of its Tensix rows (Wormhole) or columns (Blackhole).
+        places: (x, y) of each chip; empty on Blackhole, whose chips do not know where they are.
+        links: (chip, channel, chip, channel) of each Ethernet link between two chips.
+        harvested_ethernet: of every chip, a bit mask of its channels.
+        harvested_pcie: of each chip, a bit mask of its channels; empty where none is.
+        on_pcie: chips of each card that are on PCIe, the first ones.
     """
 
     card: str
     cards: tuple[tuple[int, ...], ...]
-    harvested_rows: tuple[int, ...]
+    harvested: tuple[int, ...]
     places: tuple[tuple[int, int], ...] = ()
     links: tuple[tuple[int, int, int, int], ...] = ()
     harvested_ethernet: int = 0
-    harvested_pcie: int = 0
+    harvested_pcie: tuple[int, ...] = ()
+    on_pcie: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Board:
         dram_banks: per chip; a DRAM-sharded matrix has one shard in each.
         dram_gb_per_s: per chip, published.
         wiring: of its chips.
+        product: name that its makers sell it under, where MESH_DEVICE has another; shown beside the name.
         mock: whether it is ttnn's mock of the board: its clock says nothing, and it replays no traces.
     """
 
@@ -61,6 +65,7 @@ class Board:
     dram_banks: int
     dram_gb_per_s: float
     wiring: Wiring
+    product: str = ""
     mock: bool = field(default=False, compare=False)
 
     @property
@@ -69,43 +74,95 @@ class Board:
         rows, columns = self.mesh_shape
         return rows * columns
 
+    @property
+    def worker_cores(self) -> int:
+        """Of each chip, when ttnn dispatches from one row (Wormhole) or column (Blackhole) of them."""
+        lines, cores = (14, 10) if self.arch == "blackhole" else (10, 8)
+        return (lines - 1 - max(mask.bit_count() for mask in self.wiring.harvested)) * cores
 
-def _wormhole(name: str, wiring: Wiring) -> Board:
+    @property
+    def title(self) -> str:
+        """Its name, and the one that it is sold under."""
+        return f"{self.name} ({self.product})" if self.product else self.name
+
+
+def _links(*first: tuple[int, int, int, int], crossed: bool = False) -> tuple[tuple[int, int, int, int], ...]:
+    """Both of two links each, from the first one of each: the second has the next channel, at the far end the one
+    before where the links cross."""
+    far = -1 if crossed else 1
+    return tuple(link for a, i, b, j in first for link in ((a, i, b, j), (a, i + 1, b, j + far)))
+
+
+def _wormhole(name: str, wiring: Wiring, product: str = "") -> Board:
     # n150 and n300 data sheets: 12 GB of GDDR6 at 12 GT/s on 192 bits, 288 GB/s for each chip
     chips = sum(map(len, wiring.cards))
-    return Board(name, (1, chips), "wormhole_b0", 12 * 1_072_693_184, 12, 288.0, wiring)
+    return Board(name, (1, chips), "wormhole_b0", 12 * 1_072_693_184, 12, 288.0, wiring, product)
 
 
-_N150 = Wiring("n150", cards=((0,),), harvested_rows=(64,), places=((0, 0),))
-_N300 = Wiring("n300", cards=((0, 1),), harvested_rows=(65, 5), places=((0, 0), (1, 0)), links=((0, 8, 1, 0),))
+def _blackhole(name: str, wiring: Wiring, product: str = "") -> Board:
+    # p150 data sheet: 32 GB of GDDR6 at 16 GT/s on 256 bits, 512 GB/s. A p300 card has two such chips with 64 GB.
+    chips = sum(map(len, wiring.cards))
+    return Board(name, (1, chips), "blackhole", 8 * 4_277_141_376, 8, 512.0, wiring, product)
+
+
+_N150 = Wiring("n150", cards=((0,),), harvested=(64,), places=((0, 0),))
+_N300 = Wiring("n300", cards=((0, 1),), harvested=(65, 5), places=((0, 0), (1, 0)), links=_links((0, 8, 1, 0)))
 # Four N300 cards: the chips on PCIe, 0-3, are the middle of a 4 x 2 mesh, their partners 4-7 its two ends.
 _T3K = Wiring(
     "n300",
     cards=((0, 4), (1, 5), (2, 6), (3, 7)),
-    harvested_rows=(544, 513, 640, 513, 576, 513, 513, 528),
+    harvested=(544, 513, 640, 513, 576, 513, 513, 528),
     places=((1, 0), (1, 1), (2, 0), (2, 1), (0, 0), (0, 1), (3, 0), (3, 1)),
-    links=(
+    links=_links(
         *((chip, 8, chip + 4, 0) for chip in range(4)),  # within a card
         *((0, 6, 2, 6), (1, 0, 3, 0), (0, 14, 1, 14), (2, 14, 3, 14), (4, 6, 5, 6), (6, 6, 7, 6)),  # between cards
     ),
 )
-_P150 = Wiring("p150", cards=((0,),), harvested_rows=(192,), harvested_ethernet=288, harvested_pcie=2)
+_P150 = Wiring("p150", cards=((0,),), harvested=(192,), harvested_ethernet=288, harvested_pcie=(2,))
+# Both chips of a p300 are on PCIe; on all that are sold two columns of each are off (11 x 10 worker cores).
+_P300 = Wiring(
+    "p300",
+    cards=((0, 1),),
+    harvested=(5, 260),
+    links=_links((0, 2, 1, 9), crossed=True),
+    harvested_ethernet=288,
+    harvested_pcie=(2, 1),
+    on_pcie=2,
+)
+# Two p300 cards, the four chips in a ring. Within a card the links are known; which channels the bridges between the
+# cards use has not been published, so theirs are an assumption (ttnn needs to see two links, not which).
+_P300X2 = Wiring(
+    "p300",
+    cards=((0, 1), (2, 3)),
+    harvested=(5, 260, 5, 260),
+    links=_links((0, 2, 1, 9), (2, 2, 3, 9), crossed=True) + _links((0, 6, 2, 6), (1, 6, 3, 6)),
+    harvested_ethernet=288,
+    harvested_pcie=(2, 1, 2, 1),
+    on_pcie=2,
+)
 
 BOARDS = {
     board.name: board
     for board in (
         _wormhole("N150", _N150),
         _wormhole("N300", _N300),
-        _wormhole("T3K", _T3K),  # TT-LoudBox and TT-QuietBox
-        Board("P150", (1, 1), "blackhole", 8 * 4_277_141_376, 8, 512.0, _P150),  # 32 GB at 16 GT/s on 256 bits
+        _wormhole("T3K", _T3K, "LoudBox or QuietBox"),
+        _blackhole("P150", _P150),
+        _blackhole("P300", _P300),
+        _blackhole("P300x2", _P300X2, "QuietBox 2"),
     )
 }
+
+
+def board_titles() -> str:
+    """All boards by name, in a message, with the names that they are sold under."""
+    return ", ".join(board.title for board in BOARDS.values())
 
 
 def board_named(name: str) -> Board:
     """The board of that name. Raises UserError, with the names there are, for any other."""
     if name not in BOARDS:
-        raise UserError(f"unknown board {name!r}: use one of {', '.join(BOARDS)}")
+        raise UserError(f"unknown board {name!r}: use one of {board_titles()}")
     return BOARDS[name]
 
 
@@ -113,7 +170,7 @@ def board_of_environment(environ: Mapping[str, str]) -> Board | None:
     """The board that MESH_DEVICE names; None when it is not set. Raises UserError for an unknown name."""
     name = environ.get("MESH_DEVICE")
     if name and name not in BOARDS:
-        raise UserError(f"MESH_DEVICE={name} is no known board: set one of {', '.join(BOARDS)}")
+        raise UserError(f"MESH_DEVICE={name} is no known board: set one of {board_titles()}")
     return BOARDS[name] if name else None
 
 

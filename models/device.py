@@ -11,7 +11,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from models.boards import BOARDS, board_of_environment, is_mock
+from models.boards import board_of_environment, board_titles, is_mock
 from models.errors import UserError
 
 TTNN_VERSION = "0.81.1"  # as pinned in pyproject.toml: the one that these models were checked with
@@ -45,7 +45,7 @@ def _check_tenstorrent(environ: Mapping[str, str]) -> None:
     if not is_mock() and not any(DEVICE_FILES.glob("*")):
         raise UserError(
             f"--device tt: no Tenstorrent board was found (nothing in {DEVICE_FILES}): use --device cpu here, or "
-            f"scripts/check_board.py to try a model on a board ({', '.join(BOARDS)}) that is not there"
+            f"scripts/check_board.py to try a model on a board ({board_titles()}) that is not there"
         )
     _warn_of_another_ttnn()
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.board_mock import cluster
-from models.boards import BOARDS, PLACEMENTS, Board, board_named
+from models.boards import BOARDS, PLACEMENTS, Board
 from models.cli.command import Parser, run_command
 from models.cli.console import Terminal, memory_table
 from models.errors import UserError
@@ -87,7 +87,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model = "checkpoint directory, hub id, or 1B, 3B, 8B"
     parser.add_argument("--model", required=True, help=f"the target: {model}")
     parser.add_argument("--draft", help=f"the draft: {model} (default: none)")
-    parser.add_argument("--mesh", required=True, help=f"one of {', '.join(BOARDS)}")
+    meshes = f"one of {', '.join(BOARDS)}; {', '.join(cluster.VARIANTS)}: a P150 with other grids of cores"
+    parser.add_argument("--mesh", required=True, help=meshes)
     parser.add_argument("--max-seq-len", type=int, help=f"context in tokens (default: {DEFAULT_CONTEXT})")
     parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)} (default: the demo's, by the target's size)")
     parser.add_argument("--draft-precision", help=f"the draft's (default: --precision, if given, else {PRECISION})")
@@ -122,7 +123,7 @@ class Question:
 
 def question(options: argparse.Namespace) -> Question:
     """Raises UserError for whatever is wrong with the options, or with the models for this board."""
-    board = board_named(options.mesh)
+    board = cluster.board_of(options.mesh)
     if options.draft is None and (options.draft_precision or options.draft_placement != "shared"):
         raise UserError("--draft-precision and --draft-placement are about a draft: name it with --draft")
     configs = {"target": find_config(options.model)}
@@ -414,10 +415,10 @@ def command(argv: Sequence[str] | None) -> int:
         check_writable(options.json)
     asked = question(options)
     models = " + ".join(name for name in (options.model, options.draft) if name)
-    subject = f"{models} on {asked.board.name}, context {asked.max_seq_len}"
+    subject = f"{models} on {options.mesh}, context {asked.max_seq_len}"
     checks: list[Check] = []
     usages: dict[str, Usage] = {}
-    cluster.activate(asked.board.name)
+    cluster.activate(options.mesh)
     with ttnn_silenced() as console:
         plans = memory_plans(asked)
         show_plans(console, asked.board, plans)
@@ -456,7 +457,7 @@ def write_results(
     parts = ("weights", "kv_cache", "activations", "traces", "total")
     planned = {name: {part: getattr(plan, part) for part in parts} for name, plan in plans.items()}
     results = {
-        "board": asked.board.name,
+        "board": options.mesh,
         "legal": verdict.startswith("LEGAL"),
         "verdict": verdict,
         "proved": NOTE,

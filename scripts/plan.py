@@ -4,13 +4,14 @@
     python scripts/plan.py --target 8B --draft 1B --board T3K --acceptance-from run.json --markdown
     python scripts/plan.py --capture            # count programs and bytes again, on mock boards (needs ttnn)
 
-The time of a step is computed from the DRAM bytes and device programs of our own forwards, counted in ttnn's graph on
-mock boards, with coefficients fitted to the published speeds of tt_transformers. That is another implementation, with
-another number of programs in a layer: the bands say how far predictions differ between models of step time that explain
-the published speeds alike. Nothing here is measured on a board.
+The time of a step is computed from the DRAM bytes and layers of our own forwards, counted in ttnn's graph on mock
+boards, with coefficients fitted to published speeds of other implementations: the bands say how far predictions differ
+between models of step time that explain those alike. Nothing here is measured on a board.
+What is predicted is compared with the best plain decoding that anybody has published for the model on that board.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import sys
@@ -24,13 +25,15 @@ from models.cli.command import Parser, run_command
 from models.errors import UserError
 from models.llama.config import named_config
 from models.speculative.formulas import break_even
+from models.ttnn_llama.shapes import MAX_ATTENTION_CORES
 from models.ttnn_llama.weights import memory
-from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
+from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS, default_precision, precision_named
 from scripts.planner import counts as counting
 from scripts.planner import describe, report
 from scripts.planner.counts import SIZES, Counts
-from scripts.planner.levers import levers, memory_of
+from scripts.planner.levers import LOWEST, levers, memory_of
 from scripts.planner.predict import Family, Figure, Pair, Times
+from scripts.planner.published import best_plain
 from scripts.planner.speculation import (
     MAX_DRAFT_LENGTH,
     Acceptance,
@@ -40,7 +43,6 @@ from scripts.planner.speculation import (
     speedup,
 )
 
-PRECISION = "performance"  # as the demo's
 DEFAULT_ACCEPTANCE = 0.8
 DEFAULT_CONTEXT = 1024
 LONGEST_CONTEXT = 131072
@@ -62,8 +64,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--context", type=int, default=DEFAULT_CONTEXT, help="tokens in the KV cache (default: %(default)s)"
     )
-    parser.add_argument("--precision", default=PRECISION, help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
-    parser.add_argument("--draft-precision", help="the draft's (default: as --precision)")
+    default = f"{PRECISION}, for a target of 1B {default_precision(named_config('1B').hidden_size)}"
+    parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)} (default: {default})")
+    parser.add_argument("--draft-precision", help=f"the draft's (default: --precision if given, else {PRECISION})")
+    parser.add_argument(
+        "--attention-cores", type=int, default=1, metavar="N", help="cores for a row and KV head (default: %(default)s)"
+    )
     parser.add_argument(
         "--num-draft-tokens", type=int, metavar="K", help=f"plan for K, 0 to {MAX_DRAFT_LENGTH} (default: the best)"
     )
@@ -85,12 +91,15 @@ def check(options: argparse.Namespace) -> Acceptance:
     """UserError for what makes no sense; completes the options."""
     options.target, options.draft = size_named(options.target), size_named(options.draft)
     board_named(options.board)
-    options.precision = precision_named(options.precision).name
-    options.draft_precision = precision_named(options.draft_precision or options.precision).name
+    options.draft_precision = precision_named(options.draft_precision or options.precision or PRECISION).name
+    chosen = options.precision or default_precision(named_config(options.target).hidden_size)
+    options.precision = precision_named(chosen).name
     if SIZES.index(options.draft) > SIZES.index(options.target):
         raise UserError(f"the draft {options.draft} is larger than the target {options.target}: swap them")
     if not 1 <= options.context <= LONGEST_CONTEXT:
         raise UserError(f"--context {options.context} is outside 1..{LONGEST_CONTEXT}, what Llama 3.x is trained for")
+    if not 1 <= options.attention_cores <= MAX_ATTENTION_CORES:
+        raise UserError(f"--attention-cores {options.attention_cores} is outside 1..{MAX_ATTENTION_CORES}")
     k = options.num_draft_tokens
     if k is not None and not 0 <= k <= MAX_DRAFT_LENGTH:
         raise UserError(f"--num-draft-tokens {k} is outside 0..{MAX_DRAFT_LENGTH}: 16 rows are what is planned for")
@@ -122,13 +131,17 @@ def build(options: argparse.Namespace, acceptance: Acceptance, counts: Counts, f
     """The plan as JSON has it, by ``counts`` of the pair on its board."""
     board = board_named(options.board)
     places = counting.places(board, False, board.chips)
-    pair = Pair(options.target, options.draft, options.precision, options.draft_precision, places, options.context)
+    pair = Pair(
+        *(options.target, options.draft, options.precision, options.draft_precision, places, options.context),
+        attention_cores=options.attention_cores,
+    )
     times = Times(family, counts, board, pair)
     lengths = range(MAX_DRAFT_LENGTH + 1)
     allowed = lengths if options.num_draft_tokens is None else [options.num_draft_tokens]
     rounds = [chain(times, acceptance, k) for k in lengths]
     chosen = best(rounds.__getitem__, allowed)
     decode = times.decode()
+    plain = best_plain(options.target, board.name)
     return {
         "kind": "predicted",
         "settings": {
@@ -138,6 +151,7 @@ def build(options: argparse.Namespace, acceptance: Acceptance, counts: Counts, f
             "context": options.context,
             "precision": options.precision,
             "draft_precision": options.draft_precision,
+            "attention_cores": options.attention_cores,
             "num_draft_tokens": options.num_draft_tokens,
         },
         "acceptance": {
@@ -149,6 +163,7 @@ def build(options: argparse.Namespace, acceptance: Acceptance, counts: Counts, f
         "counts": counts.source,
         "best": {"k": chosen.k, **_figure("speedup", speedup(times, chosen)), **_rate(family, chosen)},
         "decode": {**_figure("ms", family.figure(decode)), **_rate(family, rounds[0])},
+        "published_plain": dataclasses.asdict(plain) if plain else None,
         "table": [_row(times, round, decode) for round in rounds],
         "levers": [
             {
@@ -226,7 +241,7 @@ def recounted(options: argparse.Namespace) -> Counts:
     found = capture.capture(
         [options.board],
         list(dict.fromkeys((options.target, options.draft))),
-        list(dict.fromkeys((options.precision, options.draft_precision, *list(PRECISIONS)[-1:]))),
+        list(dict.fromkeys((options.precision, options.draft_precision, LOWEST))),
         progress=lambda text: print(text, file=sys.stderr),
     )
     return Counts(found, f"captured now with ttnn {found['ttnn']}")

@@ -255,9 +255,13 @@ def plan(target: str) -> str:
         at = next(row for row in results["table"] if row["k"] == best["k"])
         cells = [_banded(best["speedup"], best["speedup_band"], 2), _banded(best["tok_s"], best["tok_s_band"], 1)]
         others = [_lever(results["levers"], name) for name in LEVERS]
-        rows.append((board, str(best["k"]), *cells, percent(at["break_even"]), *others))
+        plain = f"{results['decode']['tok_s']:.1f}"
+        rows.append((board, plain, str(best["k"]), *cells, percent(at["break_even"]), *others, _published(results)))
     assumed = f"acceptance {results['acceptance']['chances'][0]:g}, context {results['settings']['context']}"
-    head = (f"{target} + 1B: **predicted**", "best K", "speed-up (band)", "tok/s (band)", "break-even", *LEVERS)
+    head = (
+        *(f"{target} + 1B: **predicted**", "plain", "best K", "speed-up (band)", "tok/s (band)", "break-even"),
+        *(*LEVERS, "best plain published; of it"),
+    )
     return (
         f"`scripts/plan.py --target {target} --draft 1B --board BOARD`; {assumed}, {results['date'][:10]}\n\n"
         + markdown_table(head, rows)
@@ -268,6 +272,33 @@ def _lever(levers: Sequence[Results], name: str) -> str:
     best = max((each for each in levers if each["name"].startswith(name)), key=lambda each: each["speedup"])
     detail = best["name"].removeprefix(name)
     return _banded(best["speedup"], best["speedup_band"], 2) + f",{detail}" * bool(detail)
+
+
+def plan_fit() -> str:
+    """How well the planner's model explains published speeds."""
+    fit = read(f"plan-8B-1B-{next(iter(BOARDS))}")["fit"]
+    by_year = fit["leave_one_out_median_error_by_year"]
+    years = ", ".join(f"{year}: {error:.1%}" for year, error in by_year.items())
+    measured = len(fit["points"]) + sum(point["possible"] for point in fit["excluded"])
+    rows = [
+        (f"fit to {len(fit['points'])} figures", f"{fit['median_error']:.1%}"),
+        (f"each figure left out ({years})", f"{fit['leave_one_out_median_error']:.1%}"),
+        (
+            f"all figures of a model on a board left out (four in five within {fit['spread']:.0%})",
+            f"{fit['group_left_out_median_error']:.1%}",
+        ),
+        (f"all {measured} that were measured, fitted or not", f"{fit['all_measured_median_error']:.1%}"),
+    ]
+    return markdown_table(("of published decode speeds", "median error"), rows)
+
+
+def _published(results: Results) -> str:
+    """The best plain speed that has been published, and how many times as fast what is predicted would be."""
+    known = results["published_plain"]
+    if known is None:
+        return "none"
+    ratio = results["best"]["tok_s"] / known["tok_s_user"]
+    return f"{known['tok_s_user']:.1f} ({known['date'][:7]}); {ratio:.2f}x"
 
 
 def _banded(value: float, band: Sequence[float], digits: int) -> str:
@@ -284,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "expect": expect,
     "bottleneck": bottleneck,
     "op-counts": op_counts,
+    "plan-fit": plan_fit,
     "agreement": agreement,
     "plan-8B": lambda: plan("8B"),
     "plan-3B": lambda: plan("3B"),

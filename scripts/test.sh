@@ -18,7 +18,7 @@ log="$VENV/boards.log"
 run() { "$VENV_PYTHON" -m pytest "$@" || { local failed=$?; [ "$status" -ne 0 ] || status=$failed; }; }
 stop() { [ -z "$others" ] || kill -- "-$others" 2>/dev/null || true; }
 boards() {
-    for board in N300 T3K P150; do
+    for board in N300 T3K P150 P300x2; do
         say "ttnn tests, board $board"
         run models/tests/ttnn --board "$board"
     done
@@ -26,7 +26,7 @@ boards() {
 }
 
 case $TTNN in
-    no | broken) say "no ttnn: its tests on N300, T3K and P150 are skipped" ;;
+    no | broken) say "no ttnn: its tests on N300, T3K, P150 and P300x2 are skipped" ;;
     *)
         trap stop EXIT
         trap 'exit 130' INT TERM

@@ -188,7 +188,7 @@ def test_op_counts_gives_whole_models_from_one_and_two_layers(tmp_path):
     ("argv", "message"),
     [
         ("", "the following arguments are required: --model, --mesh"),
-        ("--model 8B --mesh E75", "unknown board 'E75': use one of N150, N300, T3K, P150"),
+        ("--model 8B --mesh E75", "unknown board 'E75': use one of N150, N300, T3K (LoudBox or QuietBox), P150, "),
         ("--model nothing --mesh N150", "no such directory or size: 'nothing'"),
         ("--model . --mesh N150", "cannot read config.json"),
         ("--model 1B --mesh N150 --precision int4", "no precision is called 'int4'"),

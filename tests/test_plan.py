@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -81,9 +83,10 @@ def counts_by_hand(board="N300", chips=(2, 1)):
     return Counts({"forwards": forwards, "rounds": rounds, "ttnn": "none"}, "made by hand")
 
 
-def family_by_hand(share=0.5):
-    """One model: bytes at half the bandwidth, the KV cache at the bandwidth, 5 us a program, 20 a hop, 2 ms a step."""
-    values = {"wormhole_bytes": 2.0, "kv_bytes": 1.0, "program_us": 5.0, "hop_us": 20.0, "step_ms": 2.0}
+def family_by_hand(share=0.5, **values):
+    """One model: bytes at half the bandwidth, 10 us a block of KV cache, 54 us a layer, 20 an exchange, 2 ms a host."""
+    values = {"wormhole_bytes": 2.0, "kv_block_us": 10.0, "wormhole_layer_us": 54.0, "exchange_us": 20.0} | values
+    values = {"host_ms": 2.0, "fidelity": 1.0} | values
     coefficients = np.array([[values.get(name, 0.0) for name in fit.FORM]])
     return Family(coefficients, np.array([share]), spread=0.1)
 
@@ -91,39 +94,83 @@ def family_by_hand(share=0.5):
 def times_by_hand(context=1024 + 128 - 64.5, share=0.5, **changes):
     both = Place("N300", 2)
     pair = Pair("8B", "1B", "performance", "performance", {"target": both, "draft": both}, context)
-    for name, value in changes.items():
-        object.__setattr__(pair, name, value)
-    return Times(family_by_hand(share), counts_by_hand(), BOARDS["N300"], pair)
+    return Times(family_by_hand(share), counts_by_hand(), BOARDS["N300"], replace(pair, **changes))
 
 
-KV_MS = 1000 * (1024 + 128) / 288e6  # of one row and layer: position 1024 reads 1152
+HEAD_DIMS = {"8B": 128, "1B": 64}
+PROGRAM_MS = 54 / published.LAYER_PROGRAMS / 1000  # of the round's programs beside its forwards
 
 
-def forward_by_hand(model, rows):
-    layers = LAYERS[model]
-    weights = layers * {"8B": 1.0, "1B": 0.1}[model] * 2
+def kv_by_hand(model, rows, cores, cached=None):
+    """Position 1024 reads 1152 positions, 1000 bytes each of a row and layer; a block is 128 of one KV head."""
+    read = 1000 * (1024 + 128) * (rows if cached is None else cached) * LAYERS[model]
+    return read / (2 * 128 * HEAD_DIMS[model] * 1088 / 1024) / cores * 0.010
+
+
+def forward_by_hand(model, rows, exchanging=True, kv=None):
+    counted = LAYERS[model]
+    weights = counted * {"8B": 1.0, "1B": 0.1}[model] * 2
     other = 1000 * rows / 288e6 * 2
-    programs, exchanges = layers * 10 + 30, layers * 4 + 1
-    return weights + other + layers * rows * KV_MS + programs * 0.005 + exchanges * 0.020
+    exchanges = (counted * 4 + 1) * exchanging
+    kv_heads = 4 if exchanging else 8
+    attention = kv_by_hand(model, rows, min(kv_heads * rows, 56)) if kv is None else kv
+    # what a layer takes besides is by the layers of the real model, of which only the bytes are made by hand
+    return weights + other + attention + REAL_LAYERS[model] * 0.054 + exchanges * 0.020
 
 
-def test_times_are_those_computed_by_hand_from_bytes_and_programs():
+REAL_LAYERS = {"8B": 32, "1B": 16}
+
+
+def test_times_are_those_computed_by_hand_from_bytes_and_layers():
     times = times_by_hand()
     assert times.target(1) == pytest.approx(forward_by_hand("8B", 1))
     assert times.target(5) == pytest.approx(forward_by_hand("8B", 5))
     assert times.decode() == pytest.approx(forward_by_hand("8B", 1) + 2.0)
-    # half of the 2 ms of a step for each of three drafted tokens, for the verification, and once for the host
+    # half of the host's 2 ms for each of three drafted tokens and for the verification, and once for the host
     assert times.drafting(3) == pytest.approx(forward_by_hand("1B", 2) + 2 * forward_by_hand("1B", 1) + 3 * 1.0)
     assert times.verifying(4) == pytest.approx(forward_by_hand("8B", 4) + 1.0)
-    assert times.between(3) == pytest.approx(1.0 + 16 * 0.005)
+    assert times.between(3) == pytest.approx(1.0 + 16 * PROGRAM_MS)
     assert times.drafting(0) == 0 and times.between(0) == pytest.approx(1.0)
 
 
 def test_a_draft_on_its_own_chip_has_no_exchanges_and_two_programs_a_round():
     apart = {"target": Place("N300", 1), "draft": Place("N300", 1)}
     times = times_by_hand(places=apart, own_chip=True)
-    assert times.draft(1) == pytest.approx(forward_by_hand("1B", 1) - 5 * 0.020)
+    assert times.draft(1) == pytest.approx(forward_by_hand("1B", 1, exchanging=False))
     assert times.between(3) == pytest.approx(2 * 1.0)
+
+
+def test_more_cores_for_a_kv_head_read_the_cache_faster_until_the_chip_has_no_more():
+    one, eight, most = (times_by_hand(attention_cores=cores).target(1)[0] for cores in (1, 8, 16))
+    assert one - eight == pytest.approx(kv_by_hand("8B", 1, 4) * 7 / 8)
+    assert one - most == pytest.approx(kv_by_hand("8B", 1, 4) - kv_by_hand("8B", 1, 56))
+
+
+def test_fidelity_takes_16_cycles_a_phase_and_tile_on_the_cores_beside_the_banks_of_blackhole(shipped):
+    place = Place("P150", 1)
+    pair = Pair("8B", "1B", "performance", "performance", {"target": place, "draft": place}, 1024)
+    family = family_by_hand()
+    high, low = (
+        Times(family, shipped, BOARDS["P150"], replace(pair, projections=name)).target(1)[0]
+        for name in ("HiFi2", "LoFi")
+    )
+    tiles = 32 * (2 * 4096 * 128 * (32 + 8) + 3 * 4096 * 14336) / 1024
+    assert high - low == pytest.approx(tiles * 16 / 8 / 1.35e6)
+    n150 = Place("N150", 1)
+    pair = replace(pair, places={"target": n150, "draft": n150})
+    high, low = (
+        Times(family, shipped, BOARDS["N150"], replace(pair, projections=name)).target(1)[0]
+        for name in ("HiFi2", "LoFi")
+    )
+    assert high == low
+
+
+def test_a_precision_of_another_fidelity_has_the_counts_of_its_formats_and_times_of_its_own(shipped):
+    place = Place("P150", 1)
+    assert shipped.forward(place, "8B", "lofi", 1, 1024) == shipped.forward(place, "8B", "performance", 1, 1024)
+    pairs = [Pair("8B", "1B", name, name, {"target": place, "draft": place}, 1024) for name in ("performance", "lofi")]
+    exact, rough = (Times(Family.of(shipped), shipped, BOARDS["P150"], pair).decode()[0] for pair in pairs)
+    assert rough < exact
 
 
 def test_speedup_is_tokens_times_a_plain_step_over_a_round_and_its_band_moves_the_draft():
@@ -136,7 +183,8 @@ def test_speedup_is_tokens_times_a_plain_step_over_a_round_and_its_band_moves_th
     assert figure.value == pytest.approx(1.75 * decode / (drafting + rest))
     assert figure.low == pytest.approx(1.75 * decode / (1.1 * drafting + rest))
     assert figure.high == pytest.approx(1.75 * decode / (0.9 * drafting + rest))
-    assert gain(times, round, round).low == gain(times, round, round).high == pytest.approx(1)
+    same = gain(times, round, round)
+    assert (same.low, same.value, same.high) == pytest.approx((1, 1, 1))
     rate = times.family.figure(round.tok_s)
     assert (rate.low, rate.high) == pytest.approx((0.9 * rate.value, 1.1 * rate.value))
 
@@ -197,10 +245,10 @@ def test_a_tree_rescues_tokens_reads_the_cache_by_query_head_and_talks_to_the_ho
     bare, rescued = tree(times, acceptance, 4, rescue=0.0), tree(times, acceptance, 4, rescue=0.5)
     assert bare.tokens == chain(times, acceptance, 4).tokens
     assert rescued.tokens == pytest.approx(expected_tokens([0.8] * 4))
-    # four query heads share a KV head; a program fewer outside of 32 rows
-    verifying = forward_by_hand("8B", 32) - 2 * (32 - 4) * KV_MS + 1.0 - 0.005
+    # four query heads share a KV head; each of the 16 on a chip is a core's
+    verifying = forward_by_hand("8B", 32, kv=kv_by_hand("8B", 32, 16, cached=4)) + 1.0
     assert rescued.verifying == pytest.approx(verifying)
-    level = forward_by_hand("1B", 8) - (8 - 4) * KV_MS
+    level = forward_by_hand("1B", 8, kv=kv_by_hand("1B", 8, 16, cached=4))
     assert rescued.drafting == pytest.approx(forward_by_hand("1B", 2) + 3 * level + 4 * 2.0)
     assert rescued.between == pytest.approx(1.0)
 
@@ -241,13 +289,12 @@ def observations_from(shipped, coefficients, noise=0.0):
     spoilt = np.random.default_rng(1).normal(0, noise, len(published.POINTS))
     observations = [published.observation(point, shipped) for point in published.POINTS]
     return [
-        fit.Observation(o.point, o.work, o.chip, o.streams, float(ms) * (1 + error))
+        replace(o, ms=float(fit.factors(fit.FORM, o.step) @ coefficients) * (1 + error))
         for o, error in zip(observations, spoilt, strict=True)
-        for ms in [fit.factors(fit.FORM, o.work, o.chip, o.streams) @ coefficients]
     ]
 
 
-KNOWN = np.array([1.25, 1.6, 0.8, 0.5, 7.0, 3.0, 4.0])
+KNOWN = np.array([1.25, 1.6, 1.0, 11.0, 300.0, 220.0, 90.0, 1.5, 6.0, 8.0])
 
 
 def test_the_fit_recovers_known_parameters(shipped):
@@ -266,13 +313,12 @@ def test_a_figure_left_out_is_missed_by_more_than_one_that_was_fitted(shipped):
 
 def test_a_figure_left_out_has_no_part_in_its_prediction(shipped):
     observations = observations_from(shipped, KNOWN)
-    first = observations[0]
-    observations[0] = fit.Observation(first.point, first.work, first.chip, first.streams, 2 * first.ms)
+    observations[0] = replace(observations[0], ms=2 * observations[0].ms)
     assert fit.left_out(observations)[0] == pytest.approx(1.0)  # the others predict it as it was: twice as fast
 
 
 def test_no_chip_reads_faster_than_has_been_reached(shipped):
-    observations = observations_from(shipped, np.array([0.7, 1.6, 0.8, 0.5, 7.0, 3.0, 4.0]))
+    observations = observations_from(shipped, np.array([0.7, *KNOWN[1:]]))
     assert fit.fit(observations)[0] >= 1 / fit.MOST_EFFICIENCY - 1e-12
 
 
@@ -294,31 +340,83 @@ def test_non_negative_least_squares_is_the_best_of_all_subsets():
         assert (found >= 0).all() and np.linalg.norm(a @ found - b) == pytest.approx(best)
 
 
-def test_published_speeds_are_fitted_within_15_percent_also_when_left_out(shipped):
+def test_published_speeds_are_fitted_within_8_percent_also_when_left_out(shipped):
     observations = [published.observation(point, shipped) for point in published.POINTS]
     assert {(o.point.model, o.point.board) for o in observations} >= {
         (model, board) for model in SIZES for board in ("N150", "N300", "T3K")
-    } | {("8B", "P150")}
-    fitted, left_out = (np.abs(errors) for errors in (fit.errors(observations), fit.left_out(observations)))
-    assert np.median(fitted) <= 0.15 and np.median(left_out) <= 0.15 and fitted.max() <= 0.15
-    grouped = np.abs(fit.left_out(observations, key=lambda o: o.point.group))
-    assert np.median(grouped) <= 0.15
+    } | {("8B", board) for board in ("P100", "P150", "2xP150", "8xP150", "P300x2")}
+    left_out = np.abs(fit.left_out(observations))
+    recent = np.array([o.point.year >= 2026 for o in observations])
+    assert np.median(np.abs(fit.errors(observations))) <= 0.05
+    assert np.median(left_out) <= 0.08 and np.median(left_out[recent]) <= 0.08 and np.median(left_out[~recent]) <= 0.08
+    assert np.median(np.abs(fit.left_out(observations, key=lambda o: o.point.group))) <= 0.08
 
 
-def test_no_other_form_does_better_on_figures_that_were_left_out(shipped):
+def test_the_steps_of_fidelity_on_p150_are_predicted_without_having_been_fitted(shipped):
+    steps = [point for point in published.POINTS if point.board == "P150" and point.date == "2026-07-21"]
+    assert [point.tok_s_user for point in steps] == [40.2, 40.8, 45.4, 49.7, 51.5]
+    others = [published.observation(p, shipped) for p in published.POINTS if p not in steps[1:]]
+    coefficients = fit.fit(others)
+    for point in steps:
+        step = published.observation(point, shipped).step
+        assert 1000 / (fit.factors(fit.FORM, step) @ coefficients) == pytest.approx(point.tok_s_user, rel=0.05)
+
+
+def test_no_other_form_does_better_on_pairs_that_were_left_out(shipped):
     observations = [published.observation(point, shipped) for point in published.POINTS]
-    errors = {name: np.sqrt(np.mean(fit.left_out(observations, form) ** 2)) for name, form in fit.FORMS.items()}
+    errors = {
+        name: np.sqrt(np.mean(fit.left_out(observations, form, key=lambda o: o.point.group) ** 2))
+        for name, form in fit.FORMS.items()
+    }
     (chosen,) = (name for name, form in fit.FORMS.items() if form == fit.FORM)
     assert chosen.startswith("chosen") and errors[chosen] <= min(errors.values()) + 1e-9
 
 
+def test_every_figure_has_a_date_and_a_source_and_what_is_not_fitted_a_reason():
+    for point in published.ALL:
+        assert re.fullmatch(r"202[56](-\d\d){0,2}", point.date) and point.source and point.software
+        assert point.possible or point.excluded
+    assert {point.tok_s_user for point in published.ALL if not point.possible} == {164.0}
+    hosts = [point for point in published.ALL if point.excluded == published.HOST]
+    for point in hosts:  # by one rule, not by how well they fit
+        before = [p.tok_s_user for p in published.POINTS if p.group == point.group and p.year < point.year]
+        assert max(before) > 1.3 * point.tok_s_user
+    for point in published.POINTS:
+        before = [p.tok_s_user for p in published.POINTS if p.group == point.group and p.year < point.year]
+        assert point.served or point.context > 4096 or max(before, default=0) <= 1.3 * point.tok_s_user
+
+
+def test_no_figure_moves_more_bytes_than_its_chips_can(shipped):
+    for point in published.ALL:
+        step = published.observation(point, shipped).step
+        assert (1000 / point.tok_s_user > step.chip.ms(step.work.weights)) == point.possible
+
+
+def test_the_best_plain_speed_is_one_that_can_be():
+    best = {board: published.best_plain("8B", board) for board in BOARDS}
+    assert best["P150"].tok_s_user == 51.5 and best["N150"].tok_s_user == 28.3 and best["T3K"].tok_s_user == 70.6
+    assert best["P300x2"].tok_s_user == pytest.approx(1000 / 7.54) and best["P300"].board == "2xP150"
+    assert published.best_plain("3B", "P150") is None
+
+
+def test_plain_decoding_of_p150_comes_out_as_measured_in_2026(shipped):
+    """Not as in 2025 (33.6): 40 at HiFi2 and 51 at LoFi, with the attention cores and context that were measured."""
+    place = Place("P150", 1)
+    pair = Pair("8B", "1B", "performance", "performance", {"target": place, "draft": place}, 228, attention_cores=16)
+    family = Family.of(shipped)
+    exact, rough = (
+        1000 / Times(family, shipped, BOARDS["P150"], replace(pair, projections=name)).decode()[0]
+        for name in (None, "LoFi")
+    )
+    assert 39 <= exact <= 42 and 48 <= rough <= 52
+
+
 def test_the_last_layer_of_8b_is_dearer_in_what_was_published(shipped):
     point = next(p for p in published.POINTS if (p.model, p.board, p.precision) == ("8B", "N150", "performance"))
-    theirs = published.observation(point, shipped).work
+    theirs = published.observation(point, shipped).step.work
     ours = shipped.forward(Place("N150", 1), "8B", "performance", 1, point.context)
     gate_and_up = 2 * 4096 * 14336 * (1088 - 576) / 1024
     assert theirs.weights - ours.weights == pytest.approx(gate_and_up, rel=0.01)
-    assert theirs.programs - ours.programs == 32 * (published.LAYER_PROGRAMS - 16)
 
 
 # ------------------------------------------------------------------------------------------------- whole plans
@@ -346,15 +444,21 @@ def test_a_plan_has_all_its_parts_and_every_prediction_a_band(plan, tmp_path, ca
     for point in result["fit"]["points"]:
         assert set(point) >= {"model", "board", "published", "predicted", "error", "source"}
         assert point["predicted"] / point["published"] - 1 == pytest.approx(point["error"])
-    assert result["fit"]["median_error"] < result["fit"]["leave_one_out_median_error"] <= 0.15
+    assert result["fit"]["median_error"] < result["fit"]["leave_one_out_median_error"] <= 0.08
+    plain = result["published_plain"]
+    assert plain["tok_s_user"] == published.best_plain("8B", board).tok_s_user and plain["date"] and plain["source"]
     names = [lever["name"] for lever in result["levers"]]
-    expected = ["draft in bfp4", "half the time per program", "early exit after 4", "early exit after 8"]
+    expected = ["draft in bfp4", "one program for all layers", "LoFi projections", "8 cores for a row's KV head"]
+    expected += ["all for speed", "early exit after 4", "early exit after 8"]
     expected += ["tree of 31 tokens", "a draft that costs nothing", "context of 8192", "context of 32768"]
     assert set(expected) <= set(names) and ("a chip for the draft" in names) == (BOARDS[board].chips > 1)
     assert result["memory"]["fits"] and set(result["memory"]["bytes_per_chip"]) == {"target", "draft"}
     assert "captured with ttnn" in result["counts"] and result["assumptions"]
     out = capsys.readouterr().out
     assert "PREDICTED, nothing measured on a board" in out and "leave-one-out" in out
+    said = {True: "speculation would NOT beat it", False: "speculation"}[best["tok_s"] <= plain["tok_s_user"]]
+    assert f"Best plain speed published for 8B on {board}: {plain['tok_s_user']:.1f} tok/s" in " ".join(out.split())
+    assert said in " ".join(out.split())
 
 
 def test_at_the_break_even_acceptance_of_a_plan_its_speedup_is_1(plan, tmp_path):
@@ -372,7 +476,9 @@ def test_more_acceptance_is_faster_and_a_longer_context_makes_a_verification_dea
     speedups = [planned(plan, tmp_path, f"{pair} --acceptance {a}")["best"]["speedup"] for a in (0, 0.5, 0.8, 1)]
     assert speedups[0] == 1 and sorted(speedups) == speedups and speedups[1] < speedups[2] < speedups[3]
     near, far = (planned(plan, tmp_path, f"{pair} --context {context}")["table"] for context in (1024, 32768))
-    assert far[8]["verify_ms"] / far[0]["verify_ms"] > near[8]["verify_ms"] / near[0]["verify_ms"] > 1
+    # 16 rows of 4 KV heads are more than the chip has cores; fewer rows read the cache beside each other
+    assert far[15]["verify_ms"] / far[0]["verify_ms"] > near[15]["verify_ms"] / near[0]["verify_ms"] > 1
+    assert far[8]["verify_ms"] / far[0]["verify_ms"] == pytest.approx(1, abs=0.01)
 
 
 def test_acceptance_of_a_run_decides_the_plan(plan, fixed_run, tmp_path, capsys):
@@ -392,7 +498,7 @@ def test_what_does_not_fit_is_said_with_a_remedy(plan, tmp_path, capsys):
 def test_levers_say_whether_they_fit(plan, tmp_path):
     result = planned(plan, tmp_path, "--target 8B --draft 3B --board N300 --context 100000")
     fits = {lever["name"]: lever["fits"] for lever in result["levers"]}
-    assert not result["memory"]["fits"] and not fits["half the time per program"]
+    assert not result["memory"]["fits"] and not fits["one program for all layers"]
     assert fits["early exit after 4"] and fits["a draft that costs nothing"]  # only the target's weights and cache
 
 
@@ -403,11 +509,26 @@ def test_levers_are_better_where_they_must_be(shipped):
     acceptance = Acceptance.equal(0.8)
     chosen = max((chain(times, acceptance, k) for k in range(16)), key=lambda round: round.tok_s[0])
     found = {lever.name: lever for lever in levers(times, acceptance, range(16), chosen)}
-    for name in ("draft in bfp4", "half the time per program", "a draft that costs nothing", "early exit after 4"):
+    for name in ("draft in bfp4", "one program for all layers", "a draft that costs nothing", "early exit after 4"):
         assert found[name].gain.low > 1, name
     assert found["a draft that costs nothing"].speedup.value == max(lever.speedup.value for lever in found.values())
     assert found["early exit after 4"].gain.value > found["early exit after 8"].gain.value
     assert found["context of 8192"].gain is None
+
+
+def test_lofi_is_no_lever_of_bf16_weights(plan, tmp_path):
+    names = {
+        precision: {
+            lever["name"]: lever["assumption"]
+            for lever in planned(plan, tmp_path, f"--target 8B --draft 1B --board P300 --precision {precision}")[
+                "levers"
+            ]
+        }
+        for precision in ("bf16", "performance", "bfp4")
+    }
+    assert "LoFi projections" in names["performance"]
+    assert "LoFi projections" not in names["bf16"] and "LoFi projections" not in names["bfp4"]
+    assert "LoFi" in names["performance"]["all for speed"] and "LoFi" not in names["bf16"]["all for speed"]
 
 
 def test_early_exit_and_lookup_take_no_memory_for_a_draft():
@@ -438,13 +559,17 @@ def test_markdown_is_tables_with_a_cell_for_every_column(plan, capsys):
         ("", "the following arguments are required: --target, --draft, --board"),
         ("--target 7B --draft 1B --board N150", "no Llama size is called '7B'"),
         ("--target 1B --draft 8B --board N150", "the draft 8B is larger than the target 1B: swap them"),
-        ("--target 8B --draft 1B --board E75", "unknown board 'E75': use one of N150, N300, T3K, P150"),
+        (
+            "--target 8B --draft 1B --board E75",
+            "unknown board 'E75': use one of N150, N300, T3K (LoudBox or QuietBox), P150, ",
+        ),
         ("--target 8B --draft 1B --board N150 --acceptance 1.01", "--acceptance 1.01 is outside 0..1"),
         ("--target 8B --draft 1B --board N150 --acceptance -0.1", "--acceptance -0.1 is outside 0..1"),
         ("--target 8B --draft 1B --board N150 --acceptance nan", "--acceptance nan is outside 0..1"),
         ("--target 8B --draft 1B --board N150 --acceptance high", "invalid float value: 'high'"),
         ("--target 8B --draft 1B --board N150 --context 131073", "--context 131073 is outside 1..131072"),
         ("--target 8B --draft 1B --board N150 --context 0", "--context 0 is outside 1..131072"),
+        ("--target 8B --draft 1B --board N150 --attention-cores 17", "--attention-cores 17 is outside 1..16"),
         ("--target 8B --draft 1B --board N150 --num-draft-tokens 16", "--num-draft-tokens 16 is outside 0..15"),
         ("--target 8B --draft 1B --board N150 --num-draft-tokens -1", "--num-draft-tokens -1 is outside 0..15"),
         ("--target 8B --draft 1B --board N150 --precision int4", "no precision is called 'int4'"),

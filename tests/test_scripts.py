@@ -295,7 +295,7 @@ def test_ci_lints_and_checks_types_then_runs_the_test_script(machine):
     lint = f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<mypy>\n"
     others = [
         f"ttnn tests, board {board}\n{ran}<pytest>\n<models/tests/ttnn>\n<--board>\n<{board}>\n"
-        for board in ("N300", "T3K", "P150")
+        for board in ("N300", "T3K", "P150", "P300x2")
     ]
     assert result.stdout == f"{lint}{ran}<pytest>\n<--board>\n<N150>\n{''.join(others)}"
     assert machine.installs == 1

@@ -16,7 +16,8 @@ from models.errors import UserError
 def prepare(arguments: list[str]) -> list[str]:
     """Switch the mock and its numbers on; returns the board and the program's own arguments."""
     if len(arguments) < 2 or arguments[1:] == ["-m"]:
-        raise UserError(f"usage: python -m models.board_mock {{{','.join(BOARDS)}}} (SCRIPT | -m MODULE) [arguments]")
+        boards = ",".join((*BOARDS, *cluster.VARIANTS))
+        raise UserError(f"usage: python -m models.board_mock {{{boards}}} (SCRIPT | -m MODULE) [arguments]")
     board, *program = arguments
     if program[0] != "-m" and not os.path.isfile(program[0]):
         raise UserError(f"no such script: {program[0]}")

@@ -9,6 +9,7 @@ Standard library only: importable where ttnn is not installed.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import os
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from models.boards import BOARDS, MOCK_VARIABLE, Board, is_mock
+from models.boards import BOARDS, MOCK_VARIABLE, Board, board_named, is_mock
 from models.errors import UserError
 
 LOG_LEVEL_VARIABLE = "TT_LOGGER_LEVEL"
@@ -27,7 +28,22 @@ COMMAND = "command"  # the file's name, an argument a line
 
 # ---- cluster descriptors --------------------------------------------------------------------------------------------
 
-CARD_IDS = {"n150": 0x18 << 36, "n300": 0x14 << 36, "p150": 0x40 << 36}  # the kind of card stands in bits 36-55
+# The kind of card stands in bits 36-55.
+CARD_IDS = {"n150": 0x18 << 36, "n300": 0x14 << 36, "p150": 0x40 << 36, "p300": 0x44 << 36}
+
+# Boards as they also come: name -> (board, what is harvested). A p150a or p150b has all 14 columns of cores, of which
+# ttnn keeps one; others have one column off, or two as the board of the table has.
+VARIANTS = {"P150-13x10": ("P150", (0,)), "P150-12x10": ("P150", (64,))}
+
+
+def board_of(name: str) -> Board:
+    """The board that a mock of that name is: one of `boards.BOARDS`, or of `VARIANTS` with its own wiring. Raises
+    UserError for any other."""
+    board, harvested = VARIANTS.get(name, (name, None))
+    found = board_named(board)
+    if harvested is None:
+        return found
+    return dataclasses.replace(found, wiring=dataclasses.replace(found.wiring, harvested=harvested))
 
 
 def descriptor(board: Board) -> str:
@@ -39,17 +55,16 @@ def descriptor(board: Board) -> str:
     lines += [f"  {chip}: [{x}, {y}, 0, 0]" for chip, (x, y) in enumerate(wiring.places)] or ["  {}"]
     lines += ["ethernet_connections:"]
     lines += [
-        f"  - [{{chip: {a}, chan: {a_channel + i}}}, {{chip: {b}, chan: {b_channel + i}}}]"
+        f"  - [{{chip: {a}, chan: {a_channel}}}, {{chip: {b}, chan: {b_channel}}}]"
         for a, a_channel, b, b_channel in wiring.links
-        for i in range(2)
     ] or ["  []"]
     lines += ["chips_with_mmio:"]
-    lines += [f"  - {card[0]}: {card[0]}" for card in wiring.cards]
+    lines += [f"  - {chip}: {chip}" for card in wiring.cards for chip in card[: wiring.on_pcie]]
     lines += ["harvesting:"]
     lines += [
         f"  {chip}: {{noc_translation: true, harvest_mask: {rows}, dram_harvesting_mask: 0, "
-        f"eth_harvesting_mask: {wiring.harvested_ethernet}, pcie_harvesting_mask: {wiring.harvested_pcie}}}"
-        for chip, rows in enumerate(wiring.harvested_rows)
+        f"eth_harvesting_mask: {wiring.harvested_ethernet}, pcie_harvesting_mask: {pcie}}}"
+        for chip, rows, pcie in zip(chips, wiring.harvested, wiring.harvested_pcie or [0] * board.chips, strict=True)
     ]
     lines += ["boards:"]
     lines += [
@@ -58,6 +73,9 @@ def descriptor(board: Board) -> str:
     ]
     lines += ["chip_unique_ids:"]
     lines += [f"  {chip}: {chip + 1}" for chip in chips]
+    if wiring.on_pcie > 1:  # which half of its card a chip is: the halves of a p300 differ in what is harvested
+        lines += ["asic_locations:"]
+        lines += [f"  {chip}: {place}" for card in wiring.cards for place, chip in enumerate(card)]
     return "\n".join(lines) + "\n"
 
 
@@ -201,8 +219,8 @@ def _make_root(where: Path | None) -> Path:
     _put(root / "version", VERSION.format_map({"sfpi_version": "", "sfpi_build": "", **versions}).encode())
     _put(root / "empty.elf", empty_program())
     _put(root / "runtime/sfpi/compiler/bin/riscv-tt-elf-g++", COMPILER.encode(), 0o755)
-    for name, board in BOARDS.items():
-        _put(root / f"{name}.yaml", descriptor(board).encode())
+    for name in (*BOARDS, *VARIANTS):
+        _put(root / f"{name}.yaml", descriptor(board_of(name)).encode())
     return root
 
 
@@ -213,14 +231,13 @@ def environment(board: str, where: str | os.PathLike | None = None) -> dict[str,
     """The variables that put a process of ttnn on a mock `board`, for `subprocess`; makes what they point at.
 
     Args:
-        board: a name of `boards.BOARDS`.
+        board: a name of `boards.BOARDS` or of `VARIANTS`.
         where: directory for the runtime root; by default one in the user's cache directory.
 
     Raises:
         UserError: no such board, or ttnn is not installed.
     """
-    if board not in BOARDS:
-        raise UserError(f"unknown board {board!r}: the mock has {', '.join(BOARDS)}")
+    board_of(board)
     root = _make_root(None if where is None else Path(where))
     return {
         MOCK_VARIABLE: str(root / f"{board}.yaml"),
@@ -266,5 +283,8 @@ def has_silicon() -> bool:
 
 
 def mock_board() -> str | None:
-    """Name of the mock board, None on silicon."""
-    return Path(os.environ[MOCK_VARIABLE]).stem if is_mock() else None
+    """Name of the mock board, of a variant that of its board; None on silicon."""
+    if not is_mock():
+        return None
+    name = Path(os.environ[MOCK_VARIABLE]).stem
+    return VARIANTS[name][0] if name in VARIANTS else name

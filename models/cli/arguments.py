@@ -32,7 +32,8 @@ prompt files:
 environment:
   HF_MODEL       same as --target
   DRAFT_MODEL    same as --draft
-  MESH_DEVICE    the board of --device tt: N150, N300, T3K or P150 (default: the one that is found)
+  MESH_DEVICE    the board of --device tt: N150, N300, T3K, P150, P300 or P300x2, which is a QuietBox 2
+                 (default: the one that is found)
   TT_CACHE_PATH  directory of converted weights (default: tt-speculative-llama/weights in ~/.cache)
   A flag wins over its variable.
 

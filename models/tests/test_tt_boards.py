@@ -49,7 +49,7 @@ def one_line(caught):
 def test_every_chip_of_a_board_is_on_a_card_and_linked_to_the_others(board):
     wiring, chips = board.wiring, set(range(board.chips))
     assert sorted(chip for card in wiring.cards for chip in card) == sorted(chips)
-    assert len(wiring.harvested_rows) == board.chips
+    assert len(wiring.harvested) == board.chips and len(wiring.harvested_pcie) in (0, board.chips)
     assert len(set(wiring.places)) == len(wiring.places) and len(wiring.places) in (0, board.chips)
     reached = {0}
     for _ in chips:
@@ -74,35 +74,48 @@ def test_a_board_is_a_mock_where_ttnn_would_open_one(monkeypatch):
 
 
 def test_a_board_knows_its_chips():
-    assert {name: board.chips for name, board in BOARDS.items()} == {"N150": 1, "N300": 2, "T3K": 8, "P150": 1}
+    chips = {"N150": 1, "N300": 2, "T3K": 8, "P150": 1, "P300": 2, "P300x2": 4}
+    assert {name: board.chips for name, board in BOARDS.items()} == chips
+
+
+@pytest.mark.parametrize(("chips", "name"), [(1, "P150"), (2, "P300"), (4, "P300x2")])
+def test_blackhole_chips_are_known_by_their_number(monkeypatch, chips, name):
+    class Ttnn:
+        get_num_devices = staticmethod(lambda: chips)
+        get_arch_name = staticmethod(lambda: "blackhole")
+
+    monkeypatch.setitem(sys.modules, "ttnn", Ttnn)
+    assert mesh.detect_board({}) == BOARDS[name]
+    assert BOARDS[name].dram_bytes == BOARDS["P150"].dram_bytes and BOARDS[name].dram_gb_per_s == 512
 
 
 def test_an_unknown_board_is_refused_with_the_names_there_are():
     assert board_named("N300").chips == 2
     with pytest.raises(UserError) as caught:
         board_named("TG")
-    assert all(word in one_line(caught) for word in ("'TG'", "N150", "N300", "T3K", "P150"))
+    assert all(word in one_line(caught) for word in ("'TG'", "N150", "N300", "T3K", "P300", "P300x2 (QuietBox 2)"))
 
 
 def test_mesh_device_names_the_board_and_may_be_unset():
     assert board_of_environment({"MESH_DEVICE": "T3K"}) is BOARDS["T3K"]
     assert board_of_environment({}) is None
     assert board_of_environment({"MESH_DEVICE": ""}) is None
-    with pytest.raises(UserError, match="MESH_DEVICE=N9000.*N150, N300, T3K, P150"):
+    with pytest.raises(UserError, match=r"MESH_DEVICE=N9000.*N150, N300, T3K .*, P150, P300, P300x2 \(QuietBox 2\)"):
         board_of_environment({"MESH_DEVICE": "N9000"})
 
 
 def test_the_target_gets_every_chip_or_the_power_of_two_beside_the_drafts():
-    assert [mesh.target_chips(board) for board in BOARDS.values()] == [1, 2, 8, 1]
+    assert [mesh.target_chips(board) for board in BOARDS.values()] == [1, 2, 8, 1, 2, 4]
     assert mesh.target_chips(BOARDS["N300"], own_chip_for_draft=True) == 1
-    assert mesh.target_chips(BOARDS["T3K"], own_chip_for_draft=True) == 4
+    apart = {name: mesh.target_chips(BOARDS[name], own_chip_for_draft=True) for name in ("T3K", "P300", "P300x2")}
+    assert apart == {"T3K": 4, "P300": 1, "P300x2": 2}
 
 
 @pytest.mark.parametrize("name", ["N150", "P150"])
 def test_one_chip_cannot_be_parted_between_target_and_draft(name):
     with pytest.raises(UserError) as caught:
         mesh.target_chips(BOARDS[name], own_chip_for_draft=True)
-    assert all(word in one_line(caught) for word in (name, "2 chips", "N300", "T3K"))
+    assert all(word in one_line(caught) for word in (name, "2 chips", "N300", "T3K", "P300x2 (QuietBox 2)"))
 
 
 def test_of_an_error_of_ttnn_the_message_is_shown():
@@ -136,7 +149,7 @@ def test_an_error_of_ttnn_is_one_line_with_what_helps_against_it(monkeypatch, sa
     assert ("tt-smi -r`" in one_line(caught)) == (remedy == "tt-smi -r")
 
 
-@pytest.mark.parametrize("found", [(4, "blackhole"), (32, "wormhole_b0"), (2, "blackhole")])
+@pytest.mark.parametrize("found", [(3, "blackhole"), (32, "wormhole_b0"), (2, "quasar")])
 def test_chips_that_form_no_known_board_are_not_guessed_about(monkeypatch, found):
     class Ttnn:
         get_num_devices = staticmethod(lambda: found[0])

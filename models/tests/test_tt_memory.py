@@ -174,12 +174,15 @@ def test_models_on_chips_of_their_own_are_checked_one_by_one():
     assert "a board like T3K" not in message  # the draft would still be on one chip
 
 
-def test_on_a_larger_board_the_target_gets_the_chips_that_the_draft_leaves():
+def test_on_a_larger_board_the_target_gets_the_chips_that_the_draft_leaves(monkeypatch):
     board = BOARDS["N300"]
     plans = {
         "target": planned(EIGHT_B, "bf16", board, 2048, chips=1),
         "draft": planned(ONE_B, "accuracy", board, 2048, chips=1),
     }
+    assert "a board like P300" in refusal(board, plans, "own-chip")
+    check_fit(BOARDS["P300"], {**plans, "target": planned(EIGHT_B, "bf16", BOARDS["P300"], 2048)}, "own-chip")
+    monkeypatch.setattr("models.ttnn_llama.weights.memory.BOARDS", {name: BOARDS[name] for name in ("N300", "T3K")})
     assert "a board like T3K" in refusal(board, plans, "own-chip")
     check_fit(BOARDS["T3K"], {**plans, "target": planned(EIGHT_B, "bf16", BOARDS["T3K"], 2048, chips=4)}, "own-chip")
 

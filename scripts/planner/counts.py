@@ -16,6 +16,7 @@ from models.boards import Board
 from models.errors import UserError
 from models.llama.config import read_json
 from models.ttnn_llama.shapes import KV_BLOCK
+from models.ttnn_llama.weights.precision import PRECISIONS, Precision
 
 SIZES = ("1B", "3B", "8B")
 ROWS = (1, 2, 4, 8, 16, 32)
@@ -113,8 +114,14 @@ class Counts:
         return below[1] + (k - below[0]) / (above[0] - below[0]) * (above[1] - below[1])
 
     def _key(self, place: Place, model: str, precision: str) -> tuple:
-        key = place.board, place.chips, model, precision
-        if key not in self._parts:
+        # Bytes and programs depend on formats alone: a precision of another fidelity has those of its like.
+        names = [precision]
+        if precision in PRECISIONS:
+            formats = _formats(PRECISIONS[precision])
+            names += [name for name, other in PRECISIONS.items() if _formats(other) == formats]
+        keys = [(place.board, place.chips, model, name) for name in names]
+        key = next((key for key in keys if key in self._parts), None)
+        if key is None:
             raise UserError(
                 f"no counts of {model} {precision} on {place.chips} of {place.board}'s chips ({self.source}): "
                 "capture them with scripts/plan.py --capture"
@@ -134,6 +141,10 @@ class Counts:
             between = (1 - share) * a + share * b
             mixed.append(Work(b.programs, b.exchanges, between.weights, between.kv_cache, between.other))
         return tuple(mixed)
+
+
+def _formats(precision: Precision) -> tuple[str, ...]:
+    return precision.attention, precision.gate_up, precision.down, precision.head, precision.kv_cache
 
 
 def places(board: Board, own_chip: bool, target_chips: int) -> dict[str, Place]:

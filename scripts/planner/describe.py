@@ -11,23 +11,20 @@ from scripts.planner.predict import Family
 GOOD_ERROR = 0.15
 
 ASSUMPTIONS = [
-    "The bytes of our forward stand for those of tt_transformers. A layer of it is taken to have "
-    f"{published.LAYER_PROGRAMS} programs ({published.LAYER_PROGRAMS_RANGE[0]} and {published.LAYER_PROGRAMS_RANGE[1]} "
-    "are within the bands), ours has 16 to 18 and its exchanges: what a program costs was fitted to another "
-    "implementation.",
-    "Half of the fixed time of a step is taken to be the device's, paid for every drafted token, half the host's, "
-    "paid once a round; none and all are within the bands.",
+    "The bytes of our forward stand for those of the software that was measured, and a layer of ours is taken to need, "
+    "besides its bytes, what one of 2026 needs. The bands hold a layer of 2025 on Blackhole, and on Wormhole one "
+    "with less in proportion to its programs (16 for about 27).",
+    "No credit for fewer programs on Blackhole: there a decode of 8B as one program took 7.54 ms, as 999 programs "
+    "7.63 (P300x2, 2026-09).",
+    f"Fidelity costs {fit.PHASE_CYCLES} cycles a phase and tile on the cores beside the DRAM banks, on Blackhole; on "
+    "Wormhole reading the weights hides it.",
+    "The host's time is paid once a round; half of it as the device's, for every drafted token, is within the bands.",
     "Matmuls take for up to 32 rows what they take for one, since a tile has 32 rows. Every row of a verification "
-    f"reads the KV cache by itself, at best at the rate seen with {fit.MOST_STREAMS} KV heads on a chip; Blackhole is "
-    "taken to read it as Wormhole does.",
+    "reads the KV cache by itself, on --attention-cores cores for each KV head (1 by default; tt_transformers takes up "
+    f"to {published.MOST_ATTENTION_CORES}), as long as the chip has cores.",
     "A band spans all models of step time that explain the published speeds, with figures left out in turn, and the "
     "error of held-out figures. It knows nothing of races, hangs, or a kernel that is slower than its kind.",
 ]
-NEWER = (
-    "Software and hosts have changed since: in 2026 1B on T3K was measured at 153.5 t/s/u (tt-metal issue 49282), 8B "
-    "on P150 at 38.5 (issue 48885) and 40.2, after changes 51.5 (pull request 50662). Blackhole has two figures here, "
-    "of one model, from 2025: take what is predicted for P150 as a lower bound."
-)
 
 
 def fitted(counts: Counts, family: Family) -> dict:
@@ -36,48 +33,72 @@ def fitted(counts: Counts, family: Family) -> dict:
     errors = fit.errors(observations)
     alone = fit.left_out(observations)
     grouped = fit.left_out(observations, key=lambda o: o.point.group)
+    fitted_to = zip(observations, errors, alone, grouped, strict=True)
     points = [
-        {
-            "model": o.point.model,
-            "board": o.point.board,
-            "precision": o.point.precision,
-            "context": o.point.context,
-            "published": o.point.tok_s_user,
-            "predicted": o.point.tok_s_user * (1 + float(error)),
-            "error": float(error),
-            "left_out_error": float(out),
-            "group_left_out_error": float(group),
-            "source": o.point.source,
-        }
-        for o, error, out, group in zip(observations, errors, alone, grouped, strict=True)
+        _point(o, float(error)) | {"left_out_error": float(out), "group_left_out_error": float(group)}
+        for o, error, out, group in fitted_to
+    ]
+    coefficients = family.coefficients[0]
+    excluded = [
+        _point(o, o.ms / float(fit.factors(fit.FORM, o.step) @ coefficients) - 1) | {"excluded": o.point.excluded}
+        for o in (published.observation(point, counts) for point in published.ALL if point.excluded)
     ]
     boards = dict.fromkeys(point["board"] for point in points)
-    parameters = dict(zip(fit.FORM, map(float, family.coefficients[0]), strict=True))
+    parameters = dict(zip(fit.FORM, map(float, coefficients), strict=True))
+    years = sorted({o.point.year for o in observations})
+    measured = np.array([p["error"] for p in points] + [p["error"] for p in excluded if p["possible"]])
     return {
         "median_error": _median(errors),
         "leave_one_out_median_error": _median(alone),
         "group_left_out_median_error": _median(grouped),
+        "leave_one_out_median_error_by_year": {
+            str(year): _median(np.array([e for e, o in zip(alone, observations, strict=True) if o.point.year == year]))
+            for year in years
+        },
+        "all_measured_median_error": _median(measured),
         "spread": family.spread,
         "largest_error_by_board": {
             board: max(abs(p["error"]) for p in points if p["board"] == board) for board in boards
         },
         "points": points,
+        "excluded": excluded,
         "parameters": parameters,
         "parameters_in_words": in_words(parameters),
         "forms": [_form(name, observations, form) for name, form in fit.FORMS.items()],
-        "source": published.SOURCE,
-        "caveats": [*caveats(points), NEWER],
+        "caveats": caveats(points),
+    }
+
+
+def _point(observation: fit.Observation, error: float) -> dict:
+    point = observation.point
+    return {
+        "model": point.model,
+        "board": point.board,
+        "precision": point.precision,
+        "fidelities": dict(point.fidelities),
+        "context": point.context,
+        "published": point.tok_s_user,
+        "date": point.date,
+        "software": point.software,
+        "source": point.source,
+        "waits": point.waits,
+        "served": point.served,
+        "possible": point.possible,
+        "predicted": point.tok_s_user * (1 + error),
+        "error": error,
     }
 
 
 def _form(name: str, observations: list[fit.Observation], form: tuple[str, ...]) -> dict:
     left_out = fit.left_out(observations, form)
+    grouped = fit.left_out(observations, form, key=lambda o: o.point.group)
     return {
         "form": name,
         "terms": list(form),
         "median_error": _median(fit.errors(observations, form)),
         "leave_one_out_median_error": _median(left_out),
         "leave_one_out_rms_error": float(np.sqrt(np.mean(left_out**2))),
+        "group_left_out_rms_error": float(np.sqrt(np.mean(grouped**2))),
     }
 
 
@@ -87,16 +108,16 @@ def _median(errors: np.ndarray) -> float:
 
 def in_words(parameters: dict[str, float]) -> dict[str, str]:
     """The coefficients as people know them."""
-    many, one = (
-        1 / (parameters["kv_bytes"] + factor * parameters["kv_bytes_per_stream"]) for factor in (1, fit.MOST_STREAMS)
-    )
+    layers = (f"{parameters[name]:.0f}" for name in fit.FORM if "layer" in name)
+    wormhole, then, now = layers
     return {
         "DRAM": f"{1 / parameters['wormhole_bytes']:.0%} of the published bandwidth on Wormhole (at most "
         f"{fit.MOST_EFFICIENCY:.0%}), {1 / parameters['blackhole_bytes']:.0%} on Blackhole",
-        "KV cache": f"{many:.0%} of it with {fit.MOST_STREAMS} KV heads on a chip, {one:.0%} with one",
-        "a program": f"{parameters['program_us']:.1f} us (if a layer has {published.LAYER_PROGRAMS})",
-        "a hop of an exchange": f"{parameters['hop_us']:.1f} us",
-        "a step": f"{parameters['step_ms']:.1f} ms",
+        "KV cache": f"{parameters['kv_block_us']:.1f} us for 128 positions of a KV head on one core at 1 GHz",
+        "a layer besides": f"{wormhole} us on Wormhole, on Blackhole {then} with software of 2025, {now} of 2026",
+        "an exchange": f"{parameters['exchange_us']:.1f} us",
+        "a host that waits for each token": f"{parameters['host_ms']:.1f} ms",
+        "a server of 2025": f"{parameters['server_2025_ms']:.1f} ms more",
     }
 
 
@@ -111,5 +132,5 @@ def caveats(points: list[dict]) -> list[str]:
         return []
     return [
         f"Not predicted within {GOOD_ERROR:.0%} when its own figures are left out: {', '.join(missed)}. How models "
-        "scale over chips does not follow from bytes, programs and hops alone."
+        "scale over chips does not follow from bytes, layers and exchanges alone."
     ]

@@ -14,9 +14,10 @@ from models.ttnn_llama.device.mesh import target_chips
 from models.ttnn_llama.programs.needed import LEVEL_ROWS, programs, trace_bytes
 from models.ttnn_llama.programs.options import BoardOptions
 from models.ttnn_llama.weights import memory
-from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
+from models.ttnn_llama.weights.precision import Precision, precision_named
 from scripts.planner import counts
 from scripts.planner.predict import Figure, Pair, Times
+from scripts.planner.published import MERGED_US
 from scripts.planner.speculation import Acceptance, Round, best, chain, gain, speedup
 
 LONGER_CONTEXTS = (8192, 32768)
@@ -24,7 +25,9 @@ TREE_NODES = 31
 # Where the first choice of the draft is wrong, how often another of a tree's tokens at that place is right.
 TREE_RESCUE = 0.5
 EXITS = (8, 4)  # early exit after an eighth and a quarter of the layers
-LOWEST = list(PRECISIONS)[-1]
+LOWEST = "bfp4"
+FASTEST = "all for speed"
+MORE_ATTENTION_CORES = 8
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,28 @@ def levers(base: Times, acceptance: Acceptance, lengths: Sequence[int], chosen: 
 
     if pair.draft_precision != LOWEST:
         yield priced(f"draft in {LOWEST}", "same acceptance", with_pair(draft_precision=LOWEST))
-    half = Times(family.scaled("program_us", 0.5), base.counts, base.board, pair)
-    yield priced("half the time per program", "fewer or shorter programs, in both models", half)
+    merged = Times(family.faster_layers(MERGED_US), base.counts, base.board, pair)
+    yield priced("one program for all layers", "saves of each layer what it saved of 8B's on P300x2", merged)
+    precisions = [precision_named(name) for name in (pair.precision, pair.draft_precision)]
+    lofi = "LoFi" if all(map(_may_be_lofi, precisions)) else None
+    if lofi and any(
+        {each.attention_fidelity, each.gate_up_fidelity, each.down_fidelity} != {lofi} for each in precisions
+    ):
+        what = "another model than that precision's: target and baseline share it; same acceptance"
+        yield priced("LoFi projections", what, with_pair(projections=lofi))
+    if pair.attention_cores < MORE_ATTENTION_CORES:
+        what = f"--attention-cores {MORE_ATTENTION_CORES}: bits of a row depend on the rows beside it; same acceptance"
+        more = with_pair(attention_cores=MORE_ATTENTION_CORES)
+        yield priced(f"{MORE_ATTENTION_CORES} cores for a row's KV head", what, more)
+    fastest = with_pair(
+        projections=lofi,
+        attention_cores=max(pair.attention_cores, MORE_ATTENTION_CORES),
+        draft_precision=LOWEST,
+    )
+    what = (
+        f"{'LoFi, ' if lofi else ''}{fastest.pair.attention_cores} attention cores, draft in {LOWEST}; same acceptance"
+    )
+    yield priced(FASTEST, what, fastest)
     if base.board.chips > 1:
         chips = target_chips(base.board, own_chip_for_draft=True)
         apart = with_pair(places=counts.places(base.board, True, chips), own_chip=True)
@@ -152,6 +175,11 @@ def levers(base: Times, acceptance: Acceptance, lengths: Sequence[int], chosen: 
     for context in LONGER_CONTEXTS:
         if pair.context < context:
             yield priced(f"context of {context}", "same acceptance", with_pair(context=context), compare=False)
+
+
+def _may_be_lofi(precision: Precision) -> bool:
+    """LoFi reads half of bfp8's mantissa; of bf16's it would leave too little to call it the same model."""
+    return "bf16" not in (precision.attention, precision.gate_up, precision.down)
 
 
 def tree(times: Times, acceptance: Acceptance, depth: int, rescue: float = TREE_RESCUE) -> Round:

@@ -3,29 +3,55 @@
 What the published speeds cannot tell is carried as a family of models. Each gives its own prediction, and the band of a
 figure is what they span:
 - fits without one (model, board) each: no figure hangs on a single measurement;
-- 20, 27 or 30 programs in a layer of tt_transformers: ours has another number, so this decides what a program costs;
-- how much of the fixed time of a step is the device's (ending the forward, argmax), which every drafted token pays,
-  and how much the host's, which a round pays once: none, half, or all of it.
+- what a layer takes besides its bytes (`VARIANTS`): as in the software of 2026; on Blackhole as in 2025; on Wormhole in
+  proportion to its programs, of which ours has 16 and tt_transformers about 27. On Blackhole fewer programs are worth
+  nothing: there a whole decode as one program was 1.2 % faster than as 999 (P300x2);
+- how much of the time that a host waits is the device's after all (ending the forward, argmax), which every drafted
+  token pays: none, as figures without a waiting host say, or half.
 A time's band is wider by the error of held-out figures (`Family.spread`); in a speed-up only the draft's time is moved
 by it against the target's, as the target is in both of its sides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from models.boards import Board
 from models.llama.config import named_config
+from models.ttnn_llama.weights.precision import precision_named
 from scripts.planner import fit
-from scripts.planner.counts import Counts, Place, Work
-from scripts.planner.published import LAYER_PROGRAMS, LAYER_PROGRAMS_RANGE, POINTS, observation
+from scripts.planner.counts import Counts, Place
+from scripts.planner.published import (
+    LAYER_PROGRAMS,
+    POINTS,
+    extra_phases,
+    fidelities_of,
+    observation,
+)
 
-# 1B on T3K: 8.35 ms a step in PERF.md, 6.51 ms in 2026 by a version that hides the host's work (tt-metal issue 49282);
-# the difference is about half of the fitted step.
-DEVICE_SHARES = (0.5, 0.0, 1.0)
+DEVICE_SHARES = (0.0, 0.5)
+OUR_LAYER_PROGRAMS = 16
+YEAR = 2026  # of the software that ours is like: ttnn 0.81.1
 SPREAD_PERCENTILE = 80
+LAYER_TERMS = ("wormhole_layer_us", "blackhole_layer_2026_us")
+
+
+def _slow_blackhole(coefficients: np.ndarray) -> np.ndarray:
+    changed = coefficients.copy()
+    changed[fit.FORM.index("blackhole_layer_2026_us")] = changed[fit.FORM.index("blackhole_layer_2025_us")]
+    return changed
+
+
+def _few_programs(coefficients: np.ndarray) -> np.ndarray:
+    changed = coefficients.copy()
+    changed[fit.FORM.index("wormhole_layer_us")] *= OUR_LAYER_PROGRAMS / LAYER_PROGRAMS
+    return changed
+
+
+VARIANTS: tuple[Callable[[np.ndarray], np.ndarray], ...] = (lambda same: same, _slow_blackhole, _few_programs)
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,7 @@ class Figure:
 class Family:
     """Models of step time, the central one first.
 
-    coefficients: [models, terms] of `fit.FORM`. device_share: [models], part of the fixed time that every forward pays.
+    coefficients: [models, terms] of `fit.FORM`. device_share: [models], part of host time paid by every forward.
     spread: relative error that 80 % of the published figures stay within when their model on their board is held out.
     """
 
@@ -52,44 +78,46 @@ class Family:
     @classmethod
     def of(cls, counts: Counts) -> Family:
         """All models; the central one is fitted to all points."""
-        fits = []
-        for programs in (LAYER_PROGRAMS, *LAYER_PROGRAMS_RANGE):
-            observations = [observation(point, counts, programs) for point in POINTS]
-            groups = dict.fromkeys(o.point.group for o in observations)
-            for left in (None, *groups):
-                fits.append(fit.fit([o for o in observations if o.point.group != left]))
-            if programs == LAYER_PROGRAMS:
-                held_out = np.abs(fit.left_out(observations, key=lambda o: o.point.group))
+        observations = [observation(point, counts) for point in POINTS]
+        groups = dict.fromkeys(o.point.group for o in observations)
+        fits = [fit.fit([o for o in observations if o.point.group != left]) for left in (None, *groups)]
+        models = [variant(each) for variant in VARIANTS for each in fits]
+        held_out = np.abs(fit.left_out(observations, key=lambda o: o.point.group))
         return cls(
-            coefficients=np.array([each for _ in DEVICE_SHARES for each in fits]),
-            device_share=np.repeat(DEVICE_SHARES, len(fits)),
+            coefficients=np.array([each for _ in DEVICE_SHARES for each in models]),
+            device_share=np.repeat(DEVICE_SHARES, len(models)),
             spread=float(np.percentile(held_out, SPREAD_PERCENTILE)),
         )
 
-    def scaled(self, term: str, factor: float) -> Family:
-        """The same with one coefficient of each model multiplied."""
+    def faster_layers(self, us: float) -> Family:
+        """The same with so much less for each layer, down to nothing."""
         coefficients = self.coefficients.copy()
-        coefficients[:, fit.FORM.index(term)] *= factor
+        for name in LAYER_TERMS:
+            column = fit.FORM.index(name)
+            coefficients[:, column] = np.maximum(coefficients[:, column] - us, 0)
         return replace(self, coefficients=coefficients)
 
     def term(self, name: str) -> np.ndarray:
         return self.coefficients[:, fit.FORM.index(name)]
 
-    def forward_ms(self, work: Work, chip: fit.Chip, streams: int) -> np.ndarray:
-        """[models]: a forward on the device, without the fixed time."""
-        factors = fit.factors(fit.FORM, work, chip, streams)
-        factors[fit.FORM.index("step_ms")] = 0
-        return self.coefficients @ factors
+    def forward_ms(self, step: fit.Step) -> np.ndarray:
+        """[models]: a forward on the device, without the host."""
+        return self.coefficients @ fit.factors(fit.FORM, replace(step, waits=False, served=False))
+
+    def program_ms(self, arch: str) -> np.ndarray:
+        """[models]: a program beside the layers', by those of a layer of tt_transformers."""
+        name = "blackhole_layer_2026_us" if arch == "blackhole" else "wormhole_layer_us"
+        return self.term(name) / LAYER_PROGRAMS / 1000
 
     @property
     def tail_ms(self) -> np.ndarray:
-        """[models]: the fixed time that every forward pays."""
-        return self.device_share * self.term("step_ms")
+        """[models]: of the host's time, what is the device's and paid by every forward."""
+        return self.device_share * self.term("host_ms")
 
     @property
     def host_ms(self) -> np.ndarray:
-        """[models]: the fixed time that every exchange with the host pays."""
-        return (1 - self.device_share) * self.term("step_ms")
+        """[models]: of the host's time, what every exchange with the host pays."""
+        return (1 - self.device_share) * self.term("host_ms")
 
     def figure(self, values: np.ndarray) -> Figure:
         """Of a time or a rate."""
@@ -114,6 +142,8 @@ class Pair:
     context: int
     own_chip: bool = False
     draft_layers: int | None = None
+    attention_cores: int = 1
+    projections: str | None = None
 
 
 class Times:
@@ -149,18 +179,32 @@ class Times:
         if self.pair.own_chip and k:
             return 2 * self.family.host_ms
         programs = self.counts.round_programs(self.pair.places["target"], k) if k else 0
-        return self.family.host_ms + programs * self.family.term("program_us") / 1000
+        return self.family.host_ms + programs * self.family.program_ms(self.board.arch)
 
     def _forward(
         self, place: Place, model: str, precision: str, rows: int, layers: int | None, tree: bool
     ) -> np.ndarray:
-        config, context = named_config(model), self.pair.context
-        work = self.counts.forward(place, model, precision, rows, context, layers)
-        streams = rows * config.num_key_value_heads
+        config, pair = named_config(model), self.pair
+        work = self.counts.forward(place, model, precision, rows, pair.context, layers)
+        cores = rows * config.num_key_value_heads // place.chips * pair.attention_cores
         if tree:
-            # As `attend.TreeRows`: any number of rows reads the cache once for each query head.
+            # As `attend.TreeRows`: any number of rows reads the cache once for each query head, on a core each.
             heads = config.num_attention_heads
-            once = self.counts.forward(place, model, precision, 1, context, layers).kv_cache
-            work, streams = replace(work, kv_cache=heads // config.num_key_value_heads * once), heads
-        chip = fit.Chip(self.board.arch, self.board.dram_gb_per_s, place.chips)
-        return self.family.forward_ms(work, chip, streams // place.chips)
+            once = self.counts.forward(place, model, precision, 1, pair.context, layers).kv_cache
+            work, cores = replace(work, kv_cache=heads // config.num_key_value_heads * once), heads // place.chips
+        fidelities = fidelities_of(precision_named(precision))
+        if pair.projections:
+            fidelities |= dict.fromkeys(("attention", "gate_up", "down"), pair.projections)
+        board = self.board
+        chip = fit.Chip(board.arch, board.dram_gb_per_s, place.chips, board.dram_banks, board.worker_cores)
+        return self.family.forward_ms(
+            fit.Step(
+                work,
+                chip,
+                config.num_hidden_layers if layers is None else layers,
+                extra_phases(config, fidelities, layers) / place.chips,
+                config.head_dim,
+                max(1, min(cores, chip.cores)),
+                YEAR,
+            )
+        )

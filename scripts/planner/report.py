@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from models.cli.tables import markdown_table, terminal_table
+from scripts.planner.levers import FASTEST
 
 Plan = dict  # what `plan.build` returns
 
@@ -42,9 +43,34 @@ def headline(plan: Plan) -> str:
         )
     elif asked is None:
         lines.append("No draft length is faster than plain decoding.")
+    lines.append(against_published(plan))
     if not plan["memory"]["fits"]:
         lines.append(f"DOES NOT FIT: {plan['memory']['refusal']}")
     return "\n".join(lines)
+
+
+def against_published(plan: Plan) -> str:
+    """In words: whether what is predicted beats the best plain decoding that anybody has published."""
+    target, board = (plan["settings"][name] for name in ("target", "board"))
+    best, known = plan["best"], plan["published_plain"]
+    ours = f"Plain decoding by us: {plan['decode']['tok_s']:.1f} tok/s ({_band(plan['decode']['tok_s_band'])})."
+    if known is None:
+        return f"{ours} No plain speed of {target} on {board} has been published: nothing to compare with."
+    where = "" if known["board"] == board else f", on {known['board']}"
+    rate = f"{known['tok_s_user']:.1f} tok/s ({known['software']}, {known['date']}{where}; {known['source']})"
+    low, high = (end / known["tok_s_user"] for end in best["tok_s_band"])
+    ratio = best["tok_s"] / known["tok_s_user"]
+    if ratio <= 1:
+        verdict = "speculation would NOT beat it"
+        verdict += ", as far as can be said" if high > 1 else ""
+    else:
+        verdict = "speculation would beat it" if low > 1 else "speculation may beat it, the band does not decide"
+    fast = next(lever for lever in plan["levers"] if lever["name"] == FASTEST)
+    return (
+        f"{ours} Best plain speed published for {target} on {board}: {rate}. Predicted with speculation: {ratio:.2f}x "
+        f"of it ({low:.2f}-{high:.2f}): {verdict}. With {fast['assumption'].partition(';')[0]}: "
+        f"{fast['tok_s']:.1f} tok/s ({_band(fast['tok_s_band'])}), {fast['tok_s'] / known['tok_s_user']:.2f}x of it."
+    )
 
 
 def _verdict(band: Sequence[float]) -> str:
@@ -75,36 +101,53 @@ def _fit(plan: Plan) -> Table:
         (
             point["model"],
             point["board"],
-            point["precision"],
+            _kind(point),
+            point["date"],
             str(point["context"]),
             f"{point['published']:.1f}",
             f"{point['predicted']:.1f}",
             f"{point['error']:+.1%}",
-            f"{point['left_out_error']:+.1%}",
+            f"{point['left_out_error']:+.1%}" if "left_out_error" in point else "not fitted",
         )
-        for point in fit["points"]
+        for point in (*fit["points"], *fit["excluded"])
     ]
     errors = ", ".join(f"{board} {error:.0%}" for board, error in fit["largest_error_by_board"].items())
+    years = ", ".join(f"{year} {error:.1%}" for year, error in fit["leave_one_out_median_error_by_year"].items())
+    reasons = dict.fromkeys(point["excluded"] for point in fit["excluded"])
+    sources = dict.fromkeys(point["source"].split(", ")[0].split(": ")[0] for point in fit["points"])
     notes = [
-        f"Median error {fit['median_error']:.1%}; leave-one-out {fit['leave_one_out_median_error']:.1%}; with all "
-        f"figures of a model on a board left out {fit['group_left_out_median_error']:.1%} (80 % of them within "
-        f"{fit['spread']:.0%}). Largest error of the fit: {errors}.",
+        f"Median error {fit['median_error']:.1%}; leave-one-out {fit['leave_one_out_median_error']:.1%} ({years}); "
+        f"with all figures of a model on a board left out {fit['group_left_out_median_error']:.1%} (80 % of them "
+        f"within {fit['spread']:.0%}); of all that was measured, fitted or not, "
+        f"{fit['all_measured_median_error']:.1%}. "
+        f"Largest error of the fit: {errors}.",
         _terms(fit["forms"]),
         "Fitted: " + "; ".join(f"{name} {text}" for name, text in fit["parameters_in_words"].items()) + ".",
-        f"Published: {fit['source']}. 'left out' is the error of a fit without that figure.",
+        f"Published: {'; '.join(sources)}. 'left out' is the error of a fit without that figure.",
+        f"Not fitted: {'; '.join(reasons)}.",
         *fit["caveats"],
     ]
-    columns = ("model", "board", "precision", "context", "published t/s/u", "fitted", "error", "left out")
-    return Table("Fit to published single-model decode speeds (not ours)", columns, rows, notes, left=3)
+    columns = ("model", "board", "kind", "date", "context", "published t/s/u", "fitted", "error", "left out")
+    return Table("Fit to published single-model decode speeds (not ours)", columns, rows, notes, left=4)
+
+
+def _kind(point: dict) -> str:
+    parts = [point["precision"], *(f"{name} {fidelity}" for name, fidelity in point["fidelities"].items())]
+    return ", ".join(parts + ["served"] * point["served"] + ["host does not wait"] * (not point["waits"]))
 
 
 def _terms(forms: list[dict]) -> str:
     """Why the model has the terms it has."""
     (chosen,) = (form for form in forms if form["form"].startswith("chosen"))
-    others = [form["leave_one_out_rms_error"] for form in forms if len(form["terms"]) < len(chosen["terms"])]
+    name = "group_left_out_rms_error"
+    fewer, others = (
+        [form[name] for form in forms if form is not chosen and (len(form["terms"]) < len(chosen["terms"])) == less]
+        for less in (True, False)
+    )
     return (
-        f"{len(chosen['terms'])} terms: with fewer, the error of left-out figures is {min(others):.1%} to "
-        f"{max(others):.1%} (root of the mean square), with these {chosen['leave_one_out_rms_error']:.1%}."
+        f"{len(chosen['terms'])} terms, one of them computed: the error of figures left out with all of their model on "
+        f"their board is {chosen[name]:.1%} (root of the mean square); with fewer terms {min(fewer):.1%} to "
+        f"{max(fewer):.1%}, with others or more {min(others):.1%} to {max(others):.1%}."
     )
 
 

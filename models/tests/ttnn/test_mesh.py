@@ -134,7 +134,7 @@ def test_the_draft_can_have_a_chip_of_its_own_and_children_close_before_the_pare
         assert "needs 2 chips" in cases["own chip"]["error"]
         assert cases["own chip"]["calls"] == []
         return
-    target = {2: 1, 8: 4}[board.chips]
+    target = {2: 1, 4: 2, 8: 4}[board.chips]
     assert cases["own chip"]["error"] is None
     assert cases["own chip"]["result"] == [[target, [1, 1, 32, 64]], [1, [1, 1, 32, 64]]]
     expected = [*whole[:2], f"close_mesh_device (1, {target})", "close_mesh_device (1, 1)", *whole[2:]]

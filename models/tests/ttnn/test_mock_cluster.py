@@ -61,12 +61,18 @@ def home(tmp_path_factory):
         ("N300", "wormhole_b0 2 (1, 2) (8, 7)"),
         ("T3K", "wormhole_b0 8 (1, 8) (8, 7)"),
         ("P150", "blackhole 1 (1, 1) (11, 10)"),
+        ("P150-12x10", "blackhole 1 (1, 1) (12, 10)"),
+        ("P150-13x10", "blackhole 1 (1, 1) (13, 10)"),
+        ("P300", "blackhole 2 (1, 2) (11, 10)"),
+        ("P300x2", "blackhole 4 (1, 4) (11, 10)"),
     ],
 )
 def test_board_opens_whole_and_runs_an_operation_quietly(board, expected, home):
     run = python(OPEN, board, home=home)
     stdout, stderr = run.communicate(timeout=120)
     assert stdout == f"{expected} [1, 1, 32, 32]\n", stderr
+    columns, rows = map(int, re.search(r"\((\d+), (\d+)\)$", expected).groups())
+    assert cluster.board_of(board).worker_cores == columns * rows
     assert stderr == ""
 
 
@@ -105,7 +111,7 @@ def test_mock_is_known_from_the_environment(monkeypatch, tmp_path):
 
 
 def test_unknown_board_names_the_known_ones():
-    with pytest.raises(UserError, match=r"unknown board 'N151': the mock has N150, N300, T3K, P150"):
+    with pytest.raises(UserError, match=r"unknown board 'N151': use one of N150, N300, T3K .*, P150, P300, P300x2"):
         cluster.environment("N151")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from models.boards import BOARDS, Board, board_of_environment, is_mock
+from models.boards import BOARDS, Board, board_of_environment, board_titles, is_mock
 from models.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def target_chips(board: Board, *, own_chip_for_draft: bool = False) -> int:
     if not own_chip_for_draft:
         return board.chips
     if board.chips == 1:
-        several = ", ".join(other.name for other in BOARDS.values() if other.chips > 1)
+        several = ", ".join(other.title for other in BOARDS.values() if other.chips > 1)
         raise UserError(
             f"a chip of its own for the draft needs 2 chips, {board.name} has 1: share it, or use one of {several}"
         )
@@ -72,8 +72,8 @@ def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
         for board in BOARDS.values():
             if (board.chips, board.arch) == (chips, arch):
                 return replace(board, mock=is_mock())
-        known = ", ".join(f"{board.name} ({board.chips} {board.arch})" for board in BOARDS.values())
-        raise UserError(f"found {chips} {arch} chips, which is none of {known}: set MESH_DEVICE to the one to use")
+        known = ", ".join(f"{board.title}: {board.chips} {board.arch}" for board in BOARDS.values())
+        raise UserError(f"found {chips} {arch} chips, none of the boards ({known}): set MESH_DEVICE to the one to use")
     if board.arch != arch:
         raise UserError(f"MESH_DEVICE={board.name} is a {board.arch}, found {arch}: unset MESH_DEVICE to detect it")
     if board.chips > chips:
@@ -136,7 +136,7 @@ def _open(board: Board, trace_region_bytes: int, columns: int, own_chip_for_draf
         if banks != board.dram_banks:
             raise UserError(
                 f"{board.name} has {board.dram_banks} DRAM banks a chip, the chip found has {banks}: "
-                f"it is another product (boards: {', '.join(BOARDS)})"
+                f"it is another product (boards: {board_titles()})"
             )
         if not own_chip_for_draft:
             return Meshes(target=mesh, draft=mesh, board=board)

@@ -191,7 +191,7 @@ def _remedies(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> 
     for other in sorted(BOARDS.values(), key=lambda other: other.chips * other.dram_bytes):
         moved = _moved(other, plans, placement)
         if other != board and moved and _fits(other, moved, placement):
-            yield f"a board like {other.name}"
+            yield f"a board like {other.title}"
             break
 
 
