@@ -39,7 +39,8 @@ def padding_is_free():
     from models.options import FREE_ROWS
     from models.torch_llama.calibration import ROWS, Calibration
 
-    free = Calibration(1.0, {rows: 1.0 if rows <= FREE_ROWS else 1.1 for rows in ROWS}, "2026-01-01")
+    costs = {rows: 1.0 if rows <= FREE_ROWS else 1.1 for rows in ROWS}
+    free = Calibration(1.0, costs, dict.fromkeys(ROWS, 0.0), "2026-01-01")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "calibrate", lambda *_: free)
         yield

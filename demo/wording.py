@@ -64,7 +64,7 @@ def run_settings(session: Session) -> str:
         parts.append(plural(settings.fixed_rows, "fixed row") + _padding_cost(session))
     elif session.calibration and settings.row_invariant is False:
         rows = LEAST_FREE_ROWS
-        cost = session.calibration.cost(rows)
+        cost = session.calibration.costs[rows]
         parts.append(f"rows not padded ({plural(rows, 'row')} would cost plain decoding {cost:.2f}x)")
     parts.append(f"{len(session.prompts)} x {settings.max_new_tokens} tokens")
     return ", ".join(parts)
@@ -73,9 +73,9 @@ def run_settings(session: Session) -> str:
 def _padding_cost(session: Session) -> str:
     """What the padding costs plain decoding, where it was measured."""
     calibration, rows = session.calibration, session.settings.fixed_rows
-    if calibration is None or rows not in calibration.rows_ms:
+    if calibration is None or rows not in calibration.costs:
         return ""
-    return f" ({calibration.cost(rows):.2f}x the time of one)"
+    return f" ({calibration.costs[rows]:.2f}x the time of one)"
 
 
 def _draft_lengths(session: Session) -> str:

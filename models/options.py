@@ -31,6 +31,7 @@ AUTO = "auto"  # by what was measured: tokens to draft, from none to the longest
 # A padded decode of so many rows costs what one row does, within 5 % (bf16; 12 rows 1.12x; scripts/benchmark.py
 # verify-cost measures it).
 FREE_ROWS = 7
+FREE = tuple(range(1, FREE_ROWS + 1))
 LEAST_FREE_ROWS = 4  # fewer are not worth padding for: a verification of 3 drafted tokens has 4 rows
 AUTO_LONGEST = 15  # where rows are computed as they come
 AUTO_LONGEST_FIXED = FREE_ROWS - 1  # where every forward computes all rows that the longest draft needs
@@ -68,8 +69,8 @@ class EngineOptions:
             the target's.
         row_invariant: compute every target forward on as many rows as the longest verification has, so that greedy text
             is the same bit for bit with and without speculation (default: where that costs plain decoding nothing).
-        free_rows: how many rows do, and so how long drafts may be where `num_draft_tokens` is "auto" (default:
-            measured once on a CPU, `torch_llama.calibration`).
+        free_rows: the numbers of rows that do; the largest also says how long drafts may be where `num_draft_tokens` is
+            "auto" (default: measured once on a CPU, `torch_llama.calibration`).
         precision, draft_precision: number formats on a board, a name in `precision.PRECISIONS` (default: by the
             target's size, `precision.default_precision`; of the draft: precision, if given, else "performance").
         draft_placement: "shared" or "own-chip", on a board.
@@ -100,7 +101,7 @@ class EngineOptions:
     dtype: str | None = None
     draft_dtype: str | None = None
     row_invariant: bool | None = None
-    free_rows: int | None = None
+    free_rows: tuple[int, ...] | None = None
     precision: str | None = None
     draft_precision: str | None = None
     draft_placement: str | None = None
@@ -132,13 +133,13 @@ class EngineOptions:
         longest = 0 if length == AUTO else int(length)
         dtype = self.dtype or "bf16"
         row_invariant = self.row_invariant
-        free = self.free_rows or FREE_ROWS
+        free = self.free_rows or FREE
         if row_invariant is None:
             asked = longest if self.tree_nodes is None else self.tree_nodes
             needed = LEAST_FREE_ROWS if length == AUTO and not self.tree_nodes else asked + 1
-            row_invariant = self.device != "tt" and dtype != "fp32" and needed <= free
-        elif free < LEAST_FREE_ROWS:  # asked for whatever it costs
-            free = FREE_ROWS
+            row_invariant = self.device != "tt" and dtype != "fp32" and needed <= max(free)
+        elif max(free) < LEAST_FREE_ROWS:  # asked for whatever it costs
+            free = FREE
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}
         return dataclasses.replace(
             ResolvedOptions(**given),
@@ -155,7 +156,7 @@ class EngineOptions:
             weight_cache=self.weight_cache is not False,
             drafter=chosen,
             num_draft_tokens=length,
-            tree_nodes=self.tree_nodes or max(longest, free - 1 if row_invariant else TREE_NODES),
+            tree_nodes=self.tree_nodes or max(longest, max(free) - 1 if row_invariant else TREE_NODES),
             exit_layer=self.exit_layer or AUTO,
         )
 
@@ -173,7 +174,7 @@ class EngineOptions:
     @property
     def longest_draft(self) -> int:
         """Tokens that a round drafts at most, one after the other; of a tree, its levels."""
-        chosen = (self.free_rows or FREE_ROWS) - 1 if self.row_invariant else AUTO_LONGEST
+        chosen = max(self.free_rows or FREE) - 1 if self.row_invariant else AUTO_LONGEST
         longest = chosen if self.auto else int(self.num_draft_tokens or 0)
         return min(longest, self.tree_nodes or longest) if self._is_tree else longest
 
@@ -187,9 +188,13 @@ class EngineOptions:
     def fixed_rows(self) -> int | None:
         """Rows every target forward is padded to, so that a row's bits do not depend on how many rows are computed.
 
-        Just enough for a verification. On a board nothing has to be padded: a tile has 32 rows anyway.
+        Enough for a verification, and of such numbers the smallest that is free. On a board nothing has to be padded: a
+        tile has 32 rows anyway.
         """
-        return self.verify_rows if self.row_invariant and self.device != "tt" else None
+        if not self.row_invariant or self.device == "tt":
+            return None
+        needed = self.verify_rows
+        return min((rows for rows in self.free_rows or FREE if rows >= needed), default=needed)
 
     @property
     def drafts(self) -> bool:
@@ -229,7 +234,6 @@ class EngineOptions:
             ("max_seq_len", 2, None),
             ("threads", 1, None),
             ("slots", 1, None),
-            ("free_rows", 1, MAX_DRAFT_LENGTH + 1),
             ("num_draft_tokens", 0, MAX_DRAFT_LENGTH),
             ("tree_nodes", 1, MAX_DRAFT_LENGTH),
             ("exit_layer", 1, None),
@@ -243,6 +247,8 @@ class EngineOptions:
                 bounds = f"at least {low}" if high is None else f"from {low} to {high}"
                 auto = f", or {AUTO!r}" * (name in ("num_draft_tokens", "exit_layer"))
                 raise OptionError(f"[{name}] {value!r}: give a whole number {bounds}{auto}")
+        if self.free_rows is not None and not all(1 <= rows <= MAX_DRAFT_LENGTH + 1 for rows in self.free_rows or (0,)):
+            raise OptionError(f"[free_rows] {self.free_rows!r}: give numbers from 1 to {MAX_DRAFT_LENGTH + 1}")
         if self.drafter not in (None, NONE):
             spec_of(self.drafter)
 
@@ -297,7 +303,7 @@ class ResolvedOptions(EngineOptions):
     dtype: str = "bf16"
     draft_dtype: str = "bf16"
     row_invariant: bool = False
-    free_rows: int = FREE_ROWS
+    free_rows: tuple[int, ...] = FREE
     precision: str = PRECISION
     draft_precision: str = PRECISION
     draft_placement: str = PLACEMENTS[0]

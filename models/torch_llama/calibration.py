@@ -31,7 +31,7 @@ TOLERANCE = 1.02  # of the time of the fastest plain decoding
 SECONDS, LEAST_TURNS = 1.5, 3
 POSITION = 300  # where the timed rows stand: a chat's typical length
 # Weights of the part that is timed, bytes: more than caches hold, so that they are read from memory as a model's are.
-PART_BYTES = 192e6
+PART_BYTES = 400e6
 VERSION = 1  # of what is measured
 
 
@@ -41,22 +41,20 @@ class Calibration:
 
     Args:
         one_row_ms: of plain decoding in its fastest form, for the part of the model that was timed.
-        rows_ms: of a forward of so many rows, for the same part.
+        costs: time of a forward of so many rows over that, from 2 rows on.
+        errors: of each, how uncertain it is.
         measured: when, an ISO date.
     """
 
     one_row_ms: float
-    rows_ms: Mapping[int, float]
+    costs: Mapping[int, float]
+    errors: Mapping[int, float]
     measured: str
 
-    def cost(self, rows: int) -> float:
-        """Time of plain decoding on so many rows over its time on one."""
-        return self.rows_ms[rows] / self.one_row_ms
-
     @property
-    def free_rows(self) -> int:
-        """The most rows that cost plain decoding at most 2 %; 1 where any costs more."""
-        return max((rows for rows in self.rows_ms if self.cost(rows) <= TOLERANCE), default=1)
+    def free_rows(self) -> tuple[int, ...]:
+        """The numbers of rows that cost plain decoding at most 2 %, as far as can be told; one row always does."""
+        return 1, *(rows for rows, cost in self.costs.items() if cost - self.errors[rows] <= TOLERANCE)
 
 
 def calibrate(
@@ -74,7 +72,8 @@ def calibrate(
     file = (directory or default_directory()) / f"{_key(config, dtype, threads)}.json"
     try:
         kept = json.loads(file.read_text())
-        return Calibration(kept["one_row_ms"], {int(n): ms for n, ms in kept["rows_ms"].items()}, kept["measured"])
+        costs, errors = ({int(n): float(x) for n, x in kept[name].items()} for name in ("costs", "errors"))
+        return Calibration(kept["one_row_ms"], costs, errors, kept["measured"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not there yet, or not what it should be
     before = torch.get_num_threads()
@@ -96,7 +95,8 @@ def calibrate(
 def measure(config: LlamaConfig, dtype: str, seconds: float = SECONDS) -> Calibration:
     """Time a part of a model, all numbers of rows in each turn and in a mixed order, for so many seconds.
 
-    What other work on the machine does to one turn it does to all of it: costs are medians of the turns' ratios.
+    What other work on the machine does to one turn it does to all of it: costs are medians of the turns' ratios, and
+    their errors the standard errors of these medians.
     """
     part = part_of(config)
     weights = RandomWeights(part)
@@ -125,11 +125,14 @@ def measure(config: LlamaConfig, dtype: str, seconds: float = SECONDS) -> Calibr
             forwards[rows].greedy([1] * rows, POSITION)
             turn[rows] = 1000 * (time.perf_counter() - began)
         turns.append(turn)
+    costs, errors = {}, {}
+    for rows in ROWS:
+        ratios = [turn[rows] / turn[1] for turn in turns]
+        costs[rows] = statistics.median(ratios)
+        spread = statistics.median(abs(ratio - costs[rows]) for ratio in ratios)
+        errors[rows] = 1.86 * spread / len(ratios) ** 0.5  # of a median, from the median deviation of normal noise
     one_row = statistics.median(turn[1] for turn in turns)
-    costs = {rows: statistics.median(turn[rows] / turn[1] for turn in turns) for rows in ROWS}
-    return Calibration(
-        one_row, {rows: one_row * cost for rows, cost in costs.items()}, datetime.date.today().isoformat()
-    )
+    return Calibration(one_row, costs, errors, datetime.date.today().isoformat())
 
 
 def part_of(config: LlamaConfig) -> LlamaConfig:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from models.cli.prompts import Prompt
 from models.cli.tables import markdown_table
 from models.errors import UserError
-from models.options import AUTO, AUTO_LONGEST_FIXED, DRAFT_TOKENS
+from models.options import AUTO, DRAFT_TOKENS
 from models.speculative.control.policy import MAX_DRAFT_LENGTH
 from models.speculative.drafters import registry
 from scripts.suites.categories import CATEGORIES, random_ids, read_texts
@@ -55,9 +55,8 @@ class Compare:
         parser.add_argument(
             "--lengths",
             type=lengths,
-            default=list(range(AUTO_LONGEST_FIXED + 1)),
             metavar="LIST",
-            help=f"fixed lengths of that drafter (all from 0 to {AUTO_LONGEST_FIXED})",
+            help="fixed lengths of that drafter (all that it may choose from)",
         )
         parser.add_argument(
             "--other-lengths",
@@ -83,13 +82,7 @@ class Compare:
             max_new_tokens=options.max_new_tokens,
             max_prompts=options.max_prompts,
         )
-        longest = max(options.lengths + options.other_lengths)
-        rows = self.settings.resolved(drafter).fixed_rows
-        if rows and longest >= rows:
-            raise UserError(
-                f"a draft length of {longest} is more than the {rows} fixed rows of a forward hold: give lengths up to "
-                f"{rows - 1}, or --no-row-invariant"
-            )
+        self.lengths: list[int] = options.lengths or []
         self.device = self.settings.device
         self.categories = [
             name for name in options.categories if self.drafts_by_model or not CATEGORIES[name].unrelated_draft
@@ -109,6 +102,13 @@ class Compare:
 
         texts = {name: read_texts(name, self.settings) for name in self.categories}
         self.bench = Bench(self.settings, [text for some in texts.values() for text in some])
+        self.lengths = self.lengths or list(range(self.bench.settings.longest_draft + 1))
+        rows, longest = self.bench.settings.fixed_rows, max(self.lengths + self.options.other_lengths)
+        if rows and longest >= rows:
+            raise UserError(
+                f"a draft length of {longest} is more than the {rows} fixed rows of a forward hold: give lengths up to "
+                f"{rows - 1}, or --no-row-invariant"
+            )
         ids = iter([prompt.ids for prompt in self.bench.prompts])
         self.prompts = {name: [next(ids) for _ in some] for name, some in texts.items()}
         for name in self.prompts:
@@ -158,7 +158,7 @@ class Compare:
         if self.drafts_by_model:
             configurations.append(sequential_configuration(self.bench))
         for drafter in self.drafters:
-            lengths = self.options.lengths if drafter == self.options.auto_drafter else self.options.other_lengths
+            lengths = self.lengths if drafter == self.options.auto_drafter else self.options.other_lengths
             configurations += [drafting_configuration(self.bench, drafter, length) for length in (*lengths, AUTO)]
         return configurations
 
@@ -167,7 +167,7 @@ class Compare:
 
         if self.unrelated is None:
             return []
-        lengths = (*self.options.lengths, AUTO)
+        lengths = (*self.lengths, AUTO)
         return [
             plain_configuration(self.unrelated),
             *(drafting_configuration(self.unrelated, "model", length) for length in lengths),
@@ -230,7 +230,7 @@ class Compare:
         first = self.first.get(name, {}).items()
         rates = {configuration: [rate(samples) or 0.0 for samples in some] for configuration, some in runs.items()}
         drafter = "model" if category.unrelated_draft else self.options.auto_drafter
-        auto, fixed = f"{drafter} {AUTO}", [f"{drafter} {length}" for length in self.options.lengths]
+        auto, fixed = f"{drafter} {AUTO}", [f"{drafter} {length}" for length in self.lengths]
         best_fixed = max(fixed, key=lambda configuration: _median(configurations[configuration]["speedup"]) or 0.0)
         by_drafter: dict[str, list[float]] = {}
         for configuration in self.configurations[name]:

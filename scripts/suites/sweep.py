@@ -64,6 +64,8 @@ class Sweep:
                     "it, or leave it out"
                 )
             chosen["row_invariant"] = False
+        else:  # rows for the longest are computed, whatever they cost
+            chosen["free_rows"] = (options.longest + 1,)
         settings = model_settings("sweep", rest, REFUSED, **chosen)
         self.settings = settings if settings.drafter else dataclasses.replace(settings, drafter="model")
         self.device = settings.device
