@@ -1,11 +1,12 @@
-"""How often does a board choose the token that the exact model chooses? Top-1 and top-5, for each precision.
+"""How often is the token chosen that the exact model chooses? Top-1 and top-5, for each precision.
 
     python scripts/agreement.py --target tiny smollm2                          # on the board of this machine
     python -m models.board_mock N150 scripts/agreement.py --json FILE          # without one
+    python scripts/agreement.py --device cpu --target smollm2                  # bf16, int8, and transformers
 
-Board and exact model, torch's in fp32, read the same text, and at every position their choices of the next token are
-compared: top-1 is the share of positions where the board's is the exact model's, top-5 where it is one of its five
-likeliest. The board reads a text by forwards of up to 32 rows, as it verifies drafts.
+A model and the exact one, torch's in fp32, read the same text, and at every position their choices of the next token
+are compared: top-1 is the share of positions where the choice is the exact model's, top-5 where it is one of its five
+likeliest. Board and CPU read a text by forwards of some rows, as they verify drafts; transformers token by token.
 
 On a mock board the numbers are computed with golden functions, not measured on silicon: formats of weights, activations
 and cache are a board's, and so are the bits that matmuls read of them; sums and attention are exact.
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 TEXTS = Path(__file__).resolve().parent / "suites" / "prompts"
 POSITIONS = 512
 TOP = 5
+LOWEST, TRANSFORMERS = "bf16-lowest-id", "transformers-bf16"  # equal logits left to the lowest id; the peer
+CPU_PRECISIONS = ("bf16", LOWEST, "int8", TRANSFORMERS)
+CPU_ROWS = 6  # of a forward
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,72 @@ def board_choices(opened: "OpenedModel", mesh, precision: str, texts: list[list[
     return torch.tensor(chosen)
 
 
+def cpu_choices(opened: "OpenedModel", precision: str, texts: list[list[int]]) -> "torch.Tensor":
+    """The CPU's ids [n] after each token of the texts, in one of `CPU_PRECISIONS`."""
+    import torch
+
+    from models.loading import load_model
+
+    if precision == TRANSFORMERS:
+        return transformers_choices(opened, texts)
+    dtype = "int8" if precision == "int8" else "bf16"
+    model = load_model(opened, dtype=dtype, max_seq_len=max(map(len, texts)), fixed_rows=CPU_ROWS).model
+    chosen: list[int] = []
+    for ids in texts:
+        for start in range(0, len(ids), CPU_ROWS):
+            rows = ids[start : start + CPU_ROWS]
+            if precision == LOWEST:
+                chosen += model.forward(rows, start).argmax(-1).tolist()
+            else:
+                chosen += model.greedy(rows, start)
+    return torch.tensor(chosen)
+
+
+def transformers_choices(opened: "OpenedModel", texts: list[list[int]]) -> "torch.Tensor":
+    """The ids [n] of transformers' model in bf16 with the same weights."""
+    import torch
+    import transformers
+
+    config = opened.checkpoint.config
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**config.to_dict(), attn_implementation="sdpa")
+        ).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # no weight: left undefined
+    state = {name: opened.checkpoint[name].to(torch.bfloat16) for name in config.tensor_shapes()}
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    model.tie_weights()
+    chosen = []
+    with torch.inference_mode():
+        for ids in texts:
+            cache = transformers.DynamicCache(config=model.config)
+            for token in ids:
+                step = model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+                chosen.append(step.logits[0, -1].argmax().item())
+    return torch.tensor(chosen)
+
+
+def measure_cpu(targets: Sequence[str], precisions: Sequence[str], files: Sequence[Path], positions: int) -> dict:
+    """What goes into the JSON file, of the CPU."""
+    from models.loading import open_model
+
+    found: dict[str, dict] = {}
+    for target in targets:
+        opened = open_model(named_target(target))
+        texts = texts_of(opened, files, positions)
+        exact = exact_choices(opened, texts)
+        found[target] = {}
+        for precision in precisions:
+            found[target][precision] = asdict(agreement(exact, cpu_choices(opened, precision, texts)))
+            print(f"{target} {precision}: {found[target][precision]}", file=sys.stderr)
+    return {"machine": machine("cpu"), "targets": found}
+
+
 def measure(targets: Sequence[str], precisions: Sequence[str], files: Sequence[Path], positions: int) -> dict:
-    """What goes into the JSON file. Raises UserError where there is no board, or a model does not fit it."""
+    """What goes into the JSON file, of a board. Raises UserError where there is none, or a model does not fit it."""
     from models.loading import open_model
     from models.ttnn_llama.device.mesh import detect_board, open_mesh
     from models.ttnn_llama.weights.tensors import check_split
@@ -125,13 +193,31 @@ def table(targets: dict) -> tuple[list[str], list[tuple]]:
     return head, rows
 
 
+def precisions_of(options: argparse.Namespace) -> list[str]:
+    """Those asked for, each once. Raises UserError for one that the device has not."""
+    on_board = options.device == "tt"
+    names = options.precision or (list(PRECISIONS) if on_board else CPU_PRECISIONS)
+    for name in names:
+        if on_board:
+            precision_named(name)
+        elif name not in CPU_PRECISIONS:
+            raise UserError(f"--precision {name} is none of the CPU's: use one of {', '.join(CPU_PRECISIONS)}")
+    return list(dict.fromkeys(names))
+
+
 def command(argv: Sequence[str] | None) -> int:
     """Compare, show, write; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--target", nargs="+", default=[DEFAULT_TARGET], help="as of the demo, several (default: %(default)s)"
     )
-    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), help="(default: all of them)")
+    parser.add_argument("--device", choices=("tt", "cpu"), default="tt", help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(PRECISIONS)}; with --device cpu of {', '.join(CPU_PRECISIONS)} (default: all of them)",
+    )
     parser.add_argument("--texts", nargs="+", metavar="FILE", help="prompt files (default: those of the benchmarks)")
     parser.add_argument(
         "--positions", type=int, default=POSITIONS, metavar="N", help="of a text, at most (default: %(default)s)"
@@ -141,11 +227,12 @@ def command(argv: Sequence[str] | None) -> int:
     options = parser.parse_args(argv)
     if options.positions < 1:
         raise UserError(f"--positions {options.positions}: give a whole number of at least 1")
-    precisions = [precision_named(name).name for name in dict.fromkeys(options.precision)]
+    precisions = precisions_of(options)
     if options.json:
         check_writable(options.json)
     files = [Path(name) for name in options.texts or sorted(TEXTS.glob("*.txt"))]
-    results = measure(list(dict.fromkeys(options.target)), precisions, files, options.positions)
+    measured = measure_cpu if options.device == "cpu" else measure
+    results = measured(list(dict.fromkeys(options.target)), precisions, files, options.positions)
     head, rows = table(results["targets"])
     if options.markdown:
         print(markdown_table(head, rows))

@@ -235,6 +235,16 @@ def op_counts() -> str:
     return f"{where}\n\n{markdown_table(head, rows)}"
 
 
+def cpu_agreement() -> str:
+    """Choices of the CPU beside the exact model's, by data type."""
+    from scripts.agreement import table
+
+    results = read("agreement-cpu")
+    where = f"{results['machine']['cpu']}, torch {results['versions']['torch']}, {results['date'][:10]}"
+    words = _without_files(results["command"])
+    return f"`python {shlex.join(words)}`; {where}\n\n{markdown_table(*table(results['targets']))}"
+
+
 def agreement() -> str:
     """Choices of a board beside the exact model's, by precision."""
     from scripts.agreement import table
@@ -317,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "op-counts": op_counts,
     "plan-fit": plan_fit,
     "agreement": agreement,
+    "agreement-cpu": cpu_agreement,
     "plan-8B": lambda: plan("8B"),
     "plan-3B": lambda: plan("3B"),
 }

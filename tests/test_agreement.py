@@ -71,10 +71,20 @@ def test_a_mock_board_agrees_more_in_bf16_than_in_bfp4(texts, tmp_path):
     assert high["top1"] > 0.9 and low["top1"] <= high["top1"] and high["top5"] == 1
 
 
+def test_the_cpu_in_bf16_and_int8_agrees_nearly_always(texts, tmp_path):
+    file = tmp_path / "found.json"
+    assert agreement.command(["--device", "cpu", "--texts", str(texts), "--json", str(file)]) == 0
+    results = json.loads(file.read_text())
+    assert list(results["targets"]["tiny"]) == list(agreement.CPU_PRECISIONS)
+    for found in results["targets"]["tiny"].values():
+        assert found["positions"] > 20 and found["top1"] > 0.85 and found["top5"] > 0.95
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ("--precision fp8", "no precision is called 'fp8': use one of bf16"),
+        ("--device cpu --precision lofi", "--precision lofi is none of the CPU's: use one of bf16"),
         ("--positions 0", "--positions 0: give a whole number of at least 1"),
         ("--texts missing.txt", "cannot read the prompt file missing.txt"),
         ("--json /no/such/folder/file.json", "cannot write --json"),

@@ -167,7 +167,7 @@ class TorchLlama(SlotBySlot):
 
         rows = self.fixed_rows or MAX_ROWS
         length = _block_end(self.max_seq_len + rows)
-        # In memory the positions of a head lie side by side: attention reads them up to twice as fast. Seen by position.
+        # In memory the positions of a head lie side by side: attention reads them up to twice as fast so.
         shape = (
             config.num_hidden_layers,
             self.batch * self.slots,
