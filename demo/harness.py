@@ -72,7 +72,13 @@ def _run(session: "Session", start: float) -> int:
         discard_stdout()
     finally:
         gc.unfreeze()
-    results = build_results(session, interrupted=code != 0, total_s=time.perf_counter() - start)
+    shown = session.first_token_at
+    results = build_results(
+        session,
+        interrupted=code != 0,
+        total_s=time.perf_counter() - start,
+        first_token_s=None if shown is None else shown - start,
+    )
     if settings.json:
         from models.cli.environment import write_json
 

@@ -32,13 +32,15 @@ from models.cli.settings import describe_settings
 from models.speculative.stats import GenerationStats, Round
 
 
-def build_results(session: Session, interrupted: bool, total_s: float) -> RunResults:
+def build_results(
+    session: Session, interrupted: bool, total_s: float, first_token_s: float | None = None
+) -> RunResults:
     """Everything the JSON file holds. A path that was not run is None, and so is every time on a mock board."""
-    results = _results(session, interrupted, total_s)
+    results = _results(session, interrupted, total_s, first_token_s)
     return without_times(results) if session.mock else results
 
 
-def _results(session: Session, interrupted: bool, total_s: float) -> RunResults:
+def _results(session: Session, interrupted: bool, total_s: float, first_token_s: float | None) -> RunResults:
     settings, rows = session.settings, session.rows
     runs: dict[str, list[Run]] = {"baseline": [], "speculative": []}
     for path in settings.paths:
@@ -61,6 +63,7 @@ def _results(session: Session, interrupted: bool, total_s: float) -> RunResults:
         divergence=None if identical is None else _first_divergence(session),
         interrupted=interrupted,
         total_s=total_s,
+        first_token_s=first_token_s,
         warm_up_s=session.warm_up_s,
         memory=_memory(session),
         settings=describe_settings(settings, session.llm),

@@ -214,6 +214,7 @@ class RunResults:
     divergence: Divergence | None
     interrupted: bool
     total_s: float | None = timed()
+    first_token_s: float | None = timed()  # from the start of the program to the first token on screen
     warm_up_s: float | None = timed()
     memory: Memory
     settings: dict[str, Any]  # the flags that mattered, as they took effect

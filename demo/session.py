@@ -1,5 +1,6 @@
 """The models and prompts of one demo run, and the runs over them."""
 
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -45,6 +46,7 @@ class Session:
         if pair.note:
             logger.info(pair.note)
         self.warm_up_s: float | None = None  # compiling and capturing on a board
+        self.first_token_at: float | None = None  # by perf_counter, of the first token that is shown
         if settings.device == "tt":
             self._load_on_board(pair)
         else:
@@ -168,6 +170,8 @@ class Session:
                 if piece.text:
                     run.pieces.append((piece.text, piece.origin))
                 viewer.token(run)
+                if self.first_token_at is None and run.counted:
+                    self.first_token_at = time.perf_counter()
 
     def top_two_margin(self, ids: list[int]) -> float:
         """How far the target's best next token is ahead of its second after `ids`, in logits."""

@@ -242,7 +242,8 @@ def closing_lines(results: RunResults) -> list[tuple[str, str]]:
     if results.total_s is not None:
         compiling = results.warm_up_s
         included = "loading" + ("" if compiling is None else f", compiling ({compiling:.1f} s)") + " and warm-up"
-        lines.append((f"total time: {results.total_s:.1f} s, {included} included", ""))
+        first = "" if results.first_token_s is None else f"; first token after {results.first_token_s:.1f} s"
+        lines.append((f"total time: {results.total_s:.1f} s, {included} included{first}", ""))
     if results.machine["mock"]:
         lines.append((MOCK, "bold yellow"))
     return lines

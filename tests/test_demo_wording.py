@@ -59,6 +59,7 @@ def example(speedup=0.8, verification="batched", draft_ms=4.0):
             "peak_cuda_bytes": None,
         },
         "total_s": 12.3,
+        "first_token_s": 4.5,
         "warm_up_s": None,
         "machine": {"mock": False},
         "settings": {

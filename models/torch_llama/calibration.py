@@ -76,6 +76,7 @@ def calibrate(
         return Calibration(kept["one_row_ms"], costs, errors, kept["measured"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not there yet, or not what it should be
+    logger.info("timing padded rows, once for this model on this machine: a few seconds")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
