@@ -33,9 +33,9 @@ from models.speculative.stats import GenerationStats, Round
 
 
 def build_results(session: Session, interrupted: bool, total_s: float) -> RunResults:
-    """Everything the JSON file holds. A path that was not run is None, and so is every time on a mock board."""
+    """Everything the JSON file holds. A path that was not run is None, and so is every time on a mock or a simulator."""
     results = _results(session, interrupted, total_s)
-    return without_times(results) if session.mock else results
+    return results if session.timed else without_times(results)
 
 
 def _results(session: Session, interrupted: bool, total_s: float) -> RunResults:
@@ -66,7 +66,7 @@ def _results(session: Session, interrupted: bool, total_s: float) -> RunResults:
         settings=describe_settings(settings, session.llm),
         date=date(),
         versions=versions(),
-        machine=machine(settings.device, session.board and session.board.board, session.mock),
+        machine=machine(settings.device, session.board and session.board.board, session.timed),
         command=sys.argv,
         prompts=[_row_results(row, session.fused) for row in rows],
         partial=[_text_results(run, session.fused) for run in session.under_way],

@@ -5,13 +5,19 @@ The only table of boards: models, plans, the planner and mocks read it. Importab
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from models.errors import UserError
 
 # Where the draft runs: on all chips beside the target, or on a chip of its own.
 PLACEMENTS = ("shared", "own-chip")
-MOCK_VARIABLE = "TT_METAL_MOCK_CLUSTER_DESC_PATH"  # ttnn opens this file's cluster instead of the driver's
+# What a board is made of: of the others the clock says nothing about a chip.
+SILICON, SIMULATOR, MOCK = "silicon", "simulator", "mock"
+# ttnn's own variables: a simulator's library that it runs kernels on; a file whose cluster it opens instead of the
+# driver's (beside a simulator, the simulator's); and how it sends programs to cores: slowly, it has no traces.
+SIMULATOR_VARIABLE = "TT_METAL_SIMULATOR"
+MOCK_VARIABLE = "TT_METAL_MOCK_CLUSTER_DESC_PATH"
+SLOW_DISPATCH_VARIABLE = "TT_METAL_SLOW_DISPATCH_MODE"
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,9 @@ class Board:
         dram_banks: per chip; a DRAM-sharded matrix has one shard in each.
         dram_gb_per_s: per chip, published.
         wiring: of its chips.
-        mock: whether it is ttnn's mock of the board: its clock says nothing, and it replays no traces.
+        grid: columns and rows of worker cores on each chip, beside those that dispatch programs.
+        medium: SILICON, SIMULATOR or MOCK.
+        traces: whether captured programs can be replayed.
     """
 
     name: str
@@ -61,7 +69,9 @@ class Board:
     dram_banks: int
     dram_gb_per_s: float
     wiring: Wiring
-    mock: bool = field(default=False, compare=False)
+    grid: tuple[int, int]
+    medium: str = field(default=SILICON, compare=False)
+    traces: bool = field(default=True, compare=False)
 
     @property
     def chips(self) -> int:
@@ -69,11 +79,16 @@ class Board:
         rows, columns = self.mesh_shape
         return rows * columns
 
+    @property
+    def timed(self) -> bool:
+        """Whether its clock says something about a chip."""
+        return self.medium == SILICON
 
-def _wormhole(name: str, wiring: Wiring) -> Board:
+
+def _wormhole(name: str, wiring: Wiring, grid: tuple[int, int]) -> Board:
     # n150 and n300 data sheets: 12 GB of GDDR6 at 12 GT/s on 192 bits, 288 GB/s for each chip
     chips = sum(map(len, wiring.cards))
-    return Board(name, (1, chips), "wormhole_b0", 12 * 1_072_693_184, 12, 288.0, wiring)
+    return Board(name, (1, chips), "wormhole_b0", 12 * 1_072_693_184, 12, 288.0, wiring, grid)
 
 
 _N150 = Wiring("n150", cards=((0,),), harvested_rows=(64,), places=((0, 0),))
@@ -94,10 +109,11 @@ _P150 = Wiring("p150", cards=((0,),), harvested_rows=(192,), harvested_ethernet=
 BOARDS = {
     board.name: board
     for board in (
-        _wormhole("N150", _N150),
-        _wormhole("N300", _N300),
-        _wormhole("T3K", _T3K),  # TT-LoudBox and TT-QuietBox
-        Board("P150", (1, 1), "blackhole", 8 * 4_277_141_376, 8, 512.0, _P150),  # 32 GB at 16 GT/s on 256 bits
+        _wormhole("N150", _N150, (8, 8)),
+        _wormhole("N300", _N300, (8, 7)),
+        _wormhole("T3K", _T3K, (8, 7)),  # TT-LoudBox and TT-QuietBox
+        # 32 GB at 16 GT/s on 256 bits
+        Board("P150", (1, 1), "blackhole", 8 * 4_277_141_376, 8, 512.0, _P150, (11, 10)),
     )
 }
 
@@ -117,6 +133,19 @@ def board_of_environment(environ: Mapping[str, str]) -> Board | None:
     return BOARDS[name] if name else None
 
 
+def medium(environ: Mapping[str, str] = os.environ) -> str:
+    """What the board of a process with this environment is made of; ttnn reads the same variables."""
+    if environ.get(SIMULATOR_VARIABLE):
+        return SIMULATOR
+    return MOCK if environ.get(MOCK_VARIABLE) else SILICON
+
+
 def is_mock(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a process with this environment has a mock board: ttnn reads the same variable."""
-    return bool(environ.get(MOCK_VARIABLE))
+    """Whether a process with this environment has a mock board."""
+    return medium(environ) == MOCK
+
+
+def as_found(board: Board, environ: Mapping[str, str] = os.environ) -> Board:
+    """The board as a process with this environment has it."""
+    made_of = medium(environ)
+    return replace(board, medium=made_of, traces=made_of != MOCK and not environ.get(SLOW_DISPATCH_VARIABLE))

@@ -9,13 +9,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from models.boards import BOARDS, Board, board_of_environment, is_mock
+from models.boards import BOARDS, Board, as_found, board_of_environment
 from models.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def target_chips(board: Board, *, own_chip_for_draft: bool = False) -> int:
 
 
 def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
-    """The board that MESH_DEVICE names, else the one whose number and architecture of chips is found; on ttnn's mock of
-    one, that board as a mock.
+    """The board that MESH_DEVICE names, else the one whose number and architecture of chips is found; what it is made of
+    (`Board.medium`) is read from the environment too.
 
     Raises UserError for an unknown name, for a board that the chips found cannot form, and for chips that form none
     of the boards.
@@ -71,7 +71,7 @@ def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
     if board is None:
         for board in BOARDS.values():
             if (board.chips, board.arch) == (chips, arch):
-                return replace(board, mock=is_mock())
+                return as_found(board)
         known = ", ".join(f"{board.name} ({board.chips} {board.arch})" for board in BOARDS.values())
         raise UserError(f"found {chips} {arch} chips, which is none of {known}: set MESH_DEVICE to the one to use")
     if board.arch != arch:
@@ -81,7 +81,7 @@ def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
             f"MESH_DEVICE={board.name} needs {board.chips} chips, found {chips}: unset MESH_DEVICE to detect the "
             "board; if a chip is missing, look for it with `tt-smi -ls`"
         )
-    return replace(board, mock=is_mock())
+    return as_found(board)
 
 
 @contextlib.contextmanager
