@@ -84,6 +84,12 @@ class Board:
         """Whether its clock says something about a chip."""
         return self.medium == SILICON
 
+    @property
+    def title(self) -> str:
+        """Its name, with what stands for it where that is no silicon."""
+        article = "an" if self.name.startswith("N") else "a"
+        return self.name if self.medium == SILICON else f"{self.medium} of {article} {self.name}"
+
 
 def _wormhole(name: str, wiring: Wiring, grid: tuple[int, int]) -> Board:
     # n150 and n300 data sheets: 12 GB of GDDR6 at 12 GT/s on 192 bits, 288 GB/s for each chip

@@ -42,10 +42,10 @@ def _check_tenstorrent(environ: Mapping[str, str]) -> None:
             "--device tt: ttnn is not installed: use CPython 3.10 or 3.12 on x86-64 Linux and "
             f"`pip install ttnn=={TTNN_VERSION}` (this is {here}), or use --device cpu"
         )
-    made_of = medium(environ)
-    if made_of == SIMULATOR and not Path(environ[SIMULATOR_VARIABLE]).exists():
+    made_of = medium()  # of this process: ttnn reads its variables, too
+    if made_of == SIMULATOR and not Path(os.environ[SIMULATOR_VARIABLE]).exists():
         raise UserError(
-            f"{SIMULATOR_VARIABLE}={environ[SIMULATOR_VARIABLE]}: there is no such file: set it to a simulator's "
+            f"{SIMULATOR_VARIABLE}={os.environ[SIMULATOR_VARIABLE]}: there is no such file: set it to a simulator's "
             "library, or unset it"
         )
     if made_of == SILICON and not any(DEVICE_FILES.glob("*")):

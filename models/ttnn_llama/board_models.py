@@ -274,5 +274,4 @@ class BoardModels:
     def describe(self) -> str:
         """The board in words, for reports."""
         chips = f"{self.board.chips} chip{'s' * (self.board.chips > 1)}"
-        stands_for = "" if self.board.timed else f"{self.board.medium} of an "
-        return f"{stands_for}{self.board.name}, {chips} ({self.board.arch})"
+        return f"{self.board.title}, {chips} ({self.board.arch})"

@@ -146,7 +146,7 @@ def _check_same(record: Record, what: str, made: Completion, expected: Completio
 
 def _acceptance(text: Completion) -> str:
     rounds = text.stats.rounds
-    return f"{sum(each.kept for each in rounds)} of {sum(each.drafted for each in rounds)} drafted tokens"
+    return f"{sum(each.accepted for each in rounds)} of {sum(each.drafted for each in rounds)} drafted tokens"
 
 
 def _note_rate(bench: Bench, record: Record, what: str, text: Completion) -> None:

@@ -467,5 +467,5 @@ def test_a_board_without_traces_runs_eagerly_and_says_what_it_is(board, pair, ca
     with contextlib.closing(load(pair, options_of("fused", board, trace=True))) as models:
         assert (models.board, models.timed) == (board, models.board.medium == "silicon")
         assert models.trace is models.board.traces is not cluster.is_mock()
-        stands_for = "" if models.timed else f"{models.board.medium} of an "
-        assert models.describe().startswith(stands_for + board.name)
+        stands_for = "" if models.timed else f"{models.board.medium} of a"
+        assert models.describe().startswith(stands_for) and f"{board.name}, " in models.describe()

@@ -123,10 +123,11 @@ def _open(board: Board, trace_region_bytes: int, columns: int, own_chip_for_draf
         if board.chips > 1:
             ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_1D)
             closers.append(("the fabric", lambda: ttnn.set_fabric_config(ttnn.FabricConfig.DISABLED)))
-            # Dispatch on Ethernet cores would leave one more row of workers; mock boards do not have it, and this way
-            # the grid on silicon is the one that the mock has checked.
             # Collectives keep their semaphores there; in main L1 the fabric may overwrite them (tt-metal issue 56769).
             arguments["l1_small_size"] = L1_SMALL_BYTES
+        if ttnn.get_num_devices() > 1:
+            # Dispatch on Ethernet cores, the default of such cards, would leave one more row of workers; mock boards do
+            # not have it, and this way the grid on silicon is the one that the mock has checked.
             arguments["dispatch_core_config"] = ttnn.DispatchCoreConfig(ttnn.DispatchCoreType.WORKER)
         mesh = ttnn.open_mesh_device(
             ttnn.MeshShape(*board.mesh_shape), trace_region_size=trace_region_bytes, **arguments
