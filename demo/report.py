@@ -33,7 +33,7 @@ from models.speculative.stats import GenerationStats, Round
 
 
 def build_results(session: Session, interrupted: bool, total_s: float) -> RunResults:
-    """Everything the JSON file holds. A path that was not run is None, and so is every time on a mock or a simulator."""
+    """Everything the JSON file holds. A path that was not run is None, and so is every time where times say nothing."""
     results = _results(session, interrupted, total_s)
     return results if session.timed else without_times(results)
 

@@ -9,9 +9,9 @@ from loguru import logger
 
 from demo.runs import Row, Run, Viewer
 from demo.settings import Settings
+from models.boards import SILICON, medium
 from models.cli.console import loading_bar, show_memory
 from models.cli.prompts import default_prompts, encode_prompts, is_instruct
-from models.boards import SILICON, medium
 from models.llama.tokenizer import LlamaTokenizer
 from models.llm import LLM, check_exit_choice
 from models.loading import OpenedModel, OpenedPair, estimate_bytes, open_pair

@@ -21,7 +21,8 @@ DEVICE_FILES = Path("/dev/tenstorrent")  # made by the kernel driver, one file p
 def check_device(device: str, environ: Mapping[str, str] = os.environ) -> None:
     """UserError, with what to install or set, unless models can run on ``device``.
 
-    "tt" is a board, a simulator or a mock of one (`models.simulator`, `models.board_mock`); another ttnn than the pinned one is warned about, once.
+    "tt" is a board, or a simulator or mock of one (`models.simulator`, `models.board_mock`); another ttnn than the
+    pinned one is warned about, once.
     """
     if device == "cuda":
         import torch

@@ -150,7 +150,7 @@ def try_step(step: "Step", bench: Any, report: Report) -> bool:
         print(f"{step.name:10} as expected  {record.summary}")
         return True
     told |= {"result": "surprise", "expected": surprise.expected, "came": surprise.came, "try": step.remedy}
-    report.verdict = f"surprise in step {step.name}: {surprise}: try {step.remedy}"
+    report.verdict = f"surprise in step {step.name}: {surprise}: {step.remedy}"
     return False
 
 
@@ -188,7 +188,7 @@ def command(argv: Sequence[str] | None) -> int:
                     break
             else:
                 done = sum(step["result"] == "as expected" for step in report.steps)
-                report.verdict = f"{done} of {len(steps)} steps, all as expected"
+                report.verdict = f"{done} of {len(steps)} steps were run, all as expected"
         except KeyboardInterrupt:
             status, report.verdict = INTERRUPTED, f"interrupted in step {report.steps[-1]['name']}"
         finally:

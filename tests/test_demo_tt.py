@@ -121,7 +121,12 @@ def test_memory_is_shown_for_both_models_before_loading(typed):
 
 def test_results_name_the_mock_and_the_flags_that_took_effect(typed):
     machine, settings = typed[1]["machine"], typed[1]["settings"]
-    assert (machine["medium"], machine["board"], machine["chips"], machine["arch"]) == ("mock", "N150", 1, "wormhole_b0")
+    assert (machine["medium"], machine["board"], machine["chips"], machine["arch"]) == (
+        "mock",
+        "N150",
+        1,
+        "wormhole_b0",
+    )
     assert machine["ttnn"] == typed[1]["versions"]["ttnn"]
     assert (settings["precision"], settings["draft_precision"], settings["draft_placement"]) == (
         "bf16",

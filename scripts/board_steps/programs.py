@@ -15,7 +15,9 @@ def sums(bench: Bench, record: Record) -> None:
     """Partial sums of all chips, added over the links, and the vocabulary's parts joined."""
     model, effort = bench.model, bench.effort
     chips, hidden = bench.board.chips, model.layout.hidden
-    partial = ttnn.interleaved_to_sharded(_on_each_chip(bench, torch.zeros(chips, 1, 32, hidden)), model.layout.residual)
+    partial = ttnn.interleaved_to_sharded(
+        _on_each_chip(bench, torch.zeros(chips, 1, 32, hidden)), model.layout.residual
+    )
     held = ttnn.sharded_to_interleaved(partial, ttnn.DRAM_MEMORY_CONFIG)
     runner = Runner(bench.mesh, trace=bench.board.traces)
 

@@ -50,9 +50,7 @@ class Record:
         differ = int((made != expected).sum())
         if differ:
             largest = self.comparisons[-1].largest_difference
-            raise Surprise(
-                what, "equal numbers", f"{differ} of {made.numel()} that differ, by {largest:.3g} at most"
-            )
+            raise Surprise(what, "equal numbers", f"{differ} of {made.numel()} that differ, by {largest:.3g} at most")
 
     def below(self, what: str, made: torch.Tensor, limit: float) -> None:
         """No value as large as a limit."""

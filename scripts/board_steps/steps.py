@@ -9,8 +9,8 @@ from scripts.board_steps import kernels, programs, texts
 from scripts.board_steps.bench import Bench
 from scripts.board_steps.record import Record
 
-NO_FLAG = "no flag goes without it: send the report"
-RESET = "`tt-smi -r`, `tt-smi -ls`, then again"
+NO_FLAG = "no flag goes without it, send the report"
+RESET = "try `tt-smi -r`, look with `tt-smi -ls`, and run it again"
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ def all_steps(target: str | None, draft: str | None) -> list[Step]:
         Step(
             "linear",
             "a prefill matmul of 8B's gate shape at 128, 384 and 1024 rows",
-            "--prefill rows",
+            "try --prefill rows",
             kernels.prefill_linear,
         ),
         Step(
             "prefill",
             "prefill attention of short prompts and of a tree: values below 100 (tt-metal issue 52218)",
-            "--prefill rows, and no trees",
+            "try --prefill rows, and no trees",
             kernels.prefill_attention,
         ),
         Step(
             "rows",
             "a row alone and beside four others, bit for bit, at positions 100 to 600",
-            "--verification sequential",
+            "try --verification sequential",
             kernels.decode_rows,
         ),
         Step(
@@ -71,46 +71,46 @@ def all_steps(target: str | None, draft: str | None) -> list[Step]:
         Step(
             "cache",
             "rows of one tile and of two written in turn, every one in its place, 50 times",
-            "--verification sequential",
+            "try --verification sequential",
             kernels.shared_cache,
         ),
         Step("ids", "ids of more than 16 bits through argmax and embedding", NO_FLAG, kernels.token_ids),
         Step(
             "sums",
             "100 sums over all chips, 1000 more from a trace",
-            "MESH_DEVICE=N150, one chip of it",
+            "try MESH_DEVICE=N150, one chip of it",
             programs.sums,
             _one_chip,
         ),
         Step(
             "traces",
             "a forward replayed 50 times past position 128 equals the eager one",
-            "--no-trace",
+            "try --no-trace",
             programs.replays,
             _no_traces,
         ),
         Step(
             "text",
             "150 tokens of the embedded target, with traces and without, and as the CPU up to near-ties",
-            "--no-trace",
+            "try --no-trace",
             texts.plain_text,
         ),
         Step(
             "identical",
             "the embedded pair's text with batched verification is its target's own",
-            "--verification sequential",
+            "try --verification sequential",
             texts.same_text,
         ),
         Step(
             "long",
             "what follows prompts of 400 and 1000 tokens, as the CPU up to near-ties",
-            "--prefill rows",
+            "try --prefill rows",
             texts.long_prompts,
         ),
         Step(
             "pair",
             "your own pair: identical texts, acceptance, speed",
-            "--verification sequential, --precision accuracy",
+            "try --verification sequential, --precision accuracy",
             partial(texts.own_pair, target=target or "", draft=draft),
             lambda board: "" if target else "no --target was given",
         ),

@@ -131,7 +131,9 @@ def _check_near_cpu(record: Record, prompt: Sequence[int], written: Sequence[int
     worst = max(range(len(gaps)), key=gaps.__getitem__)
     if not gaps[worst] <= NEAR_TIE:
         raise Surprise(
-            f"token {worst + 1} {after}", f"a logit on the CPU within {NEAR_TIE} of the best", f"{gaps[worst]:.3f} below"
+            f"token {worst + 1} {after}",
+            f"a logit on the CPU within {NEAR_TIE} of the best",
+            f"{gaps[worst]:.3f} below",
         )
 
 

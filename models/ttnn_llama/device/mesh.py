@@ -25,8 +25,8 @@ L1_SMALL_BYTES = 32768  # a core, where several chips work together
 Closers = list[tuple[str, Callable[[], None]]]  # what it closes, how; in the order of opening
 # What to do about an error of ttnn, by words in it. After any other one the board may be in no state to go on.
 REMEDIES = {
-    "sfpi not found": "ttnn's wheel comes without its kernel compiler: install the release that "
-    "ttnn/tt_metal/sfpi-version names, from https://github.com/tenstorrent/sfpi/releases",
+    "sfpi not found": "ttnn's wheel comes without its kernel compiler: install it with "
+    "`.venv/bin/python scripts/install_sfpi.py`",
     "No chips detected": "look for the board with `tt-smi -ls`, or use --device cpu",
 }
 RESET = "reset the board with `tt-smi -r` and run the command again"
@@ -58,8 +58,8 @@ def target_chips(board: Board, *, own_chip_for_draft: bool = False) -> int:
 
 
 def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
-    """The board that MESH_DEVICE names, else the one whose number and architecture of chips is found; what it is made of
-    (`Board.medium`) is read from the environment too.
+    """The board that MESH_DEVICE names, else the one whose number and architecture of chips is found; what it
+    is made of (`Board.medium`) is read from this process's environment.
 
     Raises UserError for an unknown name, for a board that the chips found cannot form, and for chips that form none
     of the boards.
