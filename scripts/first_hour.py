@@ -133,7 +133,7 @@ def try_step(step: "Step", bench: Any, report: Report) -> bool:
         print(f"{step.name:10} not shown    {reason}")
         return True
     report.write()
-    surprise = None
+    surprise, remedy = None, step.remedy
     try:
         step.run(bench, record)
     except Surprise as found:
@@ -144,13 +144,15 @@ def try_step(step: "Step", bench: Any, report: Report) -> bool:
     except Exception as error:  # ttnn raises several classes
         surprise = Surprise(step.name, "no error", " ".join(first_line(error).split()))
         told["traceback"] = traceback.format_exception(error)
+        if isinstance(error, UserError) and step.name == STEPS[0]:
+            remedy = "then again"  # the line has said what to do
     told |= record.as_dict()
     if surprise is None:
         told["result"] = "as expected"
         print(f"{step.name:10} as expected  {record.summary}")
         return True
-    told |= {"result": "surprise", "expected": surprise.expected, "came": surprise.came, "try": step.remedy}
-    report.verdict = f"surprise in step {step.name}: {surprise}: {step.remedy}"
+    told |= {"result": "surprise", "expected": surprise.expected, "came": surprise.came, "try": remedy}
+    report.verdict = f"surprise in step {step.name}: {surprise}: {remedy}"
     return False
 
 

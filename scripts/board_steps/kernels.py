@@ -93,9 +93,8 @@ def decode_rows(bench: Bench, record: Record) -> None:
     for position in EQUAL_AT:
         together = tokens[position : position + 5]
         alone = model.forward(together[:1], position)[0]
-        record.equal(
-            f"row 0 of 5 at position {position}, and the row alone", model.forward(together, position)[0], alone
-        )
+        beside = model.forward(together, position)[0]
+        record.equal(f"row 0 of 5 at position {position}, and the row alone", beside, alone)
 
 
 def decode_attention(bench: Bench, record: Record) -> None:

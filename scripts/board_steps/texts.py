@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from models.errors import UserError
 from models.llm import LLM, Completion
 from models.loading import open_model
 from models.options import NAMED
@@ -93,8 +94,7 @@ def _loaded(bench: Bench, **options: Any) -> Iterator[LLM]:
 
 @contextlib.contextmanager
 def _one_chip(bench: Bench) -> Iterator[None]:
-    from models.errors import UserError
-
+    """MESH_DEVICE of one chip where the embedded target cannot be split over all of the board's."""
     try:
         check_split(open_model(str(NAMED[TARGET][0])).checkpoint.config, bench.board.chips)
     except UserError:
@@ -130,11 +130,8 @@ def _check_near_cpu(record: Record, prompt: Sequence[int], written: Sequence[int
     record.facts[f"as the CPU {after}"] = f"{same} of {len(gaps)} tokens, {max(gaps):.3f} below at most"
     worst = max(range(len(gaps)), key=gaps.__getitem__)
     if not gaps[worst] <= NEAR_TIE:
-        raise Surprise(
-            f"token {worst + 1} {after}",
-            f"a logit on the CPU within {NEAR_TIE} of the best",
-            f"{gaps[worst]:.3f} below",
-        )
+        expected = f"a logit on the CPU within {NEAR_TIE} of the best"
+        raise Surprise(f"token {worst + 1} {after}", expected, f"{gaps[worst]:.3f} below")
 
 
 def _check_same(record: Record, what: str, made: Completion, expected: Completion) -> None:
