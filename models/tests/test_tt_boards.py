@@ -119,7 +119,7 @@ def test_of_an_error_of_ttnn_the_message_is_shown():
 @pytest.mark.parametrize(
     ("said", "remedy"),
     [
-        ("sfpi not found at /a/sfpi or /opt/tenstorrent/sfpi", "sfpi-version"),
+        ("sfpi not found at /a/sfpi or /opt/tenstorrent/sfpi", "scripts/install_sfpi.py"),
         ("No chips detected in the cluster", "tt-smi -ls"),
         ("Fabric Router Sync: Timeout after 10000 ms", "tt-smi -r"),
     ],
