@@ -275,6 +275,23 @@ def test_an_interrupted_step_keeps_what_it_has_compared(bench, report):
     assert step["result"] == "interrupted" and len(step["comparisons"]) == 1
 
 
+@ONLY_MOCK
+def test_after_a_surprise_nothing_else_is_run_and_the_exit_code_is_1(mesh_opener, monkeypatch, tmp_path, capsys):
+    def surprising(bench, record):
+        raise Surprise("a number", "1", "2")
+
+    def never(bench, record):
+        pytest.fail("a step after a surprise was run")
+
+    planted = [Step("open", "one", "try this", surprising), Step("linear", "two", "try that", never)]
+    monkeypatch.setattr("scripts.board_steps.steps.all_steps", lambda target, draft: planted)
+    file = tmp_path / "report.json"
+    assert first_hour.command(["--report", str(file)]) == 1
+    told = json.loads(file.read_text())
+    assert [step["name"] for step in told["steps"]] == ["open"]
+    assert "surprise in step open: a number: expected 1, came 2: try this\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
