@@ -206,10 +206,8 @@ def test_each_device_reports_the_flags_that_mean_something_on_it(run):
     assert set(results["settings"]) >= {"dtype", "draft_dtype", "fixed_rows", "threads"}
     assert not set(results["settings"]) & {*BOARD_OPTIONS, "fused"}
     machine = results["machine"]
-    assert (machine["timed"], machine["medium"], machine["chips"], machine["arch"], machine["ttnn"]) == (
-        False,
-        *[None] * 4,
-    )
+    assert machine["timed"] is True
+    assert {machine[name] for name in ("medium", "board", "chips", "arch", "ttnn")} == {None}
     assert results["warm_up_s"] is None
 
 
