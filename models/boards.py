@@ -85,7 +85,7 @@ class Board:
         return self.medium == SILICON
 
     @property
-    def title(self) -> str:
+    def described(self) -> str:
         """Its name, with what stands for it where that is no silicon."""
         article = "an" if self.name.startswith("N") else "a"
         return self.name if self.medium == SILICON else f"{self.medium} of {article} {self.name}"

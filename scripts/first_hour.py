@@ -174,7 +174,7 @@ def command(argv: Sequence[str] | None) -> int:
     board = detect_board()
     steps = all_steps(options.target, options.draft)
     report = Report(options.report, board, not_shown=never_shown(board))
-    print(f"{board.title}, report in {options.report}")
+    print(f"{board.described}, report in {options.report}")
     bench = Bench(board)
     status = 0
     with torch.inference_mode():

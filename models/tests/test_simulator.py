@@ -120,7 +120,7 @@ def test_a_board_of_several_chips_is_refused(directory):
 def test_a_board_is_what_the_variables_of_ttnn_make_it(variables, made_of, timed, traces):
     board = as_found(BOARDS["N150"], variables)
     assert (medium(variables), board.medium, board.timed, board.traces) == (made_of, made_of, timed, traces)
-    assert board.title == ("N150" if made_of == "silicon" else f"{made_of} of an N150")
+    assert board.described == ("N150" if made_of == "silicon" else f"{made_of} of an N150")
 
 
 def test_a_simulator_is_accepted_as_a_device_and_a_missing_one_is_named(wheel, directory, monkeypatch):

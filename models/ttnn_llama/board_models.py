@@ -274,4 +274,4 @@ class BoardModels:
     def describe(self) -> str:
         """The board in words, for reports."""
         chips = f"{self.board.chips} chip{'s' * (self.board.chips > 1)}"
-        return f"{self.board.title}, {chips} ({self.board.arch})"
+        return f"{self.board.described}, {chips} ({self.board.arch})"

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 import ttnn
 
-from models.boards import MOCK, SILICON, SIMULATOR, Board
+from models.boards import BOARDS, MOCK, SILICON, SIMULATOR, Board
 from models.ttnn_llama.device.mesh import open_mesh
 from models.ttnn_llama.device.runner import Runner
 from models.ttnn_llama.model import TtnnLlama
@@ -98,6 +98,11 @@ class Bench:
         for name in ("model", "mesh"):
             self.__dict__.pop(name, None)
         self._stack.close()
+
+
+def one_chip_board(board: Board) -> Board:
+    """A board of one chip of that kind."""
+    return next(other for other in BOARDS.values() if other.chips == 1 and other.arch == board.arch)
 
 
 def on_chips(tensor: ttnn.Tensor) -> list[torch.Tensor]:

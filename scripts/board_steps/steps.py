@@ -78,7 +78,7 @@ def all_steps(target: str | None, draft: str | None) -> list[Step]:
         Step(
             "sums",
             "100 sums over all chips, 1000 more from a trace",
-            "try MESH_DEVICE=N150, one chip of it",
+            "try one chip of it: MESH_DEVICE=N150, on Blackhole P150",
             programs.sums,
             _one_chip,
         ),

@@ -13,7 +13,7 @@ from models.llm import LLM, Completion
 from models.loading import open_model
 from models.options import NAMED
 from models.ttnn_llama.weights.tensors import check_split
-from scripts.board_steps.bench import Bench
+from scripts.board_steps.bench import Bench, one_chip_board
 from scripts.board_steps.record import Record, Surprise
 
 TARGET = "tiny"
@@ -99,7 +99,7 @@ def _one_chip(bench: Bench) -> Iterator[None]:
         check_split(open_model(str(NAMED[TARGET][0])).checkpoint.config, bench.board.chips)
     except UserError:
         before = os.environ.get("MESH_DEVICE")
-        os.environ["MESH_DEVICE"] = "N150"  # only Wormhole has boards of so many chips
+        os.environ["MESH_DEVICE"] = one_chip_board(bench.board).name
         try:
             yield
         finally:
