@@ -177,7 +177,7 @@ def command(argv: Sequence[str] | None) -> int:
     print(f"{board.described}, report in {options.report}")
     bench = Bench(board)
     status = 0
-    with torch.inference_mode():
+    with torch.no_grad():
         try:
             for step in steps:
                 if not STEPS.index(options.first) <= STEPS.index(step.name) <= STEPS.index(options.last):

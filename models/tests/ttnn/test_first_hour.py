@@ -32,7 +32,7 @@ PARTS = {"N300": ("rows", "text"), "T3K": ("cache", "text"), "P150": ("prefill",
 
 @pytest.fixture(scope="module")
 def bench(mesh_opener, pytestconfig):
-    with board(mesh_opener) as mesh, torch.inference_mode():
+    with board(mesh_opener) as mesh, torch.no_grad():
         bench = Bench(as_found(BOARDS[pytestconfig.getoption("--board")]))
         bench.__dict__["mesh"] = mesh  # the tests' own, which stays open
         yield bench
