@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.board_mock import cluster
-from models.boards import BOARDS
+from models.boards import BOARDS, medium
 
 BOARD = os.environ.get("MESH_DEVICE")  # tt-metal's way to say which board a test runs on
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never waits for a network
@@ -28,8 +28,8 @@ def pytest_addoption(parser):
 def pytest_report_header(config):
     if not cluster.is_installed():
         return "board: none, ttnn is not installed"
-    where = "silicon" if cluster.has_silicon() else "mock, numbers from golden functions"
-    return f"board: {config.getoption('--board')} ({where})"
+    made_of = medium() if cluster.has_board() else "mock, numbers from golden functions"
+    return f"board: {config.getoption('--board')} ({made_of})"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,7 +13,7 @@ from demo.html_page import ASSETS, Table, page
 from demo.html_texts import texts
 from demo.results import PromptResults, RunResults
 from demo.session import Run, Session
-from demo.wording import MOCK, about, closing_lines, summary_sections
+from demo.wording import about, closing_lines, summary_sections, untimed
 from models.cli.environment import write_text
 from models.cli.text import plural
 from models.speculative.drafters.registry import drafts_trees, reads_prompt, source_of
@@ -34,7 +34,7 @@ def write_html(path: str, session: Session, results: RunResults) -> None:
 
 def report(session: Session, results: RunResults) -> str:
     """The page of a run, as HTML. ``results`` are those of `demo.report.build_results`; where they have no times, as
-    on a mock board, the page has none."""
+    on a mock or a simulator, the page has none."""
     told = texts(session)
     return page(
         "report.j2",
@@ -44,7 +44,7 @@ def report(session: Session, results: RunResults) -> str:
         notes=_notes(session, results),
         cards=_cards(results),
         totals=_totals(results),
-        lines=[line for line, _ in closing_lines(results) if line != MOCK],
+        lines=[line for line, _ in closing_lines(results) if line != untimed(results)],
         facts=_facts(session, results),
         figures=_figures(session, results),
         prompts=_prompts(results),
@@ -55,7 +55,7 @@ def report(session: Session, results: RunResults) -> str:
 # ------------------------------------------------------------------------------------------------------------ words
 def _notes(session: Session, results: RunResults) -> list[str]:
     """What a reader has to know before any number."""
-    lines = [MOCK] if session.mock else []
+    lines = [] if session.timed else [untimed(results)]
     if results.interrupted:
         done, asked = len(results.prompts), len(session.prompts)
         line = f"The run was interrupted: {done} of {asked} prompts are complete, and only these are counted."
@@ -223,7 +223,7 @@ def _acceptance_figure(results: RunResults) -> ChartFigure | None:
 
 def _time_figure(session: Session) -> ChartFigure | None:
     """Where the time of a decoded token goes, on each path."""
-    if session.mock:
+    if not session.timed:
         return None
     rows, names = [], {}
     for path in session.settings.paths:

@@ -51,8 +51,8 @@ def _run_data(runs: dict[str, Run], words: "_Words", session: Session, note: str
         "left": max(len(prompt) - LONGEST_PROMPT, 0),
         "note": note,
         **words.stream(run.tokens),
-        "ttft": None if session.mock else round(1000 * run.stats.ttft_s, 2),
-        "rounds": [_round_data(each, words, session.mock) for each in run.stats.rounds],
+        "ttft": round(1000 * run.stats.ttft_s, 2) if session.timed else None,
+        "rounds": [_round_data(each, words, session.timed) for each in run.stats.rounds],
         "baseline": None,
     }
     if other and other.tokens != run.tokens:
@@ -69,9 +69,9 @@ def _label(prompt: Prompt) -> str:
     return f"{prompt.number}: {words[:70]}…" if len(words) > 70 else f"{prompt.number}: {words}"
 
 
-def _round_data(round_: Round, words: "_Words", mock: bool) -> list:
+def _round_data(round_: Round, words: "_Words", timed: bool) -> list:
     times = [round(1000 * seconds, 3) for seconds in (round_.draft_s, round_.verify_s, round_.host_s)]
-    data: list = [round_.emitted, 0 if mock else times]
+    data: list = [round_.emitted, times if timed else 0]
     if not round_.proposed:
         return [*data, "plain"]
     words.add(round_.proposed)

@@ -35,9 +35,9 @@ from models.speculative.stats import GenerationStats, Round
 def build_results(
     session: Session, interrupted: bool, total_s: float, first_token_s: float | None = None
 ) -> RunResults:
-    """Everything the JSON file holds. A path that was not run is None, and so is every time on a mock board."""
+    """Everything the JSON file holds. A path that was not run is None, and so is every time where times say nothing."""
     results = _results(session, interrupted, total_s, first_token_s)
-    return without_times(results) if session.mock else results
+    return results if session.timed else without_times(results)
 
 
 def _results(session: Session, interrupted: bool, total_s: float, first_token_s: float | None) -> RunResults:
@@ -69,7 +69,7 @@ def _results(session: Session, interrupted: bool, total_s: float, first_token_s:
         settings=describe_settings(settings, session.llm),
         date=date(),
         versions=versions(),
-        machine=machine(settings.device, session.board and session.board.board, session.mock),
+        machine=machine(settings.device, session.board and session.board.board, session.timed),
         command=sys.argv,
         prompts=[_row_results(row, session.fused) for row in rows],
         partial=[_text_results(run, session.fused) for run in session.under_way],

@@ -10,9 +10,9 @@ from loguru import logger
 
 from demo.runs import Row, Run, Viewer
 from demo.settings import Settings
+from models.boards import SILICON, medium
 from models.cli.console import loading_bar, show_memory
 from models.cli.prompts import default_prompts, encode_prompts, is_instruct
-from models.device import is_mock
 from models.llama.tokenizer import LlamaTokenizer
 from models.llm import LLM, check_exit_choice
 from models.loading import OpenedModel, OpenedPair, estimate_bytes, open_pair
@@ -72,16 +72,16 @@ class Session:
 
     def _load_on_board(self, pair: OpenedPair) -> None:
         quiet = self.settings.quiet
-        with loading_bar(quiet, timed=not is_mock()) as progress:
+        with loading_bar(quiet, timed=medium() == SILICON) as progress:
             self.llm = LLM(pair, announce=None if quiet else show_memory, progress=progress)
         board = self.llm.board
         logger.info("compiling programs and capturing traces" if board.trace else "compiling programs")
         self.warm_up_s = board.warm_up(len(prompt.ids) for prompt in self.prompts)
 
     @property
-    def mock(self) -> bool:
-        """Whether the board is a mock one, where no time says anything."""
-        return self.board is not None and self.board.mock
+    def timed(self) -> bool:
+        """Whether times say something: not on a mock or a simulator of a board."""
+        return self.board is None or self.board.timed
 
     @property
     def fused(self) -> bool:
@@ -137,7 +137,7 @@ class Session:
             llm.choose_exit(self.prompts[0].ids)
             chosen = llm.exit
             basis = f"chosen by {chosen.measured_tokens} tokens that the target wrote after prompt 1"
-            if not self.mock:
+            if self.timed:
                 speed_up = f"{chosen.speed_up:.2f}x expected with {chosen.draft_length} draft tokens"
                 basis = f"{speed_up}, {basis}"
             layers = self.target.model.config.num_hidden_layers

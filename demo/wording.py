@@ -7,11 +7,16 @@ from demo.report import acceptance_rate
 from demo.results import BoardModelMemory, ModelMemory, PathTotals, RunResults, SourceCounts
 from demo.runs import Row, Run
 from demo.session import Session
+from models.boards import MOCK, SIMULATOR
 from models.cli.text import plural
 from models.options import LEAST_FREE_ROWS, describe_source
 from models.speculative.drafters.registry import NONE, drafts_trees, source_of
 
-MOCK = "mock board: the texts come from golden functions on this machine's CPU, times would say nothing"
+# Where times say nothing, by what the board is made of: said with every result.
+UNTIMED = {
+    MOCK: "mock board: the texts come from golden functions on this machine's CPU, times would say nothing",
+    SIMULATOR: "simulated board: its kernels ran on this machine's CPU, times would say nothing",
+}
 
 Cells = tuple[str, str, str, str]  # label, baseline, speculative, ratio
 
@@ -31,7 +36,7 @@ def models(session: Session) -> list[tuple[str, str]]:
         if loaded is None:
             continue
         config, model = loaded.model.config, loaded.model
-        load_time = "" if session.mock else f", {loaded.load_s:.1f} s"
+        load_time = f", {loaded.load_s:.1f} s" if session.timed else ""
         lines.append(
             (
                 role,
@@ -109,7 +114,7 @@ def pace(run: Run, session: Session) -> str:
     """How fast a run is or was, how much of its drafts is accepted and, where that varies, how much is drafted now or
     was on average; "" where nothing of it can be said."""
     stats = run.stats
-    parts = [] if session.mock else [f"{stats.tok_s:.1f} tok/s"]
+    parts = [f"{stats.tok_s:.1f} tok/s"] if session.timed else []
     rate = acceptance_rate(stats)
     if rate is not None:
         parts.append(f"{rate:.0%} accepted")
@@ -126,7 +131,7 @@ def figures(row: Row, session: Session) -> list[str]:
     figures = [f"{path} {said}" for path, run in row.runs.items() if (said := pace(run, session))]
     if len(row.runs) == 2:
         baseline, speculative = (run.stats.tok_s for run in row.runs.values())
-        if baseline and speculative and not session.mock:
+        if baseline and speculative and session.timed:
             figures.append(f"{speculative / baseline:.2f}x")
         figures.append("same text" if row.identical else "other text")
     return figures
@@ -134,7 +139,7 @@ def figures(row: Row, session: Session) -> list[str]:
 
 def summary_sections(results: RunResults) -> list[list[Cells]]:
     """The final table as text: rows of (label, baseline, speculative, ratio), grouped. A row in which nothing is
-    known, such as a time on a mock board, is left out."""
+    known, such as a time on a mock, is left out."""
     spec = results.speculative
     sections = [_speed_rows(results), _cost_rows(results)]
     if spec and (spec.acceptance_by_position or results.controller):
@@ -244,9 +249,14 @@ def closing_lines(results: RunResults) -> list[tuple[str, str]]:
         included = "loading" + ("" if compiling is None else f", compiling ({compiling:.1f} s)") + " and warm-up"
         first = "" if results.first_token_s is None else f"; first token after {results.first_token_s:.1f} s"
         lines.append((f"total time: {results.total_s:.1f} s, {included} included{first}", ""))
-    if results.machine["mock"]:
-        lines.append((MOCK, "bold yellow"))
+    if not results.machine.get("timed", True):
+        lines.append((untimed(results), "bold yellow"))
     return lines
+
+
+def untimed(results: RunResults) -> str:
+    """Why there are no times in results that have none."""
+    return UNTIMED.get(results.machine.get("medium"), UNTIMED[MOCK])
 
 
 def _identity(results: RunResults) -> str:

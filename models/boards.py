@@ -5,13 +5,19 @@ The only table of boards: models, plans, the planner and mocks read it. Importab
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from models.errors import UserError
 
 # Where the draft runs: on all chips beside the target, or on a chip of its own.
 PLACEMENTS = ("shared", "own-chip")
-MOCK_VARIABLE = "TT_METAL_MOCK_CLUSTER_DESC_PATH"  # ttnn opens this file's cluster instead of the driver's
+# What a board is made of: of the others the clock says nothing about a chip.
+SILICON, SIMULATOR, MOCK = "silicon", "simulator", "mock"
+# ttnn's own variables: a simulator's library that it runs kernels on; a file whose cluster it opens instead of the
+# driver's (beside a simulator, the simulator's); and how it sends programs to cores: slowly, it has no traces.
+SIMULATOR_VARIABLE = "TT_METAL_SIMULATOR"
+MOCK_VARIABLE = "TT_METAL_MOCK_CLUSTER_DESC_PATH"
+SLOW_DISPATCH_VARIABLE = "TT_METAL_SLOW_DISPATCH_MODE"
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Board:
         dram_gb_per_s: per chip, published.
         wiring: of its chips.
         product: name that its makers sell it under, where MESH_DEVICE has another; shown beside the name.
-        mock: whether it is ttnn's mock of the board: its clock says nothing, and it replays no traces.
+        medium: SILICON, SIMULATOR or MOCK.
+        traces: whether captured programs can be replayed.
     """
 
     name: str
@@ -66,7 +73,8 @@ class Board:
     dram_gb_per_s: float
     wiring: Wiring
     product: str = ""
-    mock: bool = field(default=False, compare=False)
+    medium: str = field(default=SILICON, compare=False)
+    traces: bool = field(default=True, compare=False)
 
     @property
     def chips(self) -> int:
@@ -75,10 +83,27 @@ class Board:
         return rows * columns
 
     @property
+    def timed(self) -> bool:
+        """Whether its clock says something about a chip."""
+        return self.medium == SILICON
+
+    @property
+    def described(self) -> str:
+        """Its name, with what stands for it where that is no silicon."""
+        article = "an" if self.name.startswith("N") else "a"
+        return self.name if self.medium == SILICON else f"{self.medium} of {article} {self.name}"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Columns and rows of worker cores on each chip, where one row (Wormhole) or column (Blackhole) dispatches."""
+        harvested = max(mask.bit_count() for mask in self.wiring.harvested)
+        return (13 - harvested, 10) if self.arch == "blackhole" else (8, 9 - harvested)
+
+    @property
     def worker_cores(self) -> int:
-        """Of each chip, when ttnn dispatches from one row (Wormhole) or column (Blackhole) of them."""
-        lines, cores = (14, 10) if self.arch == "blackhole" else (10, 8)
-        return (lines - 1 - max(mask.bit_count() for mask in self.wiring.harvested)) * cores
+        """Of each chip."""
+        columns, rows = self.grid
+        return columns * rows
 
     @property
     def title(self) -> str:
@@ -174,6 +199,19 @@ def board_of_environment(environ: Mapping[str, str]) -> Board | None:
     return BOARDS[name] if name else None
 
 
+def medium(environ: Mapping[str, str] = os.environ) -> str:
+    """What the board of a process with this environment is made of; ttnn reads the same variables."""
+    if environ.get(SIMULATOR_VARIABLE):
+        return SIMULATOR
+    return MOCK if environ.get(MOCK_VARIABLE) else SILICON
+
+
 def is_mock(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a process with this environment has a mock board: ttnn reads the same variable."""
-    return bool(environ.get(MOCK_VARIABLE))
+    """Whether a process with this environment has a mock board."""
+    return medium(environ) == MOCK
+
+
+def as_found(board: Board, environ: Mapping[str, str] = os.environ) -> Board:
+    """The board as a process with this environment has it."""
+    made_of = medium(environ)
+    return replace(board, medium=made_of, traces=made_of != MOCK and not environ.get(SLOW_DISPATCH_VARIABLE))

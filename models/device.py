@@ -11,7 +11,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from models.boards import board_of_environment, board_titles, is_mock
+from models.boards import SILICON, SIMULATOR, SIMULATOR_VARIABLE, board_of_environment, board_titles, medium
 from models.errors import UserError
 
 TTNN_VERSION = "0.81.1"  # as pinned in pyproject.toml: the one that these models were checked with
@@ -21,7 +21,8 @@ DEVICE_FILES = Path("/dev/tenstorrent")  # made by the kernel driver, one file p
 def check_device(device: str, environ: Mapping[str, str] = os.environ) -> None:
     """UserError, with what to install or set, unless models can run on ``device``.
 
-    "tt" is a board, or a mock of one (`models.board_mock`); another ttnn than the pinned one is warned about, once.
+    "tt" is a board, or a simulator or mock of one (`models.simulator`, `models.board_mock`); another ttnn than the
+    pinned one is warned about, once.
     """
     if device == "cuda":
         import torch
@@ -42,7 +43,13 @@ def _check_tenstorrent(environ: Mapping[str, str]) -> None:
             "--device tt: ttnn is not installed: use CPython 3.10 or 3.12 on x86-64 Linux and "
             f"`pip install ttnn=={TTNN_VERSION}` (this is {here}), or use --device cpu"
         )
-    if not is_mock() and not any(DEVICE_FILES.glob("*")):
+    made_of = medium()  # of this process: ttnn reads its variables, too
+    if made_of == SIMULATOR and not Path(os.environ[SIMULATOR_VARIABLE]).exists():
+        raise UserError(
+            f"{SIMULATOR_VARIABLE}={os.environ[SIMULATOR_VARIABLE]}: there is no such file: set it to a simulator's "
+            "library, or unset it"
+        )
+    if made_of == SILICON and not any(DEVICE_FILES.glob("*")):
         raise UserError(
             f"--device tt: no Tenstorrent board was found (nothing in {DEVICE_FILES}): use --device cpu here, or "
             f"scripts/check_board.py to try a model on a board ({board_titles()}) that is not there"

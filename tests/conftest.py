@@ -91,4 +91,4 @@ def terminal(monkeypatch):
 @pytest.fixture
 def as_on_a_mock(monkeypatch):
     """Runs on the CPU that are told as if they had been on a mock board."""
-    monkeypatch.setattr(demo.session.Session, "mock", True)
+    monkeypatch.setattr(demo.session.Session, "timed", False)

@@ -25,7 +25,7 @@ def shown(view_type, terminal):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, no_color=True, width=2000, highlight=False, markup=False)
     prompt = SimpleNamespace(number=1, text=TEXT)
-    session = SimpleNamespace(prompts=[prompt], mock=True, settings=SimpleNamespace(auto=False))
+    session = SimpleNamespace(prompts=[prompt], timed=False, settings=SimpleNamespace(auto=False))
     view = view_type(console, session)
     run = Run("baseline", prompt, tokens=[1], pieces=[(TEXT, "plain")])
     view.begin_prompt(prompt)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from demo.harness import main
-from demo.wording import MOCK
+from demo.wording import UNTIMED
 from models.board_mock import cluster
 from models.options import NAMED
 
@@ -102,7 +102,7 @@ def test_no_number_looks_as_if_it_were_measured(typed):
     done, results = typed
     said = (done.stdout + done.stderr).replace("times would say nothing", "").replace("times mean nothing", "")
     assert not re.search(r"tok/s|tokens/s|\d m?s\b|\d\.\d+x|\btimes?\b", said), said
-    assert done.stdout.count(MOCK) == 1
+    assert done.stdout.count(UNTIMED["mock"]) == 1
     known = {"tokens", "decode_tokens", "rounds", "acceptance_rate", "mean_acceptance_length", "acceptance_by_position"}
     known |= {"plain_rounds", "drafted", "sources", "mean_draft_length"}
     for path in ("baseline", "speculative"):
@@ -121,7 +121,12 @@ def test_memory_is_shown_for_both_models_before_loading(typed):
 
 def test_results_name_the_mock_and_the_flags_that_took_effect(typed):
     machine, settings = typed[1]["machine"], typed[1]["settings"]
-    assert (machine["mock"], machine["board"], machine["chips"], machine["arch"]) == (True, "N150", 1, "wormhole_b0")
+    assert (machine["medium"], machine["board"], machine["chips"], machine["arch"]) == (
+        "mock",
+        "N150",
+        1,
+        "wormhole_b0",
+    )
     assert machine["ttnn"] == typed[1]["versions"]["ttnn"]
     assert (settings["precision"], settings["draft_precision"], settings["draft_placement"]) == (
         "bf16",

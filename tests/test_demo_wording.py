@@ -11,7 +11,7 @@ import demo.wording
 from demo.results import RunResults, without_times
 from demo.runs import Run
 from demo.settings import parse_settings
-from demo.wording import MOCK, drafter_name, pace, run_settings
+from demo.wording import UNTIMED, drafter_name, pace, run_settings
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats, Round
 
@@ -61,7 +61,7 @@ def example(speedup=0.8, verification="batched", draft_ms=4.0):
         "total_s": 12.3,
         "first_token_s": 4.5,
         "warm_up_s": None,
-        "machine": {"mock": False},
+        "machine": {"timed": True},
         "settings": {
             "device": "cpu",
             "dtype": "bf16",
@@ -303,7 +303,7 @@ def test_the_heading_lists_lengths_that_leave_some_out():
 
 def test_a_trees_pace_is_that_of_its_levels():
     session = named("--drafter", "tree")
-    session.mock = True
+    session.timed = False
     rounds = [Round(6, kept, kept + 1, parents=(-1, -1, 0, 1, 2, 2)) for kept in (1, 2)]  # three levels each
     run = Run("speculative", None, stats=GenerationStats(rounds=rounds))
     assert pace(run, session) == "50% accepted, drafting 6"
@@ -374,15 +374,15 @@ def test_a_fused_round_has_one_time():
 
 
 def test_without_times_a_table_has_no_rows_for_them():
-    results = without_times(RunResults.from_dict(example() | {"machine": {"mock": True}}))
+    results = without_times(RunResults.from_dict(example() | {"machine": {"timed": False, "medium": "mock"}}))
     text = " ".join(cell for rows in demo.wording.summary_sections(results) for row in rows for cell in row)
     assert not re.search(r"\bm?s\b|tokens/s|time|\dx", text), text
     assert "1.60 tokens" in text and "2.00 GB" in text
     lines = [line for line, _ in demo.wording.closing_lines(results)]
-    assert lines[-1] == MOCK
+    assert lines[-1] == UNTIMED["mock"]
     assert not any("time:" in line or "speed-up" in line for line in lines)
     assert demo.explain.explain_slowdown(results) == []
-    assert MOCK not in [line for line, _ in closing_lines(example())]
+    assert UNTIMED["mock"] not in [line for line, _ in closing_lines(example())]
 
 
 def test_models_on_several_chips_say_what_each_chip_holds():

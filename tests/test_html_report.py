@@ -17,7 +17,7 @@ from demo.html_page import Figure, Heading, Paragraph, Table, simple_page
 from demo.html_report import report
 from demo.html_texts import texts
 from demo.report import build_results
-from demo.wording import MOCK
+from demo.wording import UNTIMED
 from models.speculative.stats import Round
 from tests.browser import start_browser
 from tests.demo_fixtures import write_pair
@@ -223,11 +223,11 @@ def test_complete_prompts_come_before_the_interrupted_one(run, monkeypatch):
 
 
 def test_a_mock_board_has_no_times_on_its_page(run, monkeypatch):
-    monkeypatch.setattr(demo.session.Session, "mock", True)
+    monkeypatch.setattr(demo.session.Session, "timed", False)
     code, _, page = run("--prompt", "def", "--prompt", "self")
     assert code == 0
-    words = words_of(page).replace(MOCK, "")
-    assert MOCK in words_of(page)
+    words = words_of(page).replace(UNTIMED["mock"], "")
+    assert UNTIMED["mock"] in words_of(page)
     assert not re.search(r"tok/s|tokens/s|\d m?s\b|\d\.\d+x|seconds?\b", words), words
     for each in data_of(page)["runs"]:
         assert each["ttft"] is None and {round[1] for round in each["rounds"]} == {0}

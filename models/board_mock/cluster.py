@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from models.boards import BOARDS, MOCK_VARIABLE, Board, board_named, is_mock
+from models.boards import BOARDS, MOCK_VARIABLE, SIMULATOR_VARIABLE, Board, board_named, is_mock
 from models.errors import UserError
 
 LOG_LEVEL_VARIABLE = "TT_LOGGER_LEVEL"
@@ -277,13 +277,13 @@ def is_installed() -> bool:
     return importlib.util.find_spec("ttnn") is not None
 
 
-def has_silicon() -> bool:
-    """Is there a Tenstorrent card, with its driver?"""
-    return os.path.exists("/dev/tenstorrent")
+def has_board() -> bool:
+    """Is there a board whose kernels run: a Tenstorrent card with its driver, or a simulator of one?"""
+    return bool(os.environ.get(SIMULATOR_VARIABLE)) or os.path.exists("/dev/tenstorrent")
 
 
 def mock_board() -> str | None:
-    """Name of the mock board, of a variant that of its board; None on silicon."""
+    """Name of the mock board, of a variant that of its board; None on any other."""
     if not is_mock():
         return None
     name = Path(os.environ[MOCK_VARIABLE]).stem

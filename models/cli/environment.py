@@ -43,8 +43,8 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def machine(device: str, board: "Board | None" = None, mock: bool = False) -> dict[str, Any]:
-    """Processor, memory and device that the numbers come from. On a ``mock`` board times are no numbers at all."""
+def machine(device: str, board: "Board | None" = None, timed: bool = True) -> dict[str, Any]:
+    """Processor, memory and device that the numbers come from. Where it is not ``timed``, times are no numbers."""
     import torch
 
     return {
@@ -54,7 +54,8 @@ def machine(device: str, board: "Board | None" = None, mock: bool = False) -> di
         "chips": board and board.chips,
         "arch": board and board.arch,
         "ttnn": versions()["ttnn"] if board else None,
-        "mock": mock,
+        "medium": board and board.medium,
+        "timed": timed,
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),

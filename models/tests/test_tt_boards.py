@@ -67,10 +67,11 @@ def test_a_board_is_a_mock_where_ttnn_would_open_one(monkeypatch):
     monkeypatch.setitem(sys.modules, "ttnn", Ttnn)
     for environ in ({}, {"MESH_DEVICE": "N300"}):
         monkeypatch.delenv(MOCK_VARIABLE, raising=False)
-        assert mesh.detect_board(environ) == BOARDS["N300"] and not mesh.detect_board(environ).mock
+        board = mesh.detect_board(environ)
+        assert (board, board.medium, board.timed, board.traces) == (BOARDS["N300"], "silicon", True, True)
         monkeypatch.setenv(MOCK_VARIABLE, "N300.yaml")
-        assert mesh.detect_board(environ) == BOARDS["N300"] and mesh.detect_board(environ).mock
-    assert not BOARDS["N300"].mock
+        board = mesh.detect_board(environ)
+        assert (board, board.medium, board.timed, board.traces) == (BOARDS["N300"], "mock", False, False)
 
 
 def test_a_board_knows_its_chips():
@@ -131,7 +132,7 @@ def test_of_an_error_of_ttnn_the_message_is_shown():
 @pytest.mark.parametrize(
     ("said", "remedy"),
     [
-        ("sfpi not found at /a/sfpi or /opt/tenstorrent/sfpi", "sfpi-version"),
+        ("sfpi not found at /a/sfpi or /opt/tenstorrent/sfpi", "scripts/install_sfpi.py"),
         ("No chips detected in the cluster", "tt-smi -ls"),
         ("Fabric Router Sync: Timeout after 10000 ms", "tt-smi -r"),
     ],

@@ -116,7 +116,7 @@ class BoardModels:
         if announce:
             announce(self.board, self.plans)
         check_fit(self.board, self.plans, options.placement if draft else "shared")
-        self.trace = options.trace and not self.board.mock
+        self.trace = options.trace and self.board.traces
         with contextlib.ExitStack() as stack:
             meshes = stack.enter_context(
                 open_mesh(
@@ -202,9 +202,9 @@ class BoardModels:
         return rounds
 
     @property
-    def mock(self) -> bool:
-        """Whether the board is a mock, whose clock says nothing."""
-        return self.board.mock
+    def timed(self) -> bool:
+        """Whether the board's clock says something about a chip."""
+        return self.board.timed
 
     def computed_rows(self, n: int) -> int:
         """Rows that the target computes to verify n of them: forwards that compute the same cost the same."""
@@ -274,4 +274,4 @@ class BoardModels:
     def describe(self) -> str:
         """The board in words, for reports."""
         chips = f"{self.board.chips} chip{'s' * (self.board.chips > 1)}"
-        return f"{'mock of an ' * self.mock}{self.board.name}, {chips} ({self.board.arch})"
+        return f"{self.board.described}, {chips} ({self.board.arch})"

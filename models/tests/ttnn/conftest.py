@@ -36,7 +36,7 @@ def pytest_configure(config):
     if MISSING:
         return
     cluster.quieten()
-    patch = pytest.MonkeyPatch() if cluster.has_silicon() else _mocked(config.getoption("--board"))
+    patch = pytest.MonkeyPatch() if cluster.has_board() else _mocked(config.getoption("--board"))
     try:
         import ttnn  # noqa: F401
     except ImportError as error:
@@ -48,7 +48,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="package", autouse=True)
 def mock_environment(pytestconfig):
     """The mock's variables while tests of this directory run, and only then: others start processes of their own."""
-    patch = pytest.MonkeyPatch() if cluster.has_silicon() else _mocked(pytestconfig.getoption("--board"))
+    patch = pytest.MonkeyPatch() if cluster.has_board() else _mocked(pytestconfig.getoption("--board"))
     yield
     patch.undo()
 

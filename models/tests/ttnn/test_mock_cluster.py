@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from models.board_mock import cluster
-from models.boards import MOCK_VARIABLE
+from models.boards import BOARDS, MOCK_VARIABLE
 from models.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -94,6 +94,12 @@ def test_what_the_user_set_for_the_log_is_kept(monkeypatch, tmp_path):
     assert cluster.environment("N150", tmp_path)[cluster.LOG_LEVEL_VARIABLE] == "error"
     monkeypatch.setenv(cluster.LOG_LEVEL_VARIABLE, "debug")
     assert cluster.environment("N150", tmp_path)[cluster.LOG_LEVEL_VARIABLE] == "debug"
+
+
+def test_the_grid_of_a_board_is_the_one_that_its_mock_has(mesh_opener):
+    """A simulator is given this grid, where it would have more cores."""
+    grid = mesh_opener.open().compute_with_storage_grid_size()
+    assert (grid.x, grid.y) == BOARDS[cluster.mock_board()].grid
 
 
 def test_environment_changes_nothing_in_this_process(tmp_path):

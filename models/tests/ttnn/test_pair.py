@@ -422,7 +422,7 @@ def test_each_path_selects_the_program_that_it_spends_its_time_in(kind, board, c
 
 def test_a_controller_is_given_the_lengths_that_there_are_programs_for(board, pair, calls):
     with contextlib.closing(load(pair, options_of("several lengths", board))) as models:
-        lengths = (0, *LENGTHS) if board.chips == 1 or models.mock else (0, 3)
+        lengths = (0, *LENGTHS) if board.chips == 1 or not models.trace else (0, 3)
         assert models.lengths == lengths
         assert tuple(models.fused.draft_lengths) == lengths[1:]
     with contextlib.closing(load(pair, options_of("lookup, sampling", board))) as models:
@@ -463,8 +463,9 @@ def test_a_draft_on_its_own_chip_runs_there_and_nowhere_else(board, pair, calls)
     assert calls == ["set_fabric_config", "open_mesh_device", *["close_mesh_device"] * 3, "set_fabric_config"]
 
 
-def test_a_mock_is_never_traced_and_says_what_it_is(board, pair, calls):
+def test_a_board_without_traces_runs_eagerly_and_says_what_it_is(board, pair, calls):
     with contextlib.closing(load(pair, options_of("fused", board, trace=True))) as models:
-        assert (models.board, models.mock) == (board, cluster.is_mock())
-        assert models.trace is not cluster.is_mock()
-        assert models.describe().startswith("mock of an " * models.mock + board.name)
+        assert (models.board, models.timed) == (board, models.board.medium == "silicon")
+        assert models.trace is models.board.traces is not cluster.is_mock()
+        stands_for = "" if models.timed else f"{models.board.medium} of a"
+        assert models.describe().startswith(stands_for) and f"{board.name}, " in models.describe()

@@ -4,11 +4,13 @@ A mock cannot record a trace, but ttnn's graph capture without dispatch runs eve
 """
 
 import contextlib
+import os
 
 import pytest
 import ttnn
 
 from models.board_mock import cluster, graph
+from models.boards import SLOW_DISPATCH_VARIABLE
 from models.tests.ttnn.model_fixtures import reduced
 from models.ttnn_llama.device.runner import Runner
 from models.ttnn_llama.model import TtnnLlama
@@ -16,6 +18,8 @@ from models.ttnn_llama.modules import rows
 from models.ttnn_llama.programs.fused import FusedRound
 from models.ttnn_llama.weights.precision import precision_named
 from models.ttnn_llama.weights.tensors import EmptySource
+
+TRACES = cluster.has_board() and not os.environ.get(SLOW_DISPATCH_VARIABLE)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +219,7 @@ def test_release_gives_every_trace_back_and_programs_run_again(pair, monkeypatch
     assert replays == []
 
 
-@pytest.mark.skipif(cluster.has_silicon(), reason="traces of a mock hold nothing; these are only noted")
+@pytest.mark.skipif(TRACES, reason="where there are no traces they are only noted")
 def test_what_was_prepared_is_replayed_with_the_inputs_that_it_was_captured_with(pair, monkeypatch, replays):
     """Fewer rows or drafted tokens run in the program that has room for them: nothing is made after the capture."""
     captured_all(pair, monkeypatch)
@@ -324,7 +328,7 @@ def test_a_program_that_fails_in_a_capture_leaves_no_capture_open(mesh, monkeypa
     assert runner._traces == {}
 
 
-@pytest.mark.skipif(not cluster.has_silicon(), reason="a mock cannot replay a trace")
+@pytest.mark.skipif(not TRACES, reason="neither a mock nor slow dispatch can replay a trace")
 def test_a_replay_gives_what_the_program_gives(pair):
     """For the first board: all kinds of programs, twice, in turn, on other inputs."""
     calls = [

@@ -9,13 +9,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from models.boards import BOARDS, Board, board_of_environment, board_titles, is_mock
+from models.boards import BOARDS, Board, as_found, board_of_environment, board_titles
 from models.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ L1_SMALL_BYTES = 32768  # a core, where several chips work together
 Closers = list[tuple[str, Callable[[], None]]]  # what it closes, how; in the order of opening
 # What to do about an error of ttnn, by words in it. After any other one the board may be in no state to go on.
 REMEDIES = {
-    "sfpi not found": "ttnn's wheel comes without its kernel compiler: install the release that "
-    "ttnn/tt_metal/sfpi-version names, from https://github.com/tenstorrent/sfpi/releases",
+    "sfpi not found": "ttnn's wheel comes without its kernel compiler: install it with "
+    "`.venv/bin/python scripts/install_sfpi.py`",
     "No chips detected": "look for the board with `tt-smi -ls`, or use --device cpu",
 }
 RESET = "reset the board with `tt-smi -r` and run the command again"
@@ -58,8 +58,8 @@ def target_chips(board: Board, *, own_chip_for_draft: bool = False) -> int:
 
 
 def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
-    """The board that MESH_DEVICE names, else the one whose number and architecture of chips is found; on ttnn's mock of
-    one, that board as a mock.
+    """The board that MESH_DEVICE names, else the one whose number and architecture of chips is found; what it
+    is made of (`Board.medium`) is read from this process's environment.
 
     Raises UserError for an unknown name, for a board that the chips found cannot form, and for chips that form none
     of the boards.
@@ -71,7 +71,7 @@ def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
     if board is None:
         for board in BOARDS.values():
             if (board.chips, board.arch) == (chips, arch):
-                return replace(board, mock=is_mock())
+                return as_found(board)
         known = ", ".join(f"{board.title}: {board.chips} {board.arch}" for board in BOARDS.values())
         raise UserError(f"found {chips} {arch} chips, none of the boards ({known}): set MESH_DEVICE to the one to use")
     if board.arch != arch:
@@ -81,7 +81,7 @@ def detect_board(environ: Mapping[str, str] = os.environ) -> Board:
             f"MESH_DEVICE={board.name} needs {board.chips} chips, found {chips}: unset MESH_DEVICE to detect the "
             "board; if a chip is missing, look for it with `tt-smi -ls`"
         )
-    return replace(board, mock=is_mock())
+    return as_found(board)
 
 
 @contextlib.contextmanager
@@ -123,10 +123,11 @@ def _open(board: Board, trace_region_bytes: int, columns: int, own_chip_for_draf
         if board.chips > 1:
             ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_1D)
             closers.append(("the fabric", lambda: ttnn.set_fabric_config(ttnn.FabricConfig.DISABLED)))
-            # Dispatch on Ethernet cores would leave one more row of workers; mock boards do not have it, and this way
-            # the grid on silicon is the one that the mock has checked.
             # Collectives keep their semaphores there; in main L1 the fabric may overwrite them (tt-metal issue 56769).
             arguments["l1_small_size"] = L1_SMALL_BYTES
+        if ttnn.get_num_devices() > 1:
+            # Dispatch on Ethernet cores, the default of such cards, would leave one more row of workers; mock boards do
+            # not have it, and this way the grid on silicon is the one that the mock has checked.
             arguments["dispatch_core_config"] = ttnn.DispatchCoreConfig(ttnn.DispatchCoreType.WORKER)
         mesh = ttnn.open_mesh_device(
             ttnn.MeshShape(*board.mesh_shape), trace_region_size=trace_region_bytes, **arguments

@@ -18,7 +18,7 @@ class BoardOptions:
     placement: "shared", or "own-chip" for a draft on a chip of its own.
     attention_cores: that share one row and KV head in decode attention.
     prefill: "chunks", or "rows" where prompts are read by decode forwards.
-    trace: replay captured programs; never on mock boards, which cannot.
+    trace: replay captured programs, on a board that can (`Board.traces`).
     weight_cache: keep converted weights on disk.
     workload: what drafting asks the models for. exit_layer: how many first layers draft, where they do. tree_nodes:
     tokens of a tree at most, where drafts are trees.
