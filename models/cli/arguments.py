@@ -9,11 +9,9 @@ from models.fetch import PACKAGED
 from models.options import (
     AUTO,
     AUTO_LONGEST,
-    AUTO_LONGEST_FIXED,
     DEVICES,
     DRAFT_TOKENS,
     DTYPES,
-    FREE_ROWS,
     NAMED,
     TREE_NODES,
     TREE_NODES_FIXED,
@@ -131,8 +129,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, s
         default=None,
         help="compute every target forward on as many rows as the longest verification has, so that greedy text is the "
         "same bit for bit with and without speculation (a tree's can still differ where two tokens are all but equal; "
-        f"default: on where that costs plain decoding nothing: up to {FREE_ROWS} rows, and not in fp32, which hardly "
-        "ever needs it)",
+        "default: on where that costs plain decoding at most 2 percent, timed once on this machine, and not in fp32, "
+        "which hardly ever needs it)",
     )
 
     group = parser.add_argument_group("Tenstorrent boards (--device tt)")
@@ -226,7 +224,7 @@ def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar=f"{AUTO}|K",
         help=f"tokens drafted per round, 0 to {MAX_DRAFT_LENGTH}, of a tree its levels; {AUTO}: before every round "
-        f"whatever pays best of 0 to {AUTO_LONGEST_FIXED} ({AUTO_LONGEST} without --row-invariant), by the costs and "
+        f"whatever pays best of 0 to as many as padded rows check ({AUTO_LONGEST} without padding), by the costs and "
         f"the acceptance measured so far (default: {AUTO}; with --verification sequential, and on a board, "
         f"{DRAFT_TOKENS})",
     )
