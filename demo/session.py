@@ -91,7 +91,7 @@ class Session:
     @property
     def calibration(self):
         """What padding rows costs on this machine; None where it was not asked, or no time says anything."""
-        return None if self.mock else self.llm.calibration
+        return self.llm.calibration if self.timed else None
 
     @property
     def exit(self):

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.boards import MOCK
 from models.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def machine(device: str, board: "Board | None" = None, timed: bool = True) -> di
         "arch": board and board.arch,
         "ttnn": versions()["ttnn"] if board else None,
         "medium": board and board.medium,
+        "mock": board is not None and board.medium == MOCK,
         "timed": timed,
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
