@@ -32,6 +32,7 @@ from scripts.suites import (
     hardware,
     measuring,
     parts,
+    peer,
     peers,
     report,
     summary,
@@ -394,7 +395,7 @@ def test_peers_write_the_same_greedy_text_in_fp32_and_what_is_missing_is_said(tm
     code, results = run(tmp_path, *"peers --dtype fp32 --max-prompts 2 --max-new-tokens 12 --repeats 2".split())
     assert code == 0 and results.keys() >= CIRCUMSTANCES
     named = [peers.OWN_PLAIN, peers.OWN_MODEL, peers.OWN_LOOKUP, peers.OWN_AUTO]
-    named += [peers.HF_PLAIN, peers.HF_ASSISTED, peers.HF_DEFAULTS, peers.HF_LOOKUP]
+    named += [peer.HF_PLAIN, peer.HF_ASSISTED, peer.HF_DEFAULTS, peer.HF_LOOKUP]
     assert list(results["ways"]) == named
     assert {configuration["same_text_as_own_baseline"] for configuration in results["ways"].values()} == {2}
     own, hf = (results["ways"][name]["tok_s"]["values"] for name in (peers.OWN_PLAIN, peers.HF_PLAIN))
