@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from models.cli.console import measuring_bar
 from models.errors import UserError
 from models.llama.checkpoint import Checkpoint, save_checkpoint
 from models.llama.config import LlamaConfig
@@ -144,6 +145,20 @@ def test_a_program_that_memory_cannot_hold_is_left_out_with_both_sizes(bench, mo
     monkeypatch.setattr(peer, "available_bytes", lambda: 1000)
     with pytest.raises(UserError, match=r"transformers is left out: it needs .* GB are free: name fewer with --peers"):
         peers.PEERS["transformers"](bench, 3)
+
+
+def test_a_full_disk_leaves_a_program_out(bench, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(peers.PEERS, "openvino", full)
+    suite = peers.Peers(benchmark.build_parser().parse_args(["peers", "--peers", "openvino"]), [])
+    suite.bench = bench
+    with measuring_bar(quiet=True) as progress:
+        progress.begin(1, "loading")
+        assert suite._others(progress) == {}
+    [note] = suite.notes
+    assert note.startswith("openvino is left out: cannot write its weights (No space left on device): set TMPDIR")
 
 
 def test_without_a_fitting_draft_and_tokenizer_plain_and_lookup_rows_are_measured(tmp_path, capsys):

@@ -154,6 +154,12 @@ class Peers:
             except UserError as error:
                 self.notes.append(str(error))
                 continue
+            except OSError as error:
+                why = error.strerror or error
+                self.notes.append(
+                    f"{name} is left out: cannot write its weights ({reason}): set TMPDIR to another disk"
+                )
+                continue
             finally:
                 progress.step(name)
             runners |= peer.ways
