@@ -156,9 +156,7 @@ class Peers:
                 continue
             except OSError as error:
                 why = error.strerror or error
-                self.notes.append(
-                    f"{name} is left out: cannot write its weights ({reason}): set TMPDIR to another disk"
-                )
+                self.notes.append(f"{name} is left out: cannot write its weights ({why}): set TMPDIR to another disk")
                 continue
             finally:
                 progress.step(name)
