@@ -6,7 +6,7 @@
   compare      every configuration to draft beside plain decoding, by kind of text
   sweep        fixed draft lengths 0 to 16 beside what the formula says
   verify-cost  what a forward of n rows costs, by context and size of the model
-  peers        beside transformers and llama.cpp on the same weights
+  peers        beside transformers, llama.cpp and OpenVINO on the same weights
   bottleneck   what bounds this machine with this pair, and from which acceptance drafting pays
 
 Configurations that are compared take turns prompt by prompt after an uncounted warm-up; medians are shown with the

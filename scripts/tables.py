@@ -19,6 +19,7 @@ from models.boards import BOARDS
 from models.cli.command import Parser, run_command
 from models.cli.tables import markdown_table
 from models.errors import UserError
+from scripts.suites.peers import peer_lines, same_text
 from scripts.suites.report import number, percent, ranged, times
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,11 +161,11 @@ def pairs() -> str:
 
 
 def peers() -> str:
-    """Beside transformers and llama.cpp."""
+    """Beside transformers, llama.cpp and OpenVINO."""
     results = read("peers")
     rows = []
     for name, configuration in results["ways"].items():
-        same = f"{configuration['same_text_as_own_baseline']} of {results['prompts']}"
+        same = same_text(configuration, results)
         own = (
             f"{ranged(configuration['own_over_this'])} {configuration['counterpart']}"
             if configuration["counterpart"]
@@ -172,7 +173,8 @@ def peers() -> str:
         )
         rows.append((name, ranged(configuration["tok_s"], number), same, own))
     head = ("", "tok/s", "same text as own baseline", "own counterpart / this")
-    return f"{source(results)}; transformers {results['versions']['transformers']}\n\n" + markdown_table(head, rows)
+    others = "; ".join(peer_lines(results)) or f"transformers {results['versions']['transformers']}"
+    return f"{source(results)}; {others}\n\n" + markdown_table(head, rows)
 
 
 EXPECTED = {

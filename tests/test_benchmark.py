@@ -32,6 +32,7 @@ from scripts.suites import (
     hardware,
     measuring,
     parts,
+    peer,
     peers,
     report,
     summary,
@@ -391,16 +392,19 @@ def test_verify_cost_makes_sizes_in_memory_and_skips_what_does_not_fit(tmp_path,
 
 def test_peers_write_the_same_greedy_text_in_fp32_and_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    code, results = run(tmp_path, *"peers --dtype fp32 --max-prompts 2 --max-new-tokens 12 --repeats 2".split())
+    code, results = run(
+        tmp_path,
+        *"peers --peers transformers,llama.cpp --dtype fp32 --max-prompts 2 --max-new-tokens 12 --repeats 2".split(),
+    )
     assert code == 0 and results.keys() >= CIRCUMSTANCES
-    named = [peers.OWN_PLAIN, peers.OWN_MODEL, peers.OWN_LOOKUP, peers.OWN_AUTO]
-    named += [peers.HF_PLAIN, peers.HF_ASSISTED, peers.HF_DEFAULTS, peers.HF_LOOKUP]
+    named = [peer.OWN_PLAIN, peer.OWN_MODEL, peer.OWN_LOOKUP, peer.OWN_AUTO]
+    named += [peer.HF_PLAIN, peer.HF_ASSISTED, peer.HF_DEFAULTS, peer.HF_LOOKUP]
     assert list(results["ways"]) == named
     assert {configuration["same_text_as_own_baseline"] for configuration in results["ways"].values()} == {2}
-    own, hf = (results["ways"][name]["tok_s"]["values"] for name in (peers.OWN_PLAIN, peers.HF_PLAIN))
+    own, hf = (results["ways"][name]["tok_s"]["values"] for name in (peer.OWN_PLAIN, peer.HF_PLAIN))
     expected = [a / b for a, b in zip(own, hf, strict=True)]
     assert results["baseline_ratio"]["values"] == pytest.approx(expected)
-    assert results["ways"][peers.HF_PLAIN]["own_over_this"]["values"] == pytest.approx(expected)
+    assert results["ways"][peer.HF_PLAIN]["own_over_this"]["values"] == pytest.approx(expected)
     assert "llama.cpp is left out" in results["notes"][0]
     assert "speculative / best HF assisted" in capsys.readouterr().out
 
@@ -439,18 +443,6 @@ def test_every_tensor_has_a_name_of_its_own_in_gguf():
     config = tiny_config()
     written = [gguf_peer.gguf_name(name) for name in config.tensor_shapes()]
     assert len(set(written)) == len(config.tensor_shapes()) and {"output.weight", "blk.1.ffn_up.weight"} <= set(written)
-
-
-def test_llama_cpp_writes_the_same_text_with_scaled_rotations(tmp_path):
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    pytest.importorskip("gguf", reason="gguf is not installed")
-    target, draft = write_pair(tmp_path, num_hidden_layers=2)
-    flags = ["--target", str(target), "--draft", str(draft), "--dtype", "fp32", "--max-new-tokens", "16"]
-    session = Bench(model_settings("peers", flags), ["for i in range(40):\n    print(i)" * 4])
-    ids = session.prompts[0].ids
-    expected = configurations.write(configurations.plain_configuration(session), ids, 16).tokens
-    for runner in gguf_peer.llama_cpp_runners(session, 3):
-        assert runner(ids) == expected
 
 
 # ---- interruption ----
@@ -501,7 +493,7 @@ def test_ctrl_c_in_verify_cost_and_peers_keeps_complete_repetitions(tmp_path, mo
     _, results = run(tmp_path, *"verify-cost small --rows 1,3 --contexts 16 --repeats 3".split())
     cells = results["models"]["small"]["ms"]["any rows"]["16"]
     assert results["interrupted"] and sorted(len(cell["values"]) for cell in cells.values()) in ([1, 1], [1, 2])
-    argv = ["peers", *pair, "--max-new-tokens", "4", "--max-prompts", "1", "--repeats", "3"]
+    argv = ["peers", *pair, "--peers", "transformers", "--max-new-tokens", "4", "--max-prompts", "1", "--repeats", "3"]
     _, results = run(tmp_path, *argv)
     assert results["interrupted"] and {
         len(configuration["tok_s"]["values"]) for configuration in results["ways"].values()
@@ -544,6 +536,7 @@ def test_ctrl_c_in_verify_cost_and_peers_keeps_complete_repetitions(tmp_path, mo
         ("peers --temperature 0.7", "--temperature has no meaning in the suite peers"),
         ("peers --draft-dtype int8", "--draft-dtype has no meaning in the suite peers"),
         ("peers --dtype int8", "--dtype int8 has no meaning in the suite peers"),
+        ("peers --peers vllm", "'vllm' is not known: choose from transformers, llama.cpp, openvino"),
         ("peers --num-draft-tokens 32", "32 is out of range"),
         ("peers --device tt", "--device tt: the suite peers measures on cpu and cuda"),
         ("bottleneck --context 0", "0 is out of range"),

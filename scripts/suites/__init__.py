@@ -4,5 +4,5 @@
 
 A suite is a class with the interface of `suite.Suite`. What they share: `configurations.py` (how text is written),
 `measuring.py` (turns, medians, percentiles), `formula.py` (what theory says), `hardware.py` (what the machine can do),
-`report.py` and `figures.py` (JSON, Markdown, PNG).
+`report.py` and `figures.py` (JSON, Markdown, PNG). Other programs: `peer.py`, and a file for each (`*_peer.py`).
 """

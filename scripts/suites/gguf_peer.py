@@ -1,21 +1,36 @@
-"""llama.cpp through llama-cpp-python, on this project's weights written as a GGUF file without a vocabulary.
+"""This project's weights as a GGUF file, and llama.cpp on it through llama-cpp-python.
 
-Both packages are optional: `pip install llama-cpp-python gguf` (the first is compiled, which takes minutes).
+That package is compiled where it is installed, which takes minutes; `xllamacpp_peer` needs no compiler.
 """
 
 import dataclasses
 import itertools
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from models.errors import UserError
-from models.llama.checkpoint import Checkpoint
 from models.llama.config import LlamaConfig
+from models.llama.gguf_checkpoint import AnyCheckpoint
 from models.llama.rope import inverse_frequencies
+from models.torch_llama.model import DTYPES
+from scripts.suites.peer import (
+    LLAMA_LOOKUP,
+    LLAMA_MODEL,
+    LLAMA_PLAIN,
+    Peer,
+    Written,
+    check_cpu,
+    check_memory,
+    configs_of,
+    longest_text,
+)
 
 if TYPE_CHECKING:
     from scripts.suites.bench import Bench
@@ -32,25 +47,23 @@ NAMES = {  # of a layer's tensors in GGUF
     "mlp.down_proj": "ffn_down",
 }
 OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-Generate = Callable[[list[int]], list[int]]
+TOKENIZER = "rwkv"  # of llama.cpp's kinds the one that needs no merges and has no end of text but a declared one
 
 
-def llama_cpp_runners(bench: "Bench", k: int) -> tuple[Generate, Generate, Generate]:
-    """llama.cpp's plain decoding, its decoding with the draft model and with prompt lookup of k tokens, as functions
-    from prompt ids to new ids. UserError where it is not installed, or cannot run these weights."""
+def llama_cpp_python_peer(bench: "Bench", k: int) -> Peer:
+    """Plain decoding, the draft model, and prompt lookup of k tokens. UserError where it is not installed, or cannot
+    run these weights."""
     try:
         import gguf  # noqa: F401
-        import numpy
         from llama_cpp import Llama
         from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
     except ImportError as error:
         raise UserError(
             f"llama.cpp is left out ({error}): `pip install llama-cpp-python gguf` to have it take part"
         ) from error
-    settings = bench.settings
-    if settings.device != "cpu":
-        raise UserError(f"llama.cpp is left out: it is compared on the CPU only, not on {settings.device}")
-    longest = max(len(prompt.ids) for prompt in bench.prompts) + settings.max_new_tokens + k + 1
+    check_cpu("llama.cpp", bench)
+    settings, longest = bench.settings, longest_text(bench, k)
+    check_memory("llama.cpp", configs_of(bench, True), settings.dtype)
     threads = torch.get_num_threads()
 
     def load(path: Path, draft_model=None) -> Llama:
@@ -61,14 +74,14 @@ def llama_cpp_runners(bench: "Bench", k: int) -> tuple[Generate, Generate, Gener
         except ValueError as error:
             raise UserError(f"llama.cpp is left out: it cannot load the weights ({error})") from error
 
-    def written(llama: Llama, ids: list[int]) -> list[int]:
+    def written(llama: Llama, ids: list[int]) -> Written:
         llama.reset()  # or it would find the prompt in its cache
         tokens: list[int] = []
         for token in llama.generate(ids, temp=0.0):
             tokens.append(int(token))
             if len(tokens) == settings.max_new_tokens or token in bench.stop_ids:
                 break
-        return tokens
+        return Written(tokens)
 
     class ModelDraft(LlamaDraftModel):
         """k tokens of another model, which goes on from what its cache shares with the text."""
@@ -83,15 +96,21 @@ def llama_cpp_runners(bench: "Bench", k: int) -> tuple[Generate, Generate, Gener
     with tempfile.TemporaryDirectory() as folder:  # what is loaded stays mapped into memory
         target, draft = Path(folder) / "target.gguf", Path(folder) / "draft.gguf"
         write_gguf(target, bench.target.opened.checkpoint, settings.dtype)
-        write_gguf(draft, bench.draft.opened.checkpoint, settings.dtype)
-        plain = load(target)
-        lookup = load(target, LlamaPromptLookupDecoding(num_pred_tokens=k))
-        assisted = load(target, ModelDraft(load(draft)))
-    return tuple(lambda ids, llama=llama: written(llama, ids) for llama in (plain, assisted, lookup))
+        llamas = {LLAMA_PLAIN: load(target), LLAMA_LOOKUP: load(target, LlamaPromptLookupDecoding(num_pred_tokens=k))}
+        if bench.draft:
+            write_gguf(draft, bench.draft.opened.checkpoint, settings.dtype)
+            llamas[LLAMA_MODEL] = load(target, ModelDraft(load(draft)))
+    ways = {name: lambda ids, llama=llama: written(llama, ids) for name, llama in llamas.items()}
+    cache = "fp32" if settings.dtype == "fp32" else "fp16"
+    return Peer(f"llama.cpp in llama-cpp-python {metadata.version('llama-cpp-python')}", settings.dtype, cache, ways)
 
 
-def write_gguf(path: Path, checkpoint: Checkpoint, dtype: str) -> None:
-    """Write a checkpoint as GGUF; matrices in the dtype ("bf16", "fp16" or "fp32"), norms in fp32."""
+def write_gguf(path: Path, checkpoint: AnyCheckpoint, dtype: str, stop_ids: Sequence[int] | None = None) -> None:
+    """Write a checkpoint as GGUF; matrices in the dtype ("bf16", "fp16" or "fp32"), norms in fp32.
+
+    With stop_ids (of which there may be none) the file has a vocabulary of made-up tokens, each once, that ends texts
+    there and nowhere else: for programs that do not run without. Raises UserError for more than a file can declare.
+    """
     import gguf
 
     config = checkpoint.config
@@ -110,19 +129,51 @@ def write_gguf(path: Path, checkpoint: Checkpoint, dtype: str) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if stop_ids is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _add_vocabulary(writer, config.vocab_size, stop_ids)
+    # Tensor by tensor: nothing else would fit beside the models that are loaded.
+    names = {name: gguf_name(name) for name in config.tensor_shapes()}
+    factors = None
     if config.rope_scaling is not None:
-        factors = inverse_frequencies(dataclasses.replace(config, rope_scaling=None)) / inverse_frequencies(config)
-        writer.add_tensor("rope_freqs.weight", factors.numpy())
-    for name in config.tensor_shapes():
-        tensor = _interleaved(config, name, checkpoint[name].float())
-        matrix = tensor.ndim == 2
-        data = gguf.quantize(tensor.numpy(), kind if matrix else kinds.F32)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=kind if matrix else kinds.F32)
+        plain = inverse_frequencies(dataclasses.replace(config, rope_scaling=None))
+        factors = (plain / inverse_frequencies(config)).numpy()
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for name, shape in config.tensor_shapes().items():
+        each = kind if len(shape) == 2 else kinds.F32
+        size = math.prod(shape) * (4 if each == kinds.F32 else 2)
+        writer.add_tensor_info(names[name], shape, numpy.dtype(numpy.float32), size, raw_dtype=each)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for name in names:
+        tensor = _interleaved(config, name, checkpoint[name])
+        tensor = tensor.to(DTYPES[dtype] if tensor.ndim == 2 else torch.float32).contiguous()
+        writer.write_tensor_data(tensor.view(torch.uint8).numpy())
     writer.close()
+
+
+def made_up_token(id: int) -> str:
+    """The text of a token in a made-up vocabulary."""
+    return f"t{id}"
+
+
+def _add_vocabulary(writer: Any, size: int, stop_ids: Sequence[int]) -> None:
+    declare = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    if len(stop_ids) > len(declare):
+        raise UserError(
+            f"llama.cpp is left out: a GGUF file declares {len(declare)} ends of a text, this model has "
+            f"{len(stop_ids)}: use --random-prompts 10x64"
+        )
+    writer.add_tokenizer_model(TOKENIZER)
+    writer.add_token_list([made_up_token(id) for id in range(size)])
+    writer.add_token_types([1] * size)
+    writer.add_add_bos_token(False)
+    for add, id in zip(declare, stop_ids, strict=False):
+        add(id)
 
 
 def gguf_name(name: str) -> str:
