@@ -1,4 +1,5 @@
-"""docs/kernels.md speaks of every operation that a program of ours runs, on every board."""
+"""docs/kernels.md speaks of every operation that a program of ours runs, on every board; and claims of its that the
+programs at full sizes show, without values."""
 
 import contextlib
 import dataclasses
@@ -6,12 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import ttnn
 
 from models.board_mock import graph
 from models.llama.config import named_config
 from models.ttnn_llama.device.runner import Runner
 from models.ttnn_llama.model import TtnnLlama
+from models.ttnn_llama.modules.rows import FusedRowPlan, SeparateRowPlan
 from models.ttnn_llama.programs.fused import FusedRound
+from models.ttnn_llama.shapes import ROW_COUNTS
 from models.ttnn_llama.weights.precision import precision_named
 from models.ttnn_llama.weights.tensors import EmptySource
 
@@ -64,3 +68,34 @@ def test_the_page_names_what_runs(ran):
 
 def rows_of(text: str) -> list[tuple[str, str, str]]:
     return re.findall(r"^\| (\w+Operation) \| (\w+) \| (.*) \|$", text, re.MULTILINE)
+
+
+def cores_of(*tensors):
+    """Where the shards of each lie, in their order, one after another."""
+    return [
+        (core.x, core.y)
+        for tensor in tensors
+        for core in ttnn.corerange_to_cores(tensor.memory_config().shard_spec.grid, row_wise=True)
+    ]
+
+
+@pytest.mark.parametrize("size", ["3B", "8B"])
+def test_cos_and_sin_lie_on_the_cores_of_q_and_k_in_their_order(mesh_opener, size, monkeypatch):
+    """The kernel pairs them by core: in another order each row would be rotated by another row's angle."""
+    config = dataclasses.replace(named_config(size), num_hidden_layers=1)
+    mesh = mesh_opener.open()  # without values
+    model = TtnnLlama(config, mesh, EmptySource(mesh), precision=precision_named("performance"), max_seq_len=256)
+    seen = []
+    for kind in (FusedRowPlan, SeparateRowPlan):
+        real = kind.rotate
+
+        def noted(self, q, k, tables, real=real):
+            seen.append((self, cores_of(q, k) if self.lookups > self.rows else cores_of(q), tables))
+            return real(self, q, k, tables)
+
+        monkeypatch.setattr(kind, "rotate", noted)
+    for rows in ROW_COUNTS:
+        model.greedy([1] * rows, 40)
+    assert [plan.rows for plan, _, _ in seen] == list(ROW_COUNTS)
+    for plan, cores, tables in seen:
+        assert all(cores_of(table) == cores for table in (*tables, plan.rotation))

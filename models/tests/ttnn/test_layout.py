@@ -1,18 +1,13 @@
 """Program configurations of matmuls and attention, at full sizes."""
 
-import dataclasses
-
 import pytest
 import ttnn
 
 from models.llama.config import named_config
 from models.tests.ttnn.model_fixtures import Weights, board, put, random_ids, reduced
-from models.ttnn_llama.model import TtnnLlama
 from models.ttnn_llama.modules.layout import Layout, compute_config
-from models.ttnn_llama.modules.rows import FusedRowPlan, SeparateRowPlan
-from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, ROW_COUNTS, TILE
+from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, TILE
 from models.ttnn_llama.weights.precision import precision_named
-from models.ttnn_llama.weights.tensors import EmptySource
 
 MOST_TILES = 96  # of output that a core keeps in L1, or one row of tiles where that is more
 
@@ -80,34 +75,3 @@ def test_a_weight_in_dram_shards_whose_columns_are_cut_is_refused(mesh, shadow):
 def test_decode_attention_takes_the_same_number_of_cores_for_any_number_of_rows(mesh, size):
     layout = Layout(named_config(size), mesh, precision_named("performance"), 2048)
     assert layout.attention_program(TILE).max_cores_per_head_batch == 1
-
-
-def cores_of(*tensors):
-    """Where the shards of each lie, in their order, one after another."""
-    return [
-        (core.x, core.y)
-        for tensor in tensors
-        for core in ttnn.corerange_to_cores(tensor.memory_config().shard_spec.grid, row_wise=True)
-    ]
-
-
-@pytest.mark.parametrize("size", ["3B", "8B"])
-def test_cos_and_sin_lie_on_the_cores_of_q_and_k_in_their_order(mesh_opener, size, monkeypatch):
-    """The kernel pairs them by core: in another order each row would be rotated by another row's angle."""
-    config = dataclasses.replace(named_config(size), num_hidden_layers=1)
-    mesh = mesh_opener.open()  # without values
-    model = TtnnLlama(config, mesh, EmptySource(mesh), precision=precision_named("performance"), max_seq_len=256)
-    seen = []
-    for kind in (FusedRowPlan, SeparateRowPlan):
-        real = kind.rotate
-
-        def noted(self, q, k, tables, real=real):
-            seen.append((self, cores_of(q, k) if self.lookups > self.rows else cores_of(q), tables))
-            return real(self, q, k, tables)
-
-        monkeypatch.setattr(kind, "rotate", noted)
-    for rows in ROW_COUNTS:
-        model.greedy([1] * rows, 40)
-    assert [plan.rows for plan, _, _ in seen] == list(ROW_COUNTS)
-    for plan, cores, tables in seen:
-        assert all(cores_of(table) == cores for table in (*tables, plan.rotation))
