@@ -48,7 +48,8 @@ def test_a_prefill_matmul_cuts_rows_and_never_the_columns_of_a_weight(mesh, size
 
 def test_a_weight_in_dram_shards_whose_columns_are_cut_is_refused(mesh, shadow):
     """ttnn accepts it. On a chip every block then has the first columns."""
-    model = Weights.random(reduced("1B", mesh.get_num_devices(), layers=1)).on(mesh)
+    chips = mesh.get_num_devices()
+    model = Weights.random(reduced("1B", chips, layers=1, intermediate_size=1280 * chips)).on(mesh)
     linear = model.layers[0].mlp.w1
     x = put(mesh, Weights.random(model.config)["model.embed_tokens.weight"][random_ids(KV_BLOCK, 1)][None, None])
     whole = model.layout.prefill_matmul(KV_BLOCK, linear.k, linear.n, linear.fidelity)
