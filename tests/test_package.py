@@ -56,7 +56,7 @@ def test_metadata_names_pinned_requirements_and_leaves_ttnn_to_an_extra(wheel):
     (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     metadata = email.message_from_string(archive.read(name).decode())
     assert (metadata["Name"], metadata["Requires-Python"]) == ("tt-speculative-llama", ">=3.10")
-    assert metadata.get_all("Provides-Extra") == ["tt", "dev"]
+    assert metadata.get_all("Provides-Extra") == ["tt", "peers", "dev"]
     requirements = metadata.get_all("Requires-Dist")
     assert [line for line in requirements if not re.match(r"[\w-]+==\d", line)] == []
     always = {line.split("==")[0] for line in requirements if "extra ==" not in line}

@@ -287,6 +287,9 @@ def test_callers_python_path_does_not_reach_the_environment(machine):
 # ---- .ci/run ----
 
 
+WHOLE_MODELS = ("mesh", "layout", "model", "fused", "kernel_audit")
+
+
 def test_ci_lints_and_checks_types_then_runs_the_test_script(machine):
     machine.python("python3.12", "3.12.1", ttnn="yes")
     result = machine.run(machine.clone / ".ci/run")
@@ -295,8 +298,10 @@ def test_ci_lints_and_checks_types_then_runs_the_test_script(machine):
     lint = f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<mypy>\n"
     others = [
         f"ttnn tests, board {board}\n{ran}<pytest>\n<models/tests/ttnn>\n<--board>\n<{board}>\n"
-        for board in ("N300", "T3K", "P150", "P300x2")
+        for board in ("N300", "T3K", "P150")
     ]
+    models = "".join(f"<models/tests/ttnn/test_{name}.py>\n" for name in WHOLE_MODELS)
+    others.append(f"ttnn tests of whole models, board P300x2\n{ran}<pytest>\n{models}<--board>\n<P300x2>\n")
     assert result.stdout == f"{lint}{ran}<pytest>\n<--board>\n<N150>\n{''.join(others)}"
     assert machine.installs == 1
 
