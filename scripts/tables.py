@@ -160,18 +160,18 @@ def pairs() -> str:
     return f"{source(results)}, context {context}, bf16\n\n" + markdown_table(head, rows)
 
 
-def peers() -> str:
+def peers(name: str = "peers") -> str:
     """Beside transformers, llama.cpp and OpenVINO."""
-    results = read("peers")
+    results = read(name)
     rows = []
-    for name, configuration in results["ways"].items():
+    for label, configuration in results["ways"].items():
         same = same_text(configuration, results)
         own = (
             f"{ranged(configuration['own_over_this'])} {configuration['counterpart']}"
             if configuration["counterpart"]
             else ""
         )
-        rows.append((name, ranged(configuration["tok_s"], number), same, own))
+        rows.append((label, ranged(configuration["tok_s"], number), same, own))
     head = ("", "tok/s", "same text as own baseline", "own counterpart / this")
     others = "; ".join(peer_lines(results)) or f"transformers {results['versions']['transformers']}"
     return f"{source(results)}; {others}\n\n" + markdown_table(head, rows)
@@ -324,6 +324,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "verify-cost": verify_cost,
     "pairs": pairs,
     "peers": peers,
+    "peers-smollm2": lambda: peers("peers-smollm2"),
     "expect": expect,
     "bottleneck": bottleneck,
     "op-counts": op_counts,
