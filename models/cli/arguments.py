@@ -14,7 +14,6 @@ from models.options import (
     DTYPES,
     NAMED,
     TREE_NODES,
-    TREE_NODES_FIXED,
     VERIFICATIONS,
 )
 from models.speculative.drafters import MAX_DRAFT_LENGTH, registry
@@ -233,8 +232,8 @@ def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(1, MAX_DRAFT_LENGTH),
         default=None,
         metavar="N",
-        help=f"tokens of a tree at most (--drafter tree), 1 to {MAX_DRAFT_LENGTH} (default: {TREE_NODES_FIXED}, "
-        f"without --row-invariant {TREE_NODES}; as many as levels are asked for, if that is more)",
+        help=f"tokens of a tree at most (--drafter tree), 1 to {MAX_DRAFT_LENGTH} (default: as many as padded rows "
+        f"check, {TREE_NODES} without padding; as many as levels are asked for, if that is more)",
     )
     group.add_argument(
         "--exit-layer",

@@ -25,6 +25,7 @@ from loguru import logger
 from models.llama.config import LlamaConfig
 from models.llama.random_weights import RandomWeights
 from models.torch_llama.model import TorchLlama
+from models.user_cache import user_cache
 
 ROWS = (2, 3, 4, 5, 6, 7, 8, 16)
 TOLERANCE = 1.02  # of the time of the fastest plain decoding
@@ -60,7 +61,7 @@ class Calibration:
 def calibrate(
     config: LlamaConfig, dtype: str, threads: int | None = None, directory: Path | None = None
 ) -> Calibration:
-    """The calibration of this machine for models of these sizes: kept from before, or measured now in about 2 s.
+    """The calibration of this machine for models of these sizes: kept from before, or measured now in a few seconds.
 
     Args:
         config: of the model.
@@ -69,7 +70,7 @@ def calibrate(
         directory: where it is kept (default: in the user's cache directory).
     """
     threads = threads or torch.get_num_threads()
-    file = (directory or default_directory()) / f"{_key(config, dtype, threads)}.json"
+    file = (directory or user_cache("calibration")) / f"{_key(config, dtype, threads)}.json"
     try:
         kept = json.loads(file.read_text())
         costs, errors = ({int(n): float(x) for n, x in kept[name].items()} for name in ("costs", "errors"))
@@ -150,12 +151,6 @@ def part_of(config: LlamaConfig) -> LlamaConfig:
         eos_token_ids=(),
         max_position_embeddings=max(config.max_position_embeddings, POSITION + max(ROWS)),
     )
-
-
-def default_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """In the user's cache directory."""
-    caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return caches / "tt-speculative-llama" / "calibration"
 
 
 def _key(config: LlamaConfig, dtype: str, threads: int) -> str:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from models.ttnn_llama.weights.precision import bytes_per_value, ttnn_dtype
+from models.user_cache import user_cache
 
 if TYPE_CHECKING:
     import ttnn
@@ -37,8 +38,7 @@ def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """TT_CACHE_PATH if that is set, else a directory in the user's cache directory."""
     if environ.get("TT_CACHE_PATH"):
         return Path(environ["TT_CACHE_PATH"]).expanduser()
-    caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return caches / "tt-speculative-llama" / "weights"
+    return user_cache("weights", environ)
 
 
 class WeightCache:
