@@ -392,7 +392,9 @@ def test_every_round_shows_what_the_run_did(browser, embedded):
             assert verdicts.count("✓ accepted") == min(len(kept), emitted)
             assert verdicts.count("✗ rejected") == (len(kept) < len(proposed))
             assert len(verdicts) == len(proposed) + (emitted > len(kept))
-            assert f"verify {times[1]:.2f} ms" in browser.text("#times") or not proposed
+            shown_ms = re.search(r"verify ([\d.]+) ms", browser.text("#times"))
+            # A half in the last digit is rounded up in the page and to even by Python.
+            assert not proposed or float(shown_ms[1]) == pytest.approx(times[1], abs=0.0051)
             if emitted > len(kept):
                 assert f"({own})" in verdicts[-1]
         assert written == results["prompts"][index]["speculative"]["tokens"]
