@@ -159,8 +159,11 @@ class Engine:
             draft_s = clock() - mark
         if verified is None:
             check = verify if sequence.request.verification == "batched" else verify_sequentially
-            verified = check(self.target, sequence, draft, clock)
+            verified = check(self.target, sequence, draft, clock, drafter.taps if drafter else ())
         sequence.cached = verified.cached
+        for features, rows, position in verified.computed:
+            assert drafter is not None  # whose taps they are
+            drafter.verified(sequence, features, rows, position)
 
         accepted, drafted = len(verified.kept), len(draft.tokens)
         round_ = Round(

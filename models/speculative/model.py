@@ -2,7 +2,7 @@
 
 `LanguageModel` is what every target and every draft model fulfils: one call, `extend`, computes rows of any number of
 sequences. `SequenceModel` is one slot of it, seen as a model of one sequence: what drafters work with. What only some
-networks can do has protocols of its own: `Chains`, `Trees`, `EarlyExit`, `Tapped`, `FusedRounds`.
+networks can do has protocols of its own: `Chains`, `Trees`, `EarlyExit`, `Tapped`, `DraftHead`, `FusedRounds`.
 
 Addresses are absolute: a call that is given n tokens and a position writes the cache at position .. position+n-1 and
 attends to everything before. Rollback needs no call: pass the position to go on from; what lies beyond it is stale,
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 from models.errors import UserError
 
@@ -70,19 +70,21 @@ class Workload:
     """What forwards drafting asks of models beside plain decoding, so that programs can be prepared for them.
 
     Args:
-        drafts_with: "draft" (a draft model), "first-layers" (of the target) or "" (no forward).
+        drafts_with: "draft" (a draft model), "head" (a draft head), "first-layers" (of the target) or "" (no forward).
         tree: whether drafts are trees.
         fusible: whether a greedy round may be one program.
         mixed: whether there are drafts that come from no model too, to be verified by themselves.
     """
 
-    drafts_with: Literal["", "draft", "first-layers"] = ""
+    drafts_with: Literal["", "draft", "head", "first-layers"] = ""
     tree: bool = False
     fusible: bool = False
     mixed: bool = False
 
 
 Chooser: TypeAlias = "Callable[[Tensor], list[int]]"  # logits [n, V] -> n ids
+# Hidden states [n, taps x H] of a forward's rows, on the model's device: a torch tensor, or on a board its own kind.
+Features: TypeAlias = Any
 
 
 class Step:
@@ -97,7 +99,7 @@ class Step:
     def __init__(
         self,
         results: Sequence[list[int] | Tensor],
-        features: Sequence[Tensor] = (),
+        features: Sequence[Features] = (),
         choosers: Sequence[Chooser] = (),
     ) -> None:
         self._results = results
@@ -118,7 +120,7 @@ class Step:
             raise ValueError("these rows were computed for their ids alone: ask for logits")
         return result
 
-    def features(self, i: int) -> Tensor:
+    def features(self, i: int) -> Features:
         """Hidden states [n, taps x H] of sequence i, on the model's device. Only if taps were wanted.
 
         Of all n rows, also where the logits of the last one alone were wanted.
@@ -215,6 +217,37 @@ class Tapped(Protocol):
 
 
 @runtime_checkable
+class DraftHead(Protocol):
+    """A draft head in one slot: it reads the target's hidden states, and its vocabulary may be a part of the target's.
+
+    It is called as a `TreeModel` is, with three differences. The row of the token at position p >= 1 joins its
+    embedding with a state of position p-1: the target's, where `states` has given it, else what the head itself passed
+    on from the row before (in a tree: the parent's row). Position 0 has no row. Its logits are [n, V_d]; ids are the
+    target's.
+    """
+
+    taps: tuple[int, ...]  # layers of the target that it reads, as of `Want.taps`
+    target_ids: Tensor | None  # the target's id for each of its logits; None: they are the same
+    target_vocab_size: int
+
+    def states(self, features: Features, rows: Sequence[int], position: int) -> None:
+        """Take the target's states of some positions.
+
+        features: of a forward, as its `Step` gave them. rows: those of them that belong to the text, in its order.
+        position: of the first; the others follow it.
+        """
+        ...
+
+    def read(self, tokens: Sequence[int], position: int) -> None:
+        """Compute the rows of any number of tokens at position >= 1.., whose states before them were given."""
+        ...
+
+
+class HeadModel(DraftHead, TreeModel, Protocol):
+    """What a draft head is asked for, in one slot."""
+
+
+@runtime_checkable
 class FusedRounds(Protocol):
     """Greedy rounds of two models as one program: k drafted tokens, their verification, the accepted count."""
 
@@ -293,7 +326,7 @@ class SlotBySlot:
         if len({each.slot for each in rows}) < len(rows):
             raise ValueError(f"several Rows of one slot: {[each.slot for each in rows]}")
         results: list[list[int] | Tensor] = []
-        features: list[Tensor] = []
+        features: list[Features] = []
         choosers: list[Chooser] = []
         for each in rows:
             model = self.slot(each.slot)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,9 +18,9 @@ from models.speculative.acceptance import (
     sample,
 )
 from models.speculative.drafters import Draft
-from models.speculative.model import IDS, LOGITS, LanguageModel, Rows, Step, Trees
+from models.speculative.model import IDS, LOGITS, Features, LanguageModel, Rows, Step, Trees, Want
 from models.speculative.sampling import SamplingParams
-from models.speculative.sequence import Sequence
+from models.speculative.sequence import Sequence as TextSequence
 
 Clock = Callable[[], float]
 
@@ -29,16 +29,18 @@ class Verified(NamedTuple):
     """What a verification decided.
 
     kept: indices of the accepted tokens of the draft. next_id: the target's own token after them. cached: leading
-    tokens that the target's cache then holds, those just kept included. seconds: inside the target.
+    tokens that the target's cache then holds, those just kept included. seconds: inside the target. computed: hidden
+    states that were wanted, each with the rows of it that belong to the text and the position of the first.
     """
 
     kept: list[int]
     next_id: int
     cached: int
     seconds: float
+    computed: tuple[tuple[Features, Sequence[int], int], ...] = ()
 
 
-def first_token(sequence: Sequence, step: Step) -> int:
+def first_token(sequence: TextSequence, step: Step) -> int:
     """Choose the token that follows the prompt.
 
     Raises NotFinite for logits that are not: looked at once a text, here, where it costs nothing.
@@ -54,39 +56,55 @@ def first_token(sequence: Sequence, step: Step) -> int:
     return sample(_distribution(logits, params)[0], sequence.generator)
 
 
-def verify(target: LanguageModel, sequence: Sequence, draft: Draft, clock: Clock = time.perf_counter) -> Verified:
-    """Check a draft, which may be empty, in one forward over it and what the cache lacks of the text."""
+def verify(
+    target: LanguageModel,
+    sequence: TextSequence,
+    draft: Draft,
+    clock: Clock = time.perf_counter,
+    taps: tuple[int, ...] = (),
+) -> Verified:
+    """Check a draft, which may be empty, in one forward over it and what the cache lacks of the text.
+
+    taps: layers whose hidden states are wanted of it.
+    """
     again, position = sequence.tokens[sequence.cached :], sequence.cached
     last, parents = len(again) - 1, None
     if draft.parents is not None:
         parents = [*range(-1, last), *(last + 1 + up for up in draft.parents)]
     rows = Rows(sequence.slot, [*again, *draft.tokens], position, parents)
     if sequence.request.sampling.greedy:
-        ids, seconds = _ids(target, rows, clock)
+        ids, step, seconds = _ids(target, rows, clock, taps)
         if draft.parents is None:
             accepted, next_id = accept_greedy(draft.tokens, ids[last:])
             kept = list(range(accepted))
         else:
             kept, next_id = accept_tree_greedy(draft.tokens, draft.parents, ids[last:])
     else:
-        p, seconds = _distributions(target, rows, sequence.request.sampling, clock)
+        p, step, seconds = _distributions(target, rows, sequence.request.sampling, clock, taps)
         if draft.parents is None:
             accepted, next_id = accept_sampled(draft.tokens, p[last:], draft.probs, sequence.generator)
             kept = list(range(accepted))
         else:
             kept, next_id = accept_tree_sampled(draft.tokens, draft.parents, p[last:], draft.probs, sequence.generator)
+    text = [*range(last + 1), *(last + 1 + i for i in kept)]
+    computed = ((step.features(0), text, position),) if taps else ()
     if draft.parents is None:
-        return Verified(kept, next_id, len(sequence.tokens) + len(kept), seconds)
+        return Verified(kept, next_id, len(sequence.tokens) + len(kept), seconds, computed)
     began = clock()
-    held = _keep(target, sequence.slot, position, [*range(last + 1), *(last + 1 + i for i in kept)])
-    return Verified(kept, next_id, position + held, seconds + clock() - began)
+    held = _keep(target, sequence.slot, position, text)
+    return Verified(kept, next_id, position + held, seconds + clock() - began, computed)
 
 
 def verify_sequentially(
-    target: LanguageModel, sequence: Sequence, draft: Draft, clock: Clock = time.perf_counter
+    target: LanguageModel,
+    sequence: TextSequence,
+    draft: Draft,
+    clock: Clock = time.perf_counter,
+    taps: tuple[int, ...] = (),
 ) -> Verified:
     """Check a draft one token a forward, up to the first rejection: what batched verification is compared with."""
     params, seconds = sequence.request.sampling, 0.0
+    computed: list[tuple[Features, Sequence[int], int]] = []
     rows = [
         Rows(sequence.slot, [token], position)
         for position, token in enumerate([sequence.tokens[-1], *draft.tokens], len(sequence.tokens) - 1)
@@ -95,38 +113,46 @@ def verify_sequentially(
     def ids() -> Iterator[int]:
         nonlocal seconds
         for each in rows:
-            (choice,), spent = _ids(target, each, clock)
+            (choice,), step, spent = _ids(target, each, clock, taps)
             seconds += spent
+            if taps:
+                computed.append((step.features(0), [0], each.position))
             yield choice
 
     def distributions() -> Iterator[Tensor]:
         nonlocal seconds
         for each in rows:
-            p, spent = _distributions(target, each, params, clock)
+            p, step, spent = _distributions(target, each, params, clock, taps)
             seconds += spent
+            if taps:
+                computed.append((step.features(0), [0], each.position))
             yield p[0]
 
     if params.greedy:
         accepted, next_id = accept_greedy(draft.tokens, ids())
     else:
         accepted, next_id = accept_sampled(draft.tokens, distributions(), draft.probs, sequence.generator)
-    return Verified(list(range(accepted)), next_id, len(sequence.tokens) + accepted, seconds)
+    return Verified(list(range(accepted)), next_id, len(sequence.tokens) + accepted, seconds, tuple(computed))
 
 
-def _ids(target: LanguageModel, rows: Rows, clock: Clock) -> tuple[list[int], float]:
-    """(the target's choice after each of the rows, seconds)."""
+def _ids(target: LanguageModel, rows: Rows, clock: Clock, taps: tuple[int, ...]) -> tuple[list[int], Step, float]:
+    """(the target's choice after each of the rows, the step, seconds)."""
     began = clock()
-    ids = target.extend([rows], IDS).ids()[0]
-    return ids, clock() - began
+    step = target.extend([rows], Want(taps=taps) if taps else IDS)
+    ids = step.ids()[0]
+    return ids, step, clock() - began
 
 
-def _distributions(target: LanguageModel, rows: Rows, params: SamplingParams, clock: Clock) -> tuple[Tensor, float]:
-    """(the target's probabilities [n, V] after each of the rows, seconds of the forward)."""
+def _distributions(
+    target: LanguageModel, rows: Rows, params: SamplingParams, clock: Clock, taps: tuple[int, ...]
+) -> tuple[Tensor, Step, float]:
+    """(the target's probabilities [n, V] after each of the rows, the step, seconds of the forward)."""
     began = clock()
-    logits = target.extend([rows], LOGITS).logits(0)
+    step = target.extend([rows], Want(logits=True, taps=taps) if taps else LOGITS)
+    logits = step.logits(0)
     logits[-1, -1].item()  # waits for the device, whose time this is
     seconds = clock() - began
-    return _distribution(logits, params), seconds
+    return _distribution(logits, params), step, seconds
 
 
 def _distribution(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # command lines import this and answer at once
     from torch import Tensor
 
-    from models.speculative.model import FusedRounds, Step
+    from models.speculative.model import Features, FusedRounds, Step
     from models.speculative.sequence import Sequence
 
 MAX_DRAFT_LENGTH = 31  # with the token before them, drafted tokens fill one tile of 32 rows
@@ -90,6 +90,15 @@ class SequenceDrafter(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsStates(Protocol):
+    """A `SequenceDrafter` that reads the target's hidden states."""
+
+    def states(self, features: Features, rows: Items[int], position: int) -> None:
+        """The target has computed rows of the text, whoever drafted them: see `model.DraftHead.states`."""
+        ...
+
+
 class Budget(NamedTuple):
     """What a step may draft. rows: of a target's forward, the tokens before the drafted ones included."""
 
@@ -122,6 +131,10 @@ class Drafter(Protocol):
         """A draft for each of them, in their order; see `SequenceDrafter`."""
         ...
 
+    def verified(self, sequence: Sequence, features: Features, rows: Items[int], position: int) -> None:
+        """The target has computed rows of a sequence's text; called after every round if there are `taps`."""
+        ...
+
     def observe(self, sequence: Sequence, accepted: int) -> None:
         """How many of the tokens last proposed for a sequence were kept; not called when none were proposed."""
         ...
@@ -136,17 +149,25 @@ class PerSequence:
 
     Args:
         make: called when a sequence begins.
+        taps: layers of the target whose hidden states they read; they are then `ReadsStates`.
     """
 
-    taps: tuple[int, ...] = ()
-
-    def __init__(self, make: Callable[[Sequence], SequenceDrafter]) -> None:
+    def __init__(self, make: Callable[[Sequence], SequenceDrafter], taps: tuple[int, ...] = ()) -> None:
+        self.taps = taps
         self._make = make
         self._of: dict[Sequence, SequenceDrafter] = {}
 
     def begin(self, sequence: Sequence, prompt: Step) -> None:
         """Make the sequence's drafter."""
         self._of[sequence] = self._make(sequence)
+        if self.taps:
+            self.verified(sequence, prompt.features(0), range(len(sequence.request.prompt)), 0)
+
+    def verified(self, sequence: Sequence, features: Features, rows: Items[int], position: int) -> None:
+        """Hand the states to the sequence's drafter."""
+        drafter = self._of[sequence]
+        assert isinstance(drafter, ReadsStates)  # as `taps` says
+        drafter.states(features, rows, position)
 
     def propose(self, sequences: Items[Sequence], budget: Budget) -> list[Draft]:
         """One after the other."""
@@ -162,7 +183,7 @@ class PerSequence:
 
 
 class OneText(PerSequence):
-    """A `SequenceDrafter` as a `Drafter` of one sequence."""
+    """A `SequenceDrafter` as a `Drafter` of one sequence; one that reads states names their `taps`."""
 
     def __init__(self, drafter: SequenceDrafter) -> None:
-        super().__init__(lambda sequence: drafter)
+        super().__init__(lambda sequence: drafter, getattr(drafter, "taps", ()))

@@ -1,6 +1,9 @@
 """Several drafters as one: the cheap one where it has something to say, the other elsewhere."""
 
-from models.speculative.drafters import Draft, Limit, SequenceDrafter
+from collections.abc import Sequence
+
+from models.speculative.drafters import Draft, Limit, ReadsStates, SequenceDrafter
+from models.speculative.model import Features
 
 
 class Combined:
@@ -26,6 +29,12 @@ class Combined:
                 self._proposer = drafter
                 return draft._replace(prefill_s=prefill_s)
         return nothing._replace(prefill_s=prefill_s)
+
+    def states(self, features: Features, rows: Sequence[int], position: int) -> None:
+        """Hand them to all that read states."""
+        for drafter in self._drafters:
+            if isinstance(drafter, ReadsStates):
+                drafter.states(features, rows, position)
 
     def observe(self, accepted: int) -> None:
         """Tell the drafter whose tokens they were."""

@@ -7,7 +7,7 @@ import torch
 
 from models.speculative.acceptance import distribution, is_distribution, sample
 from models.speculative.drafters import Draft, Limit
-from models.speculative.model import DraftModel, FusedRounds
+from models.speculative.model import DraftHead, DraftModel, FusedRounds
 from models.speculative.sampling import SamplingParams
 
 
@@ -54,6 +54,7 @@ class ModelDrafter:
         self._confident = confident
         self._broken = False  # the model's logits were not finite
         self._rounds = rounds if rounds is not None and rounds.draft_lengths else None
+        self._head = model if isinstance(model, DraftHead) and model.target_ids is not None else None
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """Draft as many tokens as allowed and as the model's own context has room for, after catching up."""
@@ -142,9 +143,20 @@ class ModelDrafter:
     def _distribution(self, logits: torch.Tensor, priced: bool) -> tuple[torch.Tensor | None, float, int]:
         """(distribution [1, V] to draw from, None if greedy; probability of its likeliest token; that token if
         greedy)."""
-        params = self.sampling
-        if not params.greedy:
-            probs = distribution(logits, params.temperature, params.top_k, params.top_p)
+        if not self.sampling.greedy:
+            probs = self._drawn_from(logits)
             return probs, probs.max().item() if priced else 1.0, 0
         chance, token = torch.softmax(logits, -1, dtype=torch.float32).max(-1)
-        return None, float(chance), int(token)
+        return None, float(chance), int(self._ids(token))
+
+    def _drawn_from(self, logits: torch.Tensor) -> torch.Tensor:
+        """Distributions [n, V] over the target's vocabulary: 0 for ids that the model cannot draft."""
+        params = self.sampling
+        probs = distribution(logits, params.temperature, params.top_k, params.top_p)
+        if self._head is None or self._head.target_ids is None:
+            return probs
+        return probs.new_zeros(len(probs), self._head.target_vocab_size).index_copy_(1, self._head.target_ids, probs)
+
+    def _ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """The target's ids for places in the model's logits."""
+        return ids if self._head is None or self._head.target_ids is None else self._head.target_ids[ids]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from models.errors import UserError
-from models.speculative.model import Chains, EarlyExit, Trees, Workload
+from models.speculative.model import Chains, DraftHead, EarlyExit, Trees, Workload
 
 if TYPE_CHECKING:
     from models.speculative.drafters import Drafter, SequenceDrafter
-    from models.speculative.model import FusedRounds, LanguageModel, SequenceModel
+    from models.speculative.model import FusedRounds, HeadModel, LanguageModel, SequenceModel
     from models.speculative.sampling import SamplingParams
 
 NONE = "none"  # the name for no drafter: plain decoding
@@ -41,7 +41,7 @@ class Parts:
     """What a drafter is made of.
 
     Args:
-        target, draft: models with a slot for every sequence; draft is None where there is no draft model.
+        target, draft: models with a slot for every sequence; draft is a draft model, a draft head, or None.
         sampling: of the sequence.
         slot: of the sequence.
         rounds: greedy rounds as one program, where they can be used for this sequence.
@@ -70,7 +70,6 @@ class DrafterSpec:
         sources: of its drafts, by the name that `Draft.source` has.
         workload: what it asks the models for.
         settings: names of the options that are its own, of `options.DraftOptions`.
-        taps: layers of the target whose hidden states it reads.
         when: it is the one to use, as half a sentence.
         drafter: makes the engine's `Drafter` itself, in place of `make`; for drafters that draft in step.
     """
@@ -82,14 +81,18 @@ class DrafterSpec:
     sources: Mapping[str, Source]
     workload: Workload = Workload()
     settings: tuple[str, ...] = ()
-    taps: tuple[int, ...] = ()
     when: str = ""
     drafter: Callable[[Callable[[Any], Parts]], Drafter] | None = None
 
     @property
     def needs_draft_model(self) -> bool:
-        """Whether a draft model has to be loaded."""
-        return self.workload.drafts_with == "draft"
+        """Whether a draft model, or a draft head, has to be loaded."""
+        return self.workload.drafts_with in ("draft", "head")
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether nothing but a draft head will do."""
+        return self.workload.drafts_with == "head"
 
 
 _TABLE: dict[str, DrafterSpec] = {}
@@ -146,9 +149,20 @@ def _model(parts: Parts) -> SequenceDrafter:
     from models.speculative.drafters.model import ModelDrafter
 
     model = _draft_of(parts)
+    if isinstance(model, DraftHead):
+        raise UserError("the draft is a head, not a model: draft with the drafter 'head'")
     if not isinstance(model, Chains):
         raise UserError(f"{type(model).__name__} cannot chain tokens: draft with prompt-lookup")
     return ModelDrafter(model, parts.sampling, confident=parts.confident, rounds=parts.rounds)
+
+
+def _head(parts: Parts) -> SequenceDrafter:
+    from models.speculative.drafters.draft_head import HeadDrafter
+
+    model = _draft_of(parts)
+    if not isinstance(model, DraftHead):
+        raise UserError("the draft is a model, not a head: draft with the drafter 'model', or load a head")
+    return HeadDrafter(cast("HeadModel", model), parts.sampling, confident=parts.confident, rounds=parts.rounds)
 
 
 def _lookup(parts: Parts) -> SequenceDrafter:
@@ -160,7 +174,8 @@ def _lookup(parts: Parts) -> SequenceDrafter:
 def _combined(parts: Parts) -> SequenceDrafter:
     from models.speculative.drafters.combined import Combined
 
-    return Combined(_lookup(parts), _model(parts))
+    drafts = _head if isinstance(_draft_of(parts), DraftHead) else _model
+    return Combined(_lookup(parts), drafts(parts))
 
 
 def _tree(parts: Parts) -> SequenceDrafter:
@@ -169,7 +184,12 @@ def _tree(parts: Parts) -> SequenceDrafter:
     model = _draft_of(parts)
     if not (isinstance(model, Trees) and isinstance(model, Chains)):
         raise UserError(f"{type(model).__name__} computes no trees: draft with the drafter 'model'")
-    return TreeDrafter(model, parts.sampling, parts.settings["tree_nodes"])
+    nodes = parts.settings["tree_nodes"]
+    if isinstance(model, DraftHead):
+        from models.speculative.drafters.draft_head import HeadTreeDrafter
+
+        return HeadTreeDrafter(cast("HeadModel", model), parts.sampling, nodes)
+    return TreeDrafter(model, parts.sampling, nodes)
 
 
 def _early_exit(parts: Parts) -> SequenceDrafter:
@@ -189,6 +209,7 @@ def _draft_of(parts: Parts) -> SequenceModel:
 
 
 _MODEL = {"model": Source("model", "the draft model", reads_prompt=True)}
+_HEAD = {"head": Source("head", "the draft head", reads_prompt=True)}
 _LOOKUP = {
     "lookup": Source("lookup", "prompt lookup"),
     "lookup-short": Source("lookup, short match", "prompt lookup after a short match"),
@@ -207,6 +228,17 @@ register(
 )
 register(
     DrafterSpec(
+        "head",
+        "draft head",
+        "a draft head, one layer that reads the target's hidden states",
+        _head,
+        _HEAD,
+        Workload("head", fusible=True),
+        when="there is a head for the target",
+    )
+)
+register(
+    DrafterSpec(
         "prompt-lookup",
         "prompt lookup",
         "no model, a copy of what followed the same tokens earlier in the prompt or text",
@@ -219,9 +251,9 @@ register(
     DrafterSpec(
         "combined",
         "prompt lookup or draft model",
-        "prompt-lookup where it finds something and promises more, else the draft model",
+        "prompt-lookup where it finds something and promises more, else the draft model or head",
         _combined,
-        _LOOKUP | _MODEL,
+        _LOOKUP | _MODEL | _HEAD,
         Workload("draft", fusible=True, mixed=True),
         when="texts are mixed",
     )
@@ -230,7 +262,7 @@ register(
     DrafterSpec(
         "tree",
         "tree of up to {tree_nodes} token",
-        "the draft model, several guesses for a place at once",
+        "the draft model or head, several guesses for a place at once",
         _tree,
         {"tree": Source("tree", "the draft model as a tree", reads_prompt=True)},
         Workload("draft", tree=True),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from models.errors import UserError
-from models.speculative.acceptance import distribution, sample
+from models.speculative.acceptance import sample
 from models.speculative.drafters import MAX_DRAFT_LENGTH, Draft, Limit
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.model import TreeModel
@@ -107,7 +107,7 @@ class TreeDrafter(ModelDrafter):
             level += 1
             chances, ids = torch.softmax(logits, -1, dtype=torch.float32).topk(width)
             begin, weakest = number, pool[-1][0] if len(pool) == nodes else 0.0
-            for node, node_chances, node_ids in zip(frontier, chances.tolist(), ids.tolist(), strict=True):
+            for node, node_chances, node_ids in zip(frontier, chances.tolist(), self._ids(ids).tolist(), strict=True):
                 above, parent = node[:2]
                 for chance, token in zip(node_chances, node_ids, strict=True):
                     if above * chance >= weakest:
@@ -140,7 +140,7 @@ class TreeDrafter(ModelDrafter):
 
     # ------------------------------------------------------------------------------------------------- sampling
     def _drawn(self, logits: Tensor, depth: int, limit: Limit) -> "_Tree":
-        params, threshold = self.sampling, self._threshold
+        threshold = self._threshold
         tree = _Tree([], [], [])
         frontier, row_of = [-1], {-1: 0}
         level = passed = 0  # places opened that are above the threshold
@@ -148,7 +148,7 @@ class TreeDrafter(ModelDrafter):
         while True:
             level += 1
             last = level == depth or not self._room
-            probs = distribution(logits, params.temperature, params.top_k, params.top_p)
+            probs = self._drawn_from(logits)
             places = _places(probs, [tree.path_probs[node] if node >= 0 else 1.0 for node in frontier])
             count, paid = self._open(places, len(tree.tokens), last, limit)
             unpaid |= not paid

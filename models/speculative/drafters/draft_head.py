@@ -1,0 +1,60 @@
+"""Drafting with an EAGLE-3 head, which reads the target's own hidden states.
+
+Source: Li et al. 2025 (EAGLE-3). After a verification the accepted positions are computed again, with the states that
+the target has now made of them: a head that goes on from its own guesses drifts away from its target.
+"""
+
+import time
+from collections.abc import Sequence
+
+from models.speculative.drafters.model import ModelDrafter
+from models.speculative.drafters.tree import TreeDrafter
+from models.speculative.model import Features, HeadModel
+
+
+class _Head(ModelDrafter):
+    """What the drafters of chains and trees share. One object per generation: it owns the head's slot meanwhile.
+
+    `cached` counts the leading tokens whose rows were computed with the target's states: drafted ones never are.
+    """
+
+    model: HeadModel
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose hidden states the head reads."""
+        return self.model.taps
+
+    def states(self, features: Features, rows: Sequence[int], position: int) -> None:
+        """The target has computed rows of the text, whoever drafted them."""
+        self.model.states(features, rows, position)
+
+    def observe(self, accepted: int) -> None:
+        """Nothing to keep: rows of drafted tokens are computed again."""
+
+    def read(self, tokens: list[int]) -> float:
+        """Compute the rows of all but the last token, which every round feeds itself, where they are more than a round
+        takes with it. Returns seconds."""
+        began = time.perf_counter()
+        first = self.cached or 1  # the first token of a text has no row
+        if first > 1 and len(tokens) - first <= self.model.max_rows:
+            return 0.0
+        if first < len(tokens) - 1:
+            self.model.read(tokens[first:-1], first)
+        self.cached = len(tokens) - 1
+        return time.perf_counter() - began
+
+
+class HeadDrafter(_Head):
+    """A head that drafts chains.
+
+    Args:
+        model: the head, in the sequence's slot.
+        sampling, confident, rounds: as of `ModelDrafter`.
+    """
+
+    source = "head"
+
+
+class HeadTreeDrafter(_Head, TreeDrafter):
+    """A head that drafts trees of at most so many tokens. Arguments and errors are those of `TreeDrafter`."""

@@ -1,0 +1,361 @@
+"""An EAGLE-3 draft head in torch: one layer that drafts for a Llama from that model's own hidden states.
+
+The row of the token at position p joins two things: the token's embedding, and a state of position p-1. The state is
+the target's, fused from what it computed there (`states`), where that is known; a token that the head has drafted
+itself comes before the target has seen it, and then the state is what the head made of the row before (in a tree, of
+the parent's row). Drafted positions are computed again, with the target's states, once it has verified them.
+
+So it is called as a draft model is, and differs in three things: the target's states have to be handed over, position 0
+has no row, and its logits belong to the draft vocabulary.
+
+Source: Li et al. 2025 (EAGLE-3), and the checkpoints in `models.llama.head_config`'s layouts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from models.errors import UserError
+from models.llama.head_config import HeadConfig
+from models.llama.rope import rope_tables
+from models.speculative.model import SlotBySlot
+from models.speculative.tree import tree_depths
+from models.torch_llama.choice import argmax
+from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, int8_works, packing_works
+
+READ_CHUNK = 512  # rows of a prompt that are computed at once
+MAX_ROWS = 32
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+class TorchHead(SlotBySlot):
+    """A draft head with its own KV cache on the target's device.
+
+    Implements `models.speculative.model.DraftHead`.
+
+    Args:
+        config: its shape.
+        tensors: the file's names -> weights, any float dtype.
+        embedding: the target's [V, H], shared and not copied; a head's own ``embed_tokens.weight`` goes before it.
+        device: "cpu", "cuda" or any torch device.
+        dtype: "bf16", "fp32" or "fp16" (what it computes in).
+        max_seq_len: positions of a sequence.
+        slots: sequences, each with a cache of its own.
+        quantize: "int8" for matrices in int8 (on CPU; all else is then fp32), or None.
+
+    Raises:
+        UserError: quantisation that this machine cannot do.
+    """
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        tensors: Mapping[str, torch.Tensor],
+        embedding: torch.Tensor,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str = "bf16",
+        max_seq_len: int = 2048,
+        slots: int = 1,
+        quantize: str | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        if quantize and self.device.type != "cpu":
+            raise UserError(f"int8 weights run on the CPU only, not on {self.device}: use bf16 there")
+        if quantize and not int8_works():
+            raise UserError(f"torch {torch.__version__} has no int8 kernels for this CPU: use bf16")
+        self.config = config
+        self.taps = config.taps
+        self.vocab_size = config.draft_vocab_size
+        self.target_vocab_size = config.layer.vocab_size
+        self.max_seq_len = max_seq_len
+        self.max_rows = MAX_ROWS
+        self.slots = slots
+        self.dtype = torch.float32 if quantize else DTYPES[dtype]
+        self._load(tensors, embedding, quantize)
+        self._forget()
+        self._views: dict[int, TorchHead] = {0: self}
+
+    # ------------------------------------------------------------------------------------------ construction
+    def _load(self, tensors: Mapping[str, torch.Tensor], embedding: torch.Tensor, quantize: str | None) -> None:
+        config, layer = self.config, self.config.layer
+        packed = self.device.type == "cpu" and not quantize and packing_works(self.dtype)
+        self.linears: list = []
+
+        def take(name: str) -> torch.Tensor:
+            return tensors[name].to(device=self.device, dtype=self.dtype)
+
+        def linear(*names: str):
+            weight = torch.cat([take(f"{name}.weight") for name in names])
+            rows = 1 if weight.numel() >= 2**21 else 8  # as in `TorchLlama`
+            made: Int8Linear | PackedLinear | PlainLinear
+            if quantize:
+                made = Int8Linear(weight, rows)
+            else:
+                made = PackedLinear(weight, rows) if packed else PlainLinear(weight)
+            self.linears.append(made)
+            return made
+
+        own = config.prefix
+        self.embedding = tensors.get("embed_tokens.weight", embedding)
+        if self.device.type != "cpu":
+            self.embedding = self.embedding.to(device=self.device, dtype=self.dtype)
+        self.states_norm = take("input_norm.weight") if config.norm_before_fc else None
+        self.state_norms = [take(f"fc_norm.{i}.weight") for i in range(len(config.taps))] if config.fc_norm else None
+        self.fuse = linear("fc")
+        self.token_norm = take(f"{own}input_layernorm.weight")
+        self.state_norm = take(f"{own}hidden_norm.weight")
+        self.qkv = linear(*(f"{own}self_attn.{name}_proj" for name in "qkv"))
+        self.output = linear(f"{own}self_attn.o_proj")
+        self.mlp_norm = take(f"{own}post_attention_layernorm.weight")
+        self.gate_up = linear(f"{own}mlp.gate_proj", f"{own}mlp.up_proj")
+        self.down = linear(f"{own}mlp.down_proj")
+        self.norm = take("norm.weight")
+        self.lm_head = linear("lm_head")
+        self.target_ids: torch.Tensor | None = None
+        if config.reduced:
+            self.target_ids = (torch.arange(config.draft_vocab_size) + tensors["d2t"].long()).to(self.device)
+
+        length = self.max_seq_len + MAX_ROWS
+        shape = (self.slots, 2 * layer.num_key_value_heads, length, layer.head_dim)
+        self._caches = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.kv = self._caches[:1]  # [1, 2 KV, S, D]: keys of all heads, then values; index p-1 is position p's row
+        cos, sin = rope_tables(layer, length)
+        self.cos = cos.to(device=self.device, dtype=self.dtype)[:, None]  # [S, 1, D]
+        self.sin = sin.to(device=self.device, dtype=self.dtype)[:, None]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights held in memory, without the embedding, which is the target's."""
+        norms = (self.states_norm, *(self.state_norms or ()), *(self.token_norm, self.state_norm, self.mlp_norm))
+        return sum(each.bytes for each in self.linears) + sum(n.nbytes for n in (*norms, self.norm) if n is not None)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the cache of all slots."""
+        return self._caches.nbytes
+
+    # -------------------------------------------------------------------------------------------------- slots
+    def slot(self, index: int) -> TorchHead:
+        """One slot as a head of one sequence; the first is the head itself."""
+        if not 0 <= index < self.slots:
+            raise IndexError(f"slot {index} of a head with {self.slots}")
+        if index not in self._views:
+            view = copy.copy(self)
+            view.kv = self._caches[index : index + 1]
+            view._forget()
+            self._views[index] = view
+        return self._views[index]
+
+    def free(self, slot: int) -> None:
+        """A sequence has ended: forget its states."""
+        self.slot(slot)._forget()
+
+    def _forget(self) -> None:
+        width = len(self.taps) * self.config.target_hidden_size
+        self._known = torch.empty(0, width, dtype=self.dtype, device=self.device)
+        self._known_from = 0  # position of the first of them
+        self._outputs = torch.empty(0, self.config.layer.hidden_size)  # [m, H] of the last row, then of a tree's rows
+        self._last = -1  # position of that last row
+
+    # ------------------------------------------------------------------------------------------------- states
+    def states(self, features: torch.Tensor, rows: Sequence[int], position: int) -> None:
+        """Take the target's hidden states of some positions.
+
+        Args:
+            features: [m, taps x H] of the rows of a forward, as `Step.features` gives them.
+            rows: those of them that belong to the text, in its order.
+            position: of the first; the others follow it.
+
+        Raises:
+            ValueError: features of another width, or a position after which others are missing.
+        """
+        if features.shape[-1] != self._known.shape[-1]:
+            raise ValueError(f"features {features.shape[-1]} wide: the head reads {self._known.shape[-1]}")
+        end = self._known_from + len(self._known)
+        if not len(self._known):
+            self._known_from = end = position
+        if not self._known_from <= position <= end:
+            raise ValueError(f"states of position {position}: those known are of {self._known_from}..{end - 1}")
+        first = list(rows) == list(range(len(rows)))  # no copy for a chain
+        taken = (features[: len(rows)] if first else features[list(rows)]).to(self.dtype)
+        kept = self._known[: position - self._known_from]
+        self._known = torch.cat((kept, taken)) if len(kept) else taken
+
+    def _true_states(self, position: int, n: int) -> torch.Tensor | None:
+        """Fused target states [n, H] for the rows at position..; None where they are not known. Earlier ones go."""
+        start = position - 1 - self._known_from
+        if start < 0 or start + n > len(self._known):
+            return None
+        taken = self._known[start : start + n]
+        self._known, self._known_from = self._known[start:], position - 1
+        eps, config = self.config.layer.rms_norm_eps, self.config
+        if self.states_norm is not None:
+            taken = F.rms_norm(taken, (taken.shape[-1],), self.states_norm, eps)
+        if self.state_norms is not None:
+            each = taken.view(n, len(config.taps), config.target_hidden_size).unbind(1)
+            normed = [F.rms_norm(x, (x.shape[-1],), norm, eps) for x, norm in zip(each, self.state_norms, strict=True)]
+            taken = torch.cat(normed, -1)
+        return self.fuse(taken)
+
+    # ------------------------------------------------------------------------------------------------ forward
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int], position: int) -> None:
+        """Fill the cache with the rows of tokens at position.. (at least 1), whose states before them are known."""
+        for start in range(0, len(tokens), READ_CHUNK):
+            self._true_rows(tokens[start : start + READ_CHUNK], position + start)
+
+    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Fill the cache with a text of at least two tokens from its beginning: logits [V_d] of the last."""
+        if len(tokens) < 2:
+            raise ValueError("a head has no row for position 0: give at least two tokens")
+        self.read(tokens[1:-1], 1)
+        return self.forward(tokens[-1:], len(tokens) - 1)[-1]
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits [n, V_d] of tokens [n] at position.. : rows of the text whose states before them are known, or one
+        token after the row computed last, or the last n rows of a tree (parents: as of `model.Rows`, position its
+        root's), whose parents were computed before.
+
+        Raises ValueError for rows whose states are not there.
+        """
+        return self._logits(self._hidden(tokens, position, parents))
+
+    def greedy(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> list[int]:
+        """The target's ids [n] of greatest logit of `forward`."""
+        return self._ids(argmax(self.forward(tokens, position, parents))).tolist()
+
+    @torch.inference_mode()
+    def draft_greedy(self, tokens: Sequence[int], position: int, k: int) -> list[int]:
+        """Feed tokens at position.., then each id found in turn: k greedy ids. They stay on the device until then."""
+        hidden = self._hidden(tokens, position)[-1:]
+        position += len(tokens)
+        found = [self._ids(argmax(self._logits(hidden)))]
+        for step in range(k - 1):
+            hidden = self._hidden(found[-1], position + step)
+            found.append(self._ids(argmax(self._logits(hidden))))
+        return torch.cat(found).tolist()
+
+    def keep(self, position: int, rows: Sequence[int]) -> int:
+        """Of a tree's rows the root alone: the others were made of the head's own states, and are fed again."""
+        return 1
+
+    # ----------------------------------------------------------------------------------------------- internals
+    def _ids(self, found: torch.Tensor) -> torch.Tensor:
+        return found if self.target_ids is None else self.target_ids[found]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V_d] of states before the last norm (with `norm_output`, after it)."""
+        if self.config.norm_output:
+            return self.lm_head(hidden)
+        return self.lm_head(self._normed(hidden))
+
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.norm, self.config.layer.rms_norm_eps)
+
+    def _hidden(
+        self, tokens: Sequence[int] | torch.Tensor, position: int, parents: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """States [n, H] that the rows pass on, of one of the three kinds of `forward`."""
+        if parents is not None:
+            return self._tree_rows(tokens, position, parents)
+        if position == self._last + 1 and len(tokens) == 1 and position > self._known_from + len(self._known):
+            self._outputs = self._rows(tokens, self._outputs[:1], position)
+            self._last = position
+            return self._outputs
+        return self._true_rows(tokens, position)
+
+    def _true_rows(self, tokens: Sequence[int] | torch.Tensor, position: int) -> torch.Tensor:
+        n = len(tokens)
+        self._check(n, position)
+        states = self._true_states(position, n)
+        if states is None:
+            raise ValueError(
+                f"{n} rows at position {position}: the target's states before them are not known "
+                f"({self._known_from}..{self._known_from + len(self._known) - 1} are)"
+            )
+        hidden = self._rows(tokens, states, position)
+        self._outputs, self._last = hidden[-1:], position + n - 1
+        return hidden
+
+    def _tree_rows(self, tokens: Sequence[int] | torch.Tensor, root: int, parents: Sequence[int]) -> torch.Tensor:
+        n, done = len(tokens), len(parents) - len(tokens)
+        if len(parents) > self.max_rows:
+            raise UserError(f"a tree of {len(parents)} rows exceeds {self.max_rows}: draft fewer tokens")
+        if root != self._last or not 1 <= done <= len(self._outputs) or max(parents[done:]) >= done:
+            raise ValueError(f"a tree's rows at position {root} whose parents have not been computed")
+        depths = tree_depths(parents)
+        self._check(1 + max(depths), root)
+        outputs = self._outputs[:done]
+        seen = torch.eye(len(parents), dtype=torch.bool)
+        for row, parent in enumerate(parents[1:], 1):
+            seen[row] |= seen[parent]
+        mask = torch.zeros(n, root - 1 + len(parents), dtype=self.dtype)
+        mask[:, root - 1 :] = float("-inf")
+        mask[:, root - 1 :].masked_fill_(seen[done:], 0.0)
+        stands = torch.tensor([root + depth for depth in depths[done:]], device=self.device)
+        states = outputs[[parents[i] for i in range(done, len(parents))]]
+        hidden = self._rows(tokens, states, root + done, stands=stands, mask=mask.to(self.device))
+        self._outputs = torch.cat((outputs, hidden))
+        return hidden
+
+    def _check(self, n: int, position: int) -> None:
+        if n < 1 or position < 1 or position + n > self.max_seq_len:
+            raise UserError(
+                f"{n} rows of a draft head at position {position} are outside 1..{self.max_seq_len - 1}: shorten the "
+                "prompt or raise --max-seq-len"
+            )
+
+    def _rows(
+        self,
+        tokens: Sequence[int] | torch.Tensor,
+        states: torch.Tensor,
+        position: int,
+        *,
+        stands: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """States [n, H] that rows pass on; their keys and values are written at position-1.. .
+
+        Args:
+            states: [n, H] before them.
+            stands: positions [n], where they are not in a row.
+            mask: [n, S], where rows do not see all before them.
+        """
+        layer, config = self.config.layer, self.config
+        ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
+        n, start, eps, shape = len(ids), position - 1, layer.rms_norm_eps, (layer.hidden_size,)
+        heads, kv_heads, dim = layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim
+        rotated, half, group, end = heads + kv_heads, dim // 2, heads // kv_heads, start + n
+
+        tokens_normed = F.rms_norm(self.embedding[ids].to(self.dtype), shape, self.token_norm, eps)
+        states_normed = F.rms_norm(states, shape, self.state_norm, eps)
+        qkv = self.qkv(torch.cat((tokens_normed, states_normed), -1)).view(n, heads + 2 * kv_heads, dim)
+        if stands is None:
+            cos, sin = self.cos[start:end], self.sin[start:end]
+        else:
+            cos, sin = self.cos[stands - 1], self.sin[stands - 1]
+        qk = qkv[:, :rotated]
+        swapped = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
+        torch.addcmul(qk * cos, swapped, sin, out=qk)
+        self.kv[0, :, start:end] = qkv[:, heads:].transpose(0, 1)
+        if mask is None and n > 1:
+            mask = torch.full((n, end), float("-inf"), dtype=self.dtype, device=self.device).triu(start + 1)
+        # The query heads of a group are rows of their KV head.
+        queries = qkv[:, :heads].view(n, kv_heads, group, dim).permute(1, 0, 2, 3).reshape(1, kv_heads, n * group, dim)
+        attended = F.scaled_dot_product_attention(
+            queries,
+            self.kv[:, :kv_heads, :end],
+            self.kv[:, kv_heads:, :end],
+            attn_mask=None if mask is None else mask.repeat_interleave(group, dim=0)[None, None],
+        )
+        attended = attended.view(kv_heads, n, group, dim).permute(1, 0, 2, 3).reshape(n, heads * dim)
+        x = (states_normed if config.norm_before_residual else states) + self.output(attended)
+        gate, up = self.gate_up(F.rms_norm(x, shape, self.mlp_norm, eps)).chunk(2, dim=-1)
+        x = x + self.down(F.silu(gate) * up)
+        return self._normed(x) if config.norm_output else x
