@@ -169,16 +169,16 @@ class TorchHead(SlotBySlot):
         Args:
             features: [m, taps x H] of the rows of a forward, as `Step.features` gives them.
             rows: those of them that belong to the text, in its order.
-            position: of the first; the others follow it.
+            position: of the first; the others follow it. 0 begins another text.
 
         Raises:
             ValueError: features of another width, or a position after which others are missing.
         """
         if features.shape[-1] != self._known.shape[-1]:
             raise ValueError(f"features {features.shape[-1]} wide: the head reads {self._known.shape[-1]}")
+        if position == 0:
+            self._forget()
         end = self._known_from + len(self._known)
-        if not len(self._known):
-            self._known_from = end = position
         if not self._known_from <= position <= end:
             raise ValueError(f"states of position {position}: those known are of {self._known_from}..{end - 1}")
         first = list(rows) == list(range(len(rows)))  # no copy for a chain

@@ -92,7 +92,12 @@ class SequenceDrafter(Protocol):
 
 @runtime_checkable
 class ReadsStates(Protocol):
-    """A `SequenceDrafter` that reads the target's hidden states."""
+    """A `SequenceDrafter` that reads the target's hidden states after some layers, its taps; () for none after all."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """As of `model.Want`."""
+        ...
 
     def states(self, features: Features, rows: Items[int], position: int) -> None:
         """The target has computed rows of the text, whoever drafted them: see `model.DraftHead.states`."""
@@ -183,7 +188,7 @@ class PerSequence:
 
 
 class OneText(PerSequence):
-    """A `SequenceDrafter` as a `Drafter` of one sequence; one that reads states names their `taps`."""
+    """A `SequenceDrafter` as a `Drafter` of one sequence."""
 
     def __init__(self, drafter: SequenceDrafter) -> None:
-        super().__init__(lambda sequence: drafter, getattr(drafter, "taps", ()))
+        super().__init__(lambda sequence: drafter, drafter.taps if isinstance(drafter, ReadsStates) else ())

@@ -30,6 +30,11 @@ class Combined:
                 return draft._replace(prefill_s=prefill_s)
         return nothing._replace(prefill_s=prefill_s)
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose hidden states one of them reads."""
+        return next((drafter.taps for drafter in self._drafters if isinstance(drafter, ReadsStates)), ())
+
     def states(self, features: Features, rows: Sequence[int], position: int) -> None:
         """Hand them to all that read states."""
         for drafter in self._drafters:

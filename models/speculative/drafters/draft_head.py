@@ -58,3 +58,5 @@ class HeadDrafter(_Head):
 
 class HeadTreeDrafter(_Head, TreeDrafter):
     """A head that drafts trees of at most so many tokens. Arguments and errors are those of `TreeDrafter`."""
+
+    model: HeadModel
