@@ -103,8 +103,7 @@ def write(
 def prepare_lengths(bench: Bench, prompts: Sequence[Sequence[int]]) -> None:
     """Read a prompt of every length once: the first one of a length prepares kernels, for whichever comes first."""
     for ids in {len(ids): ids for ids in prompts}.values():
-        for loaded in filter(None, (bench.target, bench.draft)):
-            loaded.model.prefill(ids)
+        bench.llm.warm_up(ids)
 
 
 def with_unrelated_draft(bench: Bench, seed: int = 0) -> Bench:

@@ -4,6 +4,7 @@ Source: Li et al. 2025 (EAGLE-3). After a verification the accepted positions ar
 the target has now made of them: a head that goes on from its own guesses drifts away from its target.
 """
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -40,7 +41,9 @@ class _Head(ModelDrafter):
         if first > 1 and len(tokens) - first <= self.model.max_rows:
             return 0.0
         if first < len(tokens) - 1:
-            self.model.read(tokens[first:-1], first)
+            logits = self.model.read(tokens[first:-1], first)
+            if not self.cached:
+                self._broken = not math.isfinite(logits[0].item())
         self.cached = len(tokens) - 1
         return time.perf_counter() - began
 
