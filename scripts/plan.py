@@ -92,7 +92,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.heads:
         refused = ("target", "draft", "board", "acceptance", "acceptance_from", "text", "num_draft_tokens", "recount")
-        given = [f"--{name.replace('_', '-')}" for name in refused if getattr(options, name) not in (None, False)]
+        values = {f"--{name.replace('_', '-')}": getattr(options, name) for name in refused}
+        given = [flag for flag, value in values.items() if value is not None and value is not False]
         if given or options.capture:
             parser.error(f"--heads plans all targets, boards and texts: leave out {', '.join(given) or '--capture'}")
     elif not options.capture:
@@ -194,7 +195,7 @@ def build(options: argparse.Namespace, acceptance: Acceptance, counts: Counts, f
             "known_positions": acceptance.known,
             "chances": acceptance.chances(MAX_DRAFT_LENGTH),
         },
-        "counts": counts.source,
+        "counts": counts.source + "; of the head from its design, not recorded" * (pair.draft == HEAD),
         "best": {"k": chosen.k, **_figure("speedup", speedup(times, chosen)), **_rate(family, chosen)},
         "decode": {**_figure("ms", family.figure(decode)), **_rate(family, rounds[0])},
         "published_plain": dataclasses.asdict(plain) if plain else None,
