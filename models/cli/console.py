@@ -128,7 +128,7 @@ class StageBars:
         """`share` of a stage is done, 0 to 1; `text` says more."""
         now = time.monotonic()
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=1.0, completed=share)
+            self._tasks[stage] = self._progress.add_task(stage, total=1.0)
             self._began[stage] = now, share
         self._progress.update(self._tasks[stage], completed=share, description=f"{stage}: {text}")
         if self._progress.disable and (now - self._told >= self.QUIET_S or share >= 1):

@@ -28,12 +28,12 @@ and drafts the tokens that the target then verifies. It is of use with this targ
 
 | | |
 |---|---|
-| architecture | one Llama layer, width {hidden}, {heads} heads of {head_dim}, {kv_heads} KV heads, FFN {ffn}, one norm per captured state, bf16 |
+| architecture | {architecture} |
 | parameters | {parameters:,} |
 | draft vocabulary | {vocab} |
 | prompts | {prompts} |
-| answers | {answers:,} of the target's own ({tokens:,} tokens; {greedy} greedy, the others at temperature {temperature}), in {answer_minutes:.0f} minutes of one process |
-| training | {steps:,} steps, {epochs:.1f} epochs, {rows:,} rows, {minutes:.0f} minutes on {machine} (seed {seed}) |
+| answers | {answered} |
+| training | {trained} |
 
 Held-out figures, along {held:,} greedy answers of the target to prompts that were not trained on ({held_rows:,}
 positions). A position's rate counts where all before it were accepted; tokens per verify are averaged over
@@ -116,11 +116,12 @@ def _card(config: HeadConfig, vocabulary: DraftVocabulary, result: Evaluation, f
         **vars(facts),
         terms=terms,
         taps=", ".join(map(str, config.taps[:-1])) + f" and {config.taps[-1]}",
-        hidden=layer.hidden_size,
-        heads=layer.num_attention_heads,
-        head_dim=layer.head_dim,
-        kv_heads=layer.num_key_value_heads,
-        ffn=layer.intermediate_size,
+        architecture=f"one Llama layer, width {layer.hidden_size}, {layer.num_attention_heads} heads of {layer.head_dim}, "
+        f"{layer.num_key_value_heads} KV heads, FFN {layer.intermediate_size}, one norm per captured state, bf16",
+        answered=f"{facts.answers:,} of the target's own ({facts.tokens:,} tokens; {facts.greedy} greedy, the others at "
+        f"temperature {facts.temperature}), in {facts.answer_minutes:.0f} minutes of one process",
+        trained=f"{facts.steps:,} steps, {facts.epochs:.1f} epochs, {facts.rows:,} rows, {facts.minutes:.0f} minutes on "
+        f"{facts.machine} (seed {facts.seed})",
         parameters=config.parameter_count,
         vocab=f"{size:,} ids, the target's whole"
         if vocabulary.whole

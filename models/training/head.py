@@ -162,15 +162,15 @@ class TrainedHead:
                 scores = (q @ k.transpose(1, 2)).float().mul(scale)
                 columns = torch.arange(span.slots, device=q.device)
                 hidden = (columns > stands[here, None]).repeat_interleave(group, dim=0)
-                scores = [scores.masked_fill(hidden, float("-inf"))]
+                seen = [scores.masked_fill(hidden, float("-inf"))]
                 mine = []
                 for own_keys, own_values in own:
                     wide_k, wide_v = (
                         x[here].transpose(0, 1).repeat_interleave(group, dim=1) for x in (own_keys, own_values)
                     )
-                    scores.append((q.float() * wide_k).sum(-1, keepdim=True).mul(scale))
+                    seen.append((q.float() * wide_k).sum(-1, keepdim=True).mul(scale))
                     mine.append(wide_v)
-                weights = torch.cat(scores, dim=-1).softmax(-1).to(self.compute)
+                weights = torch.cat(seen, dim=-1).softmax(-1).to(self.compute)
                 result = weights[..., : span.slots] @ v
                 for index, wide_v in enumerate(mine, span.slots):
                     result = result + weights[..., index : index + 1] * wide_v

@@ -36,8 +36,8 @@ class SoftCrossEntropy(torch.autograd.Function):
         need = any(ctx.needs_input_grad[:2])
         loss = torch.zeros((), device=x.device)
         ranks = torch.empty(len(x), dtype=torch.long, device=x.device)
-        grad_x = torch.empty_like(x) if need else None
-        errors = torch.empty(len(x), len(matrix), dtype=compute, device=x.device) if need else None
+        grad_x = torch.empty_like(x if need else x[:0])
+        errors = torch.empty(len(x) if need else 0, len(matrix), dtype=compute, device=x.device)
         for start in range(0, len(x), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             logits = F.linear(narrow_x[part], narrow).float()

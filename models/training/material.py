@@ -19,6 +19,12 @@ NOT_PERMISSIVE = re.compile(r"GPL|proprietary|NVIDIA|Mozilla|MPL|CC-BY|commercia
 # Tables of characters, generated text and tests say little in words.
 SKIPPED_FOLDERS = {"site-packages", "encodings", "pydoc_data", "__pycache__", "idlelib", "data", "tests", "test"}
 LARGEST_FILE = 200_000
+# Examples, lists, tables and descriptions of arguments.
+NO_PROSE = re.compile(
+    r">>>|\b(Args|Arguments|Returns?|Parameters|Raises|Examples?|Note)s?:"
+    r"|^\s*[:.@|+*=-]|\w+ *: *\w+ *$|-----|=====",
+    re.MULTILINE,
+)
 
 
 def library_files() -> list[Path]:
@@ -81,11 +87,7 @@ def prose(docstring: str) -> str:
     paragraphs = re.split(r"\n\s*\n", docstring)
     kept: list[str] = []
     for paragraph in paragraphs:
-        if re.search(
-            r">>>|\b(Args|Arguments|Returns?|Parameters|Raises|Examples?|Note)s?:|^\s*[:.@|+*=-]|\w+ *: *\w+ *$|-----|=====",
-            paragraph,
-            re.MULTILINE,
-        ):
+        if NO_PROSE.search(paragraph):
             break
         kept.append(" ".join(paragraph.split()))
         if sum(len(text.split()) for text in kept) > 60:

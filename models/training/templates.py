@@ -8,32 +8,34 @@ from __future__ import annotations
 
 import random
 
-TOPICS = """photosynthesis; the water cycle; black holes; the French Revolution; inflation; machine learning;
-neural networks; electric cars; solar panels; vaccines; the immune system; volcanoes; earthquakes; the Roman Empire;
-the Silk Road; democracy; the stock market; compound interest; encryption; computer viruses; recursion; sorting
-algorithms; linked lists; operating systems; the internet; wireless networks; bicycles; airplanes; sailing ships; trains;
-bridges; skyscrapers; gardening; composting; baking bread; roasting coffee; green tea; Italian cooking; sushi; chocolate;
-a healthy breakfast; sleep; meditation; yoga; long-distance running; swimming; football; chess; board games; video games;
-oil painting; photography; sculpture; jazz; classical music; the guitar; the piano; poetry; novels; Greek mythology;
-ancient Egypt; the Vikings; the Middle Ages; the Renaissance; dinosaurs; whales; elephants; bees; butterflies; ants; dogs;
-cats; owls; rainforests; deserts; coral reefs; climate change; recycling; wind power; nuclear power; gravity; light;
-sound; magnetism; atoms; acids and bases; metals; DNA; evolution; cells; the human heart; the brain; memory; emotions;
-stress; friendship; leadership; teamwork; public speaking; job interviews; time management; a household budget; saving
-money; a small business; marketing; customer service; remote work; online courses; learning a language; reading aloud;
-handwriting; libraries; museums; travel by train; Paris; Tokyo; New York; mountains; rivers; oceans; the Moon; Mars;
-space travel; satellites; telescopes; robots; 3D printing; smartphones; data privacy; passwords; databases; spreadsheets;
-cloud computing; Python; JavaScript; open source software; software testing; debugging; version control; weather
-forecasts; thunderstorms; snow; autumn; spring flowers; houseplants; minimalism; fashion; architecture; city planning;
-public transport; agriculture; fishing; honey; cheese; fermentation; antibiotics; vitamins; first aid; tooth care; ageing;
-childhood; family traditions; weddings; birthdays; volunteering; human rights; justice; ethics; logic; probability;
-statistics; algebra; geometry; prime numbers; calculus; maps; clocks; glass; paper; cotton; rice; potatoes; salt; sugar;
-soap; tides; rainbows; glaciers; caves; lighthouses; postal services; newspapers; radio; cinema; theatre; circus; dance;
-knitting; pottery; woodworking; camping; cycling holidays; beach holidays; birdwatching; astronomy; genealogy; puzzles;
-magic tricks; crossword puzzles; electric guitars; street food; vegetarian cooking; soup; pasta; apple pie; lemonade;
-taxes; insurance; rent; mortgages; unemployment; trade; supply and demand; elections; parliaments; the United Nations;
-traffic lights; elevators; batteries; microscopes; X-rays; lasers; transistors; compilers; search engines; e-mail; web
-browsers; social media; podcasts; advertising; first impressions; body language; negotiation; patience; curiosity;
-creativity; humour; gratitude; courage; honesty; failure; habits; procrastination; motivation; goals"""
+TOPICS = """photosynthesis; the water cycle; black holes; the French Revolution; inflation; machine learning; neural
+networks; electric cars; solar panels; vaccines; the immune system; volcanoes; earthquakes; the Roman Empire; the
+Silk Road; democracy; the stock market; compound interest; encryption; computer viruses; recursion; sorting
+algorithms; linked lists; operating systems; the internet; wireless networks; bicycles; airplanes; sailing ships;
+trains; bridges; skyscrapers; gardening; composting; baking bread; roasting coffee; green tea; Italian cooking;
+sushi; chocolate; a healthy breakfast; sleep; meditation; yoga; long-distance running; swimming; football; chess;
+board games; video games; oil painting; photography; sculpture; jazz; classical music; the guitar; the piano;
+poetry; novels; Greek mythology; ancient Egypt; the Vikings; the Middle Ages; the Renaissance; dinosaurs; whales;
+elephants; bees; butterflies; ants; dogs; cats; owls; rainforests; deserts; coral reefs; climate change; recycling;
+wind power; nuclear power; gravity; light; sound; magnetism; atoms; acids and bases; metals; DNA; evolution; cells;
+the human heart; the brain; memory; emotions; stress; friendship; leadership; teamwork; public speaking; job
+interviews; time management; a household budget; saving money; a small business; marketing; customer service; remote
+work; online courses; learning a language; reading aloud; handwriting; libraries; museums; travel by train; Paris;
+Tokyo; New York; mountains; rivers; oceans; the Moon; Mars; space travel; satellites; telescopes; robots; 3D
+printing; smartphones; data privacy; passwords; databases; spreadsheets; cloud computing; Python; JavaScript; open
+source software; software testing; debugging; version control; weather forecasts; thunderstorms; snow; autumn;
+spring flowers; houseplants; minimalism; fashion; architecture; city planning; public transport; agriculture;
+fishing; honey; cheese; fermentation; antibiotics; vitamins; first aid; tooth care; ageing; childhood; family
+traditions; weddings; birthdays; volunteering; human rights; justice; ethics; logic; probability; statistics;
+algebra; geometry; prime numbers; calculus; maps; clocks; glass; paper; cotton; rice; potatoes; salt; sugar; soap;
+tides; rainbows; glaciers; caves; lighthouses; postal services; newspapers; radio; cinema; theatre; circus; dance;
+knitting; pottery; woodworking; camping; cycling holidays; beach holidays; birdwatching; astronomy; genealogy;
+puzzles; magic tricks; crossword puzzles; electric guitars; street food; vegetarian cooking; soup; pasta; apple pie;
+lemonade; taxes; insurance; rent; mortgages; unemployment; trade; supply and demand; elections; parliaments; the
+United Nations; traffic lights; elevators; batteries; microscopes; X-rays; lasers; transistors; compilers; search
+engines; e-mail; web browsers; social media; podcasts; advertising; first impressions; body language; negotiation;
+patience; curiosity; creativity; humour; gratitude; courage; honesty; failure; habits; procrastination; motivation;
+goals"""
 
 TASKS = {
     "explain": """Explain {t} in simple terms.|Explain {t} to a ten-year-old.|Explain {t} to a beginner, step by step.|
@@ -48,8 +50,9 @@ Write a quiz with four questions about {t}, with answers.|Make a checklist for s
 List the most important terms around {t} and explain each in one sentence.|Suggest six titles for an article about {t}.|
 Give me a plan to learn about {t} in one week.|What questions would you ask an expert on {t}?|
 List the steps that you would take to start with {t}.|Write seven short slogans about {t}.""",
-    "compare": """Compare {t} with {u}.|What do {t} and {u} have in common?|Which matters more, {t} or {u}? Give reasons.|
-What are the differences between {t} and {u}? Use bullet points.|Should a school teach {t} or {u}?""",
+    "compare": """Compare {t} with {u}.|What do {t} and {u} have in common?|
+Which matters more, {t} or {u}? Give reasons.|What are the differences between {t} and {u}? Use bullet points.|
+Should a school teach {t} or {u}?""",
     "write": """Write a short blog post about {t}.|Write an introduction for an essay on {t}.|
 Write a persuasive paragraph in favour of {t}.|Write a product description that has to do with {t}.|
 Write a news headline and a first paragraph about {t}.|Write a poem about {t}.|Write a haiku about {t}.|
@@ -60,22 +63,23 @@ Write a dialogue between two friends about {t}.|Write a fairy tale in which {t} 
 Write the first paragraph of a novel about {t}.|Write a story of six sentences about {t} and {u}.""",
 }
 
-PROGRAMS = """reverses a string; checks whether a number is prime; computes the factorial of a number; sorts a list of
-numbers; counts the words in a text; finds the largest element of a list; merges two sorted lists; removes duplicates from
-a list; checks whether a word is a palindrome; reads a CSV file and prints its rows; converts Celsius to Fahrenheit;
-computes the greatest common divisor of two numbers; flattens a nested list; finds the most common word in a text;
-checks an e-mail address; generates a random password; counts the vowels in a string; searches a sorted list; implements
-a stack; implements a queue; computes the mean and the median of a list; transposes a matrix; multiplies two matrices;
-prints a multiplication table; groups words by their first letter; parses a date like 2024-05-17; downloads a web page;
-writes a dictionary to a JSON file; finds all files with a given extension; computes the area of a circle; rolls two dice;
-solves a quadratic equation; rotates a list by k places; finds two numbers that add up to a given sum; converts a number
-to binary; converts Roman numerals to integers; checks whether two words are anagrams; draws a triangle of stars;
-implements a calculator; models a bank account; inverts a dictionary; splits a list into chunks; computes a checksum of a
-file; capitalises every word; counts how often each letter occurs; finds the second largest number of a list; computes
-the distance between two points; finds the longest word of a sentence; removes all spaces from a string; adds up the
-digits of a number; checks whether brackets are balanced; implements a linked list; traverses a binary tree; measures how
-long a function takes; retries a function that fails; caches the results of a function; reads a number from the user;
-plays the game of guessing a number; formats a number with commas; computes compound interest"""
+PROGRAMS = """reverses a string; checks whether a number is prime; computes the factorial of a number; sorts a list
+of numbers; counts the words in a text; finds the largest element of a list; merges two sorted lists; removes
+duplicates from a list; checks whether a word is a palindrome; reads a CSV file and prints its rows; converts
+Celsius to Fahrenheit; computes the greatest common divisor of two numbers; flattens a nested list; finds the most
+common word in a text; checks an e-mail address; generates a random password; counts the vowels in a string;
+searches a sorted list; implements a stack; implements a queue; computes the mean and the median of a list;
+transposes a matrix; multiplies two matrices; prints a multiplication table; groups words by their first letter;
+parses a date like 2024-05-17; downloads a web page; writes a dictionary to a JSON file; finds all files with a
+given extension; computes the area of a circle; rolls two dice; solves a quadratic equation; rotates a list by k
+places; finds two numbers that add up to a given sum; converts a number to binary; converts Roman numerals to
+integers; checks whether two words are anagrams; draws a triangle of stars; implements a calculator; models a bank
+account; inverts a dictionary; splits a list into chunks; computes a checksum of a file; capitalises every word;
+counts how often each letter occurs; finds the second largest number of a list; computes the distance between two
+points; finds the longest word of a sentence; removes all spaces from a string; adds up the digits of a number;
+checks whether brackets are balanced; implements a linked list; traverses a binary tree; measures how long a
+function takes; retries a function that fails; caches the results of a function; reads a number from the user; plays
+the game of guessing a number; formats a number with commas; computes compound interest"""
 
 LANGUAGES = ("Python", "Python", "Python", "Python", "JavaScript", "Java", "C", "C++", "Go", "Rust", "SQL", "Bash")
 
@@ -95,8 +99,8 @@ Explain what a {d} is and when one would use it.|Compare a {d} with a {e}.|How i
 What is the time complexity of searching in a {d}?|Write a {l} class for a {d} with methods to add and remove.|
 How do I handle errors in {l}?|How do I write a loop in {l}? Give two examples.|Show a small example of a {d} in {l}."""
 
-STRUCTURES = """linked list;array;stack;queue;hash map;binary search tree;heap;graph;set;trie;dictionary;matrix;
-priority queue;string buffer;ring buffer;database index"""
+STRUCTURES = """linked list; array; stack; queue; hash map; binary search tree; heap; graph; set; trie; dictionary;
+matrix; priority queue; string buffer; ring buffer; database index"""
 
 NAMES = """Anna Ben Clara David Emma Frank Grace Henry Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor Wendy
 Yusuf Zoe Amir Bella Carlos Diana Erik Fatima George""".split()
@@ -157,22 +161,22 @@ TALK = (
     "What would {n} pack for a week in {i} in winter?",
     "Do you think that {t} will change in the next ten years?",
 )
-FOODS = """rice;eggs;tomatoes;potatoes;chicken;beans;cheese;spinach;mushrooms;carrots;onions;apples;bread;pasta;lemons;
-fish;tofu;lentils;butter;peppers;oats;bananas;yoghurt;garlic"""
+FOODS = """rice; eggs; tomatoes; potatoes; chicken; beans; cheese; spinach; mushrooms; carrots; onions; apples;
+bread; pasta; lemons; fish; tofu; lentils; butter; peppers; oats; bananas; yoghurt; garlic"""
 
-SUBJECTS = """The old teacher;My neighbour;A group of tourists;The new manager;Our team;{n};{n} and {m};The small bakery;
-The city council;A young engineer;The doctor;My sister;The museum in {i};Her grandfather;The train to {i};The company;
-A farmer from the valley;The library;His best friend;The weather service"""
-EVENTS = """has decided to open a second shop in {i};wants to learn more about {t};found a wallet in the park on {d};
-will give a talk about {t} next week;could not find the right key;bought {c} {h} at the market;was late because of
-heavy snow;has worked on a project about {t} for {c} years;wrote a long letter to {m};forgot the meeting on {d};
-will move to {j} at the end of the month;planted {c} trees behind the house;read a book about {t};lost the way in
-the fog;sold the old car for {a}0 dollars;is going to repair the roof before winter;asked for a refund;
-showed us the best way to {j};prefers tea to coffee;has never been to {i}"""
-ADDITIONS = """Nobody had expected that.;It took longer than planned.;The reason was simple: there was not enough time.;
-Everyone was happy with the result.;The next step will be harder.;Some people did not agree.;It cost more than {a}
-dollars.;The news spread quickly.;There is still a lot to do.;After that, {m} called and offered help.;
-The rest of the day was quiet.;They will try again on {d}.;It was the first time in {c} years."""
+SUBJECTS = """The old teacher; My neighbour; A group of tourists; The new manager; Our team; {n}; {n} and {m}; The
+small bakery; The city council; A young engineer; The doctor; My sister; The museum in {i}; Her grandfather; The
+train to {i}; The company; A farmer from the valley; The library; His best friend; The weather service"""
+EVENTS = """has decided to open a second shop in {i}; wants to learn more about {t}; found a wallet in the park on
+{d}; will give a talk about {t} next week; could not find the right key; bought {c} {h} at the market; was late
+because of heavy snow; has worked on a project about {t} for {c} years; wrote a long letter to {m}; forgot the
+meeting on {d}; will move to {j} at the end of the month; planted {c} trees behind the house; read a book about {t};
+lost the way in the fog; sold the old car for {a}0 dollars; is going to repair the roof before winter; asked for a
+refund; showed us the best way to {j}; prefers tea to coffee; has never been to {i}"""
+ADDITIONS = """Nobody had expected that.; It took longer than planned.; The reason was simple: there was not enough
+time.; Everyone was happy with the result.; The next step will be harder.; Some people did not agree.; It cost more
+than {a} dollars.; The news spread quickly.; There is still a lot to do.; After that, {m} called and offered help.;
+The rest of the day was quiet.; They will try again on {d}.; It was the first time in {c} years."""
 
 SENTENCE_TASKS = {
     "translate": (
