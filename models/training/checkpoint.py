@@ -116,12 +116,13 @@ def _card(config: HeadConfig, vocabulary: DraftVocabulary, result: Evaluation, f
         **vars(facts),
         terms=terms,
         taps=", ".join(map(str, config.taps[:-1])) + f" and {config.taps[-1]}",
-        architecture=f"one Llama layer, width {layer.hidden_size}, {layer.num_attention_heads} heads of {layer.head_dim}, "
-        f"{layer.num_key_value_heads} KV heads, FFN {layer.intermediate_size}, one norm per captured state, bf16",
-        answered=f"{facts.answers:,} of the target's own ({facts.tokens:,} tokens; {facts.greedy} greedy, the others at "
-        f"temperature {facts.temperature}), in {facts.answer_minutes:.0f} minutes of one process",
-        trained=f"{facts.steps:,} steps, {facts.epochs:.1f} epochs, {facts.rows:,} rows, {facts.minutes:.0f} minutes on "
-        f"{facts.machine} (seed {facts.seed})",
+        architecture=f"one Llama layer, width {layer.hidden_size}, {layer.num_attention_heads} heads of "
+        f"{layer.head_dim}, {layer.num_key_value_heads} KV heads, FFN {layer.intermediate_size}, one norm per "
+        "captured state, bf16",
+        answered=f"{facts.answers:,} of the target's own ({facts.tokens:,} tokens; {facts.greedy} greedy, the others "
+        f"at temperature {facts.temperature}), in {facts.answer_minutes:.0f} minutes of one process",
+        trained=f"{facts.steps:,} steps, {facts.epochs:.1f} epochs, {facts.rows:,} rows, {facts.minutes:.0f} minutes "
+        f"on {facts.machine} (seed {facts.seed})",
         parameters=config.parameter_count,
         vocab=f"{size:,} ids, the target's whole"
         if vocabulary.whole

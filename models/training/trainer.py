@@ -29,9 +29,10 @@ class TrainingOptions:
     Args:
         steps: batches in all; None: as many as fit `seconds`, and the learning rate follows the clock.
         seconds: time of training in all, over all runs on one directory; None with steps.
-        rows: positions in a batch, at least. unroll: drafted tokens that are trained. decay: weight of each step
-            against the one before. survive: a row is drafted on while the answer's token is among so many first choices of the
-            head, as a draft that is read on was right so far.
+        rows: positions in a batch, at least.
+        unroll: drafted tokens that are trained. decay: weight of each step against the one before.
+        survive: a row is drafted on while the answer's token is among so many first choices of the head, as a draft
+            that is read on was right so far.
         muon, adamw: learning rates. warm_up: steps. seed: of order and first weights.
         evaluate_every, save_every: seconds.
     """
