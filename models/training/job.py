@@ -139,6 +139,7 @@ def train_head(options: JobOptions, watcher: Watcher) -> Evaluation | None:
     trainer.run(_reporter(trainer, watcher))
     logger.info(f"looking at {len(trainer.held_out)} held-out answers")
     result = trainer.look(trainer.held_out)
+    trainer.save()
     facts = card_facts(work, trainer, options)
     save_head(options.out, head, trainer.head.weights, trainer.vocabulary, result, facts)
     (work.path / "curve.json").write_text(json.dumps(trainer.progress.curve, indent=1))

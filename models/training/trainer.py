@@ -223,7 +223,9 @@ class Trainer:
         result = evaluate(self.head, self.store, numbers, self.vocabulary, self.teacher)
         assert self.progress.curve is not None
         at = {"step": self.progress.step, "seconds": round(self.progress.seconds)}
-        self.progress.curve.append(at | asdict(result))
+        entry = at | asdict(result)
+        if self.progress.curve[-1:] != [entry]:  # the end is looked at again by a run that finds nothing to do
+            self.progress.curve.append(entry)
         return result
 
     def save(self) -> None:
