@@ -179,11 +179,16 @@ class Stopwatch:
     """Says when a time is over, and how much was used. seconds: None never ends."""
 
     def __init__(self, seconds: float | None) -> None:
-        self.seconds, self._began = seconds, time.monotonic()
+        self.seconds, self._began, self._busy = seconds, time.monotonic(), time.process_time()
 
     @property
     def used(self) -> float:
         return time.monotonic() - self._began
+
+    @property
+    def busy(self) -> float:
+        """Processor time of this process, of all its threads together."""
+        return time.process_time() - self._busy
 
     @property
     def over(self) -> bool:

@@ -53,7 +53,7 @@ training had at most {longest} tokens.
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says beside the head's shape and figures; see CARD."""
+    """What a model card says beside the head's shape and figures; see CARD. clock: what its minutes are of."""
 
     name: str
     about: str
@@ -69,6 +69,7 @@ class CardFacts:
     epochs: float
     rows: int
     minutes: float
+    clock: str
     machine: str
     seed: int
     longest: int
@@ -120,9 +121,9 @@ def _card(config: HeadConfig, vocabulary: DraftVocabulary, result: Evaluation, f
         f"{layer.head_dim}, {layer.num_key_value_heads} KV heads, FFN {layer.intermediate_size}, one norm per "
         "captured state, bf16",
         answered=f"{facts.answers:,} of the target's own ({facts.tokens:,} tokens; {facts.greedy} greedy, the others "
-        f"at temperature {facts.temperature}), in {facts.answer_minutes:.0f} minutes of one process",
-        trained=f"{facts.steps:,} steps, {facts.epochs:.1f} epochs, {facts.rows:,} rows, {facts.minutes:.0f} minutes "
-        f"on {facts.machine} (seed {facts.seed})",
+        f"at temperature {facts.temperature}), in {facts.answer_minutes:.0f} {facts.clock}",
+        trained=f"{facts.steps:,} steps, {facts.epochs:.1f} epochs, {facts.rows:,} rows, {facts.minutes:.0f} "
+        f"{facts.clock} on {facts.machine} (seed {facts.seed})",
         parameters=config.parameter_count,
         vocab=f"{size:,} ids, the target's whole"
         if vocabulary.whole

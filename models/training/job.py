@@ -229,6 +229,7 @@ def card_facts(work: WorkDirectory, trainer: Trainer, options: JobOptions) -> Ca
     )
     greedy = sum(store.greedy(n) for n in store.numbers) / max(1, len(store))
     packaged = PACKAGED.get(options.target)
+    on_cpu = options.device == "cpu"
     return CardFacts(
         name=options.out.resolve().name,
         about=packaged.about.split(",")[0] if packaged else describe_source(options.target),
@@ -241,14 +242,13 @@ def card_facts(work: WorkDirectory, trainer: Trainer, options: JobOptions) -> Ca
         tokens=store.reply_tokens(),
         greedy=f"{100 * greedy:.0f} %",
         temperature=about.answers.temperature,
-        answer_minutes=work.answering_seconds() / 60,
+        answer_minutes=work.answering_time("busy" if on_cpu else "seconds") / 60,
         steps=progress.step,
         epochs=trainer.order.epoch(progress.step),
         rows=progress.rows,
-        minutes=progress.seconds / 60,
-        machine=f"{_processor()}, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
-        if options.device == "cpu"
-        else torch.cuda.get_device_name(),
+        minutes=(progress.busy if on_cpu else progress.seconds) / 60,
+        clock="processor-minutes" if on_cpu else "minutes",
+        machine=_processor() if on_cpu else torch.cuda.get_device_name(),
         seed=options.training.seed,
         longest=work.room(),
     )

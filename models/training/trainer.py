@@ -53,10 +53,16 @@ class TrainingOptions:
 
 @dataclass
 class Progress:
-    """How far a training is; saved with its state. curve: an entry for every look at held-out answers."""
+    """How far a training is; saved with its state.
+
+    Args:
+        seconds: by the clock. busy: processor time of all threads together. rows: trained, of all steps.
+        curve: an entry for every look at held-out answers.
+    """
 
     step: int = 0
     seconds: float = 0.0
+    busy: float = 0.0
     rows: int = 0
     curve: list[dict[str, Any]] | None = None
 
@@ -162,12 +168,14 @@ class Trainer:
     def run(self, report: Report = lambda progress, share, loss: None) -> None:
         """Train to the end. A killed run loses what came after its last saved state."""
         last = saved = time.monotonic()
-        looked = self.progress.seconds
+        looked, busy = self.progress.seconds, time.process_time()
         while (share := self.share_done()) < 1.0:
             loss = self.train_step(share)
             now = time.monotonic()
             self.progress.seconds += now - last
             last = now
+            self.progress.busy += time.process_time() - busy
+            busy = time.process_time()
             report(self.progress, min(1.0, self.share_done()), loss)
             if self.progress.seconds - looked >= self.options.evaluate_every and self.share_done() < 0.97:
                 self.look(self.held_out[:QUICK_ANSWERS])

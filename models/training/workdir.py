@@ -125,7 +125,8 @@ class WorkDirectory:
         config = self.target.checkpoint.config
         row = (len(self.options.answers.taps) + 1) * config.hidden_size * STATE_BYTES
         shard: list[Answer] = []
-        count, before = self._next_shard(index, parts), self.answering_seconds(index, parts)
+        count, clock = self._next_shard(index, parts), self._clock(index, parts)
+        before = read_json(clock) if clock.exists() else {}
         written = [0]
 
         def more(tokens: int) -> bool:
@@ -139,7 +140,8 @@ class WorkDirectory:
                 save_shard(self.path, f"{index}of{parts}-{count:04d}", shard)
                 shard.clear()
                 count += 1
-            write_json(self._clock(index, parts), {"seconds": before + watch.used})
+            spent = {"seconds": watch.used, "busy": watch.busy}
+            write_json(clock, {name: before.get(name, 0.0) + value for name, value in spent.items()})
 
         prompts = [prompt.ids for prompt in self.prompts]
         for answer in write_answers(model, prompts, numbers, self.options.answers, more):
@@ -150,12 +152,14 @@ class WorkDirectory:
                 flush()
         flush()
 
-    def answering_seconds(self, index: int | None = None, parts: int | None = None) -> float:
-        """Time that answers took so far: of one part, or of all processes together."""
-        if index is None or parts is None:
-            return sum(read_json(path)["seconds"] for path in self.path.glob("answering-*.json"))
+    def answering_seconds(self, index: int, parts: int) -> float:
+        """Time that the answers of one part took so far."""
         path = self._clock(index, parts)
         return read_json(path)["seconds"] if path.exists() else 0.0
+
+    def answering_time(self, clock: str) -> float:
+        """Seconds that all answers took: by the clock ("seconds"), or of processors ("busy")."""
+        return sum(read_json(path).get(clock, 0.0) for path in self.path.glob("answering-*.json"))
 
     def _clock(self, index: int, parts: int) -> Path:
         return self.path / f"answering-{index}of{parts}.json"
