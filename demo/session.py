@@ -15,7 +15,7 @@ from models.cli.console import loading_bar, show_memory
 from models.cli.prompts import default_prompts, encode_prompts, is_instruct
 from models.llama.tokenizer import LlamaTokenizer
 from models.llm import LLM, check_exit_choice
-from models.loading import OpenedModel, OpenedPair, estimate_bytes, open_pair
+from models.loading import OpenedDraft, OpenedPair, estimate_bytes, open_pair
 from models.options import AUTO, describe_source
 from models.speculative.control.policy import AutoDraftLength
 
@@ -63,7 +63,7 @@ class Session:
         self.stop_ids = () if settings.random_prompts else self.llm.stop_ids
 
     # -------------------------------------------------------------------------------------------------- loading
-    def _announce(self, role: str, opened: OpenedModel, dtype: str, length: int) -> None:
+    def _announce(self, role: str, opened: OpenedDraft, dtype: str, length: int) -> None:
         weights, kv = estimate_bytes(opened, dtype, length)
         logger.info(
             f"loading {role} {describe_source(opened.source)}: {weights / 1e6:,.0f} MB of weights, {kv / 1e6:,.0f} MB "
@@ -120,9 +120,7 @@ class Session:
             if not self.board and len(prompt.ids) not in warm_lengths:
                 # The first prefill of a new length prepares kernels for it; that belongs to neither path. A board has
                 # seen all lengths while it warmed up.
-                for loaded in filter(None, (self.target, self.draft)):
-                    if len(prompt.ids) <= loaded.model.max_seq_len:
-                        loaded.model.prefill(prompt.ids)
+                self.llm.warm_up(prompt.ids)
                 warm_lengths.add(len(prompt.ids))
             viewer.begin_prompt(prompt)
             runs = {path: Run(path, prompt) for path in paths}

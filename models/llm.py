@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 import torch
 
 from models.errors import NotFinite, OptionError, UserError
-from models.loading import LoadedModel, OpenedPair, load_model, open_pair
+from models.loading import LoadedHead, LoadedModel, OpenedHead, OpenedPair, load_draft, load_model, open_pair
 from models.options import AUTO, ResolvedOptions, describe_source, engine_options
 from models.speculative.control.costs import CostModel
 from models.speculative.control.policy import AutoDraftLength, Controller, FixedDraftLength
@@ -28,11 +28,12 @@ from models.speculative.drafters import Drafter, PerSequence
 from models.speculative.drafters.registry import NONE, DrafterSpec, Parts, spec_of
 from models.speculative.engine import Engine
 from models.speculative.generate import stream
-from models.speculative.model import Workload
+from models.speculative.model import DraftHead, Workload
 from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import Request
 from models.speculative.stats import GenerationStats
 from models.speculative.text import TextStream, checked_stops
+from models.torch_llama.draft_head import TorchHead
 
 if TYPE_CHECKING:
     from models.llama.tokenizer import LlamaTokenizer
@@ -103,7 +104,7 @@ class LLM:
     Attributes:
         options: what was asked for, with every default filled in.
         tokenizer: the target's; None where its checkpoint has none: prompts are then token ids.
-        target, draft: loaded models; draft is None where none is used.
+        target, draft: loaded models; draft is a draft model, a draft head, or None where neither is used.
         board: the board they are on, or None.
         stop_ids: tokens that end a text by default: the target's own.
         stats: of the text begun last.
@@ -126,7 +127,7 @@ class LLM:
         self.stop_ids: tuple[int, ...] = tuple(pair.target.checkpoint.config.eos_token_ids)
         self.stats = GenerationStats()
         self.target: LoadedModel
-        self.draft: LoadedModel | None = None
+        self.draft: LoadedModel | LoadedHead | None = None
         self.board: BoardModels | None = None
         self.exit: ExitChoice | None = None
         self.exit_s = 0.0  # that the choice took
@@ -148,8 +149,9 @@ class LLM:
                 typical_rows=options.verify_rows,
             )
             if pair.draft:
-                self.draft = load_model(
+                self.draft = load_draft(
                     pair.draft,
+                    self.target.model,
                     device=options.device,
                     dtype=options.draft_dtype,
                     max_seq_len=pair.draft_seq_len,
@@ -164,7 +166,7 @@ class LLM:
         Args:
             target: a checkpoint directory, a GGUF file, a Hugging Face id, or a name: "tiny", the small pair that comes
                 with the package, or "smollm2", a small chat model that is fetched once.
-            draft: the same for the draft model; None: the one that belongs to the target, else none.
+            draft: the same for the draft model, or a draft head; None: the one that belongs to the target, else none.
             device: "cpu", "cuda" or "tt".
             options: any other field of `options.EngineOptions`.
 
@@ -176,6 +178,8 @@ class LLM:
     def _load_on_board(self, pair: OpenedPair, announce, progress) -> None:
         from models.ttnn_llama.board_models import BoardModels
 
+        if isinstance(pair.draft, OpenedHead):
+            raise OptionError("[draft] is a draft head, which runs on CPU and CUDA: use a draft model on a board")
         self.board = BoardModels(
             pair.target,
             pair.draft,
@@ -341,6 +345,12 @@ class LLM:
         spec = spec_of(name)
         if spec.needs_draft_model and self.draft is None:
             raise UserError(f"drafter {name!r} needs a draft model, and none is loaded: load one with draft=...")
+        if spec.needs_head and self.head is None:
+            raise UserError(
+                f"drafter {name!r} needs a draft head, and a draft model is loaded: load one with draft=..."
+            )
+        if name == "model" and self.head is not None:
+            raise UserError("drafter 'model' needs a draft model, and a head is loaded: draft with 'head'")
         how = verification or options.verification
         return Drafting(name, length, self._drafter(spec), self.controller(length), how)
 
@@ -360,6 +370,22 @@ class LLM:
             longest = 1
         rows = {n for n in (1, 2, 4, 7, 11) if n < longest} | {longest}
         controller.costs.measure(self.target.model, rows, greedy=greedy)
+
+    @property
+    def head(self) -> DraftHead | None:
+        """The draft head, where the draft is one."""
+        model = self.draft.model if self.draft else None
+        return model if isinstance(model, DraftHead) else None
+
+    def warm_up(self, prompt: Sequence[int]) -> None:
+        """Read a prompt with all models, so that kernels for its length are prepared. Overwrites the first slot."""
+        for model in (self.target.model, self.draft.model if self.draft else None):
+            if model is None or len(prompt) > model.max_seq_len:
+                continue
+            if isinstance(model, TorchHead):
+                model.warm_up(prompt)
+            else:
+                model.prefill(prompt)
 
     @property
     def exit_layer(self) -> int | None:
@@ -419,7 +445,10 @@ class LLM:
                 settings={"tree_nodes": self.options.tree_nodes, "exit_layer": self.exit_layer},
             )
 
-        return spec.drafter(parts) if spec.drafter else PerSequence(lambda sequence: spec.make(parts(sequence)))
+        if spec.drafter:
+            return spec.drafter(parts)
+        taps = self.head.taps if self.head and spec.needs_draft_model else ()
+        return PerSequence(lambda sequence: spec.make(parts(sequence)), taps)
 
     def _prepare(self, drafting: Drafting, request: Request) -> None:
         """What has to be known before a text begins: programs, the exit layer, costs."""

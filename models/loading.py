@@ -18,6 +18,8 @@ from models.fetch import PACKAGED, fetched
 from models.llama.checkpoint import Checkpoint
 from models.llama.config import LlamaConfig, check_exit_layer
 from models.llama.gguf_checkpoint import AnyCheckpoint, GgufCheckpoint, gguf_file
+from models.llama.head_checkpoint import HeadCheckpoint
+from models.llama.head_config import HeadConfig, is_head
 from models.llama.tokenizer import LlamaTokenizer, check_pair
 from models.options import (
     EMBEDDED_DRAFT,
@@ -25,11 +27,14 @@ from models.options import (
     ResolvedOptions,
     describe_source,
     draft_of,
+    head_of,
     named_draft,
+    named_head,
     named_target,
 )
 from models.speculative.model import EarlyExit, LanguageModel, TreeModel
 from models.torch_llama.calibration import Calibration, calibrate
+from models.torch_llama.draft_head import TorchHead
 from models.torch_llama.model import TorchLlama
 from models.ttnn_llama.weights.precision import default_precision
 
@@ -46,6 +51,18 @@ class OpenedModel:
     checkpoint: AnyCheckpoint
     tokenizer: LlamaTokenizer | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class OpenedHead:
+    """A checked draft head whose weights are not read yet; its target's tokenizer is its own."""
+
+    source: str
+    checkpoint: HeadCheckpoint
+    seconds: float
+
+
+OpenedDraft = OpenedModel | OpenedHead
 
 
 class Network(LanguageModel, TreeModel, EarlyExit, Protocol):
@@ -77,6 +94,16 @@ class LoadedModel(Generic[AnyNetwork]):
     load_s: float
 
 
+@dataclass(frozen=True)
+class LoadedHead:
+    """A draft head ready to run; fields as of `LoadedModel`."""
+
+    opened: OpenedHead
+    model: TorchHead
+    dtype: str
+    load_s: float
+
+
 def open_model(source: str) -> OpenedModel:
     """Open a checkpoint directory, a hub id, or a GGUF file. Raises UserError for whatever is wrong with its files."""
     start = time.perf_counter()
@@ -87,13 +114,28 @@ def open_model(source: str) -> OpenedModel:
     return OpenedModel(source, checkpoint, tokenizer, time.perf_counter() - start)
 
 
+def open_draft(source: str, target: OpenedModel) -> OpenedDraft:
+    """Open a draft model, or a draft head, for a target; its config.json says which it is.
+
+    Raises UserError for whatever is wrong with its files, and for a draft that does not fit the target.
+    """
+    start = time.perf_counter()
+    if is_head(source):
+        config = target.checkpoint.config
+        checkpoint = HeadCheckpoint.open(source, config)
+        return OpenedHead(source, checkpoint, time.perf_counter() - start)
+    draft = open_model(source)
+    check_opened_pair(target, draft)
+    return draft
+
+
 @dataclass(frozen=True)
 class OpenedPair:
-    """A target and the draft model for it, checked, with nothing loaded yet.
+    """A target and what drafts for it, checked, with nothing loaded yet.
 
     Args:
         options: with every default filled in.
-        target, draft: draft is None where none is used.
+        target, draft: draft is a draft model, a draft head, or None where neither is used.
         max_seq_len: positions of the target's cache.
         note: what a user should know of the choices made; "" if nothing.
         calibration: what padding costs on this machine; None where it was not asked.
@@ -101,7 +143,7 @@ class OpenedPair:
 
     options: ResolvedOptions
     target: OpenedModel
-    draft: OpenedModel | None
+    draft: OpenedDraft | None
     max_seq_len: int
     note: str = ""
     calibration: Calibration | None = None
@@ -109,8 +151,9 @@ class OpenedPair:
     @property
     def draft_seq_len(self) -> int:
         """Positions of the draft's cache: beyond its own context it only stops helping."""
-        longest = self.draft.checkpoint.config.max_position_embeddings if self.draft else self.max_seq_len
-        return min(self.max_seq_len, longest)
+        if not isinstance(self.draft, OpenedModel):  # a head's RoPE has no end
+            return self.max_seq_len
+        return min(self.max_seq_len, self.draft.checkpoint.config.max_position_embeddings)
 
 
 def open_pair(options: EngineOptions) -> OpenedPair:
@@ -121,17 +164,22 @@ def open_pair(options: EngineOptions) -> OpenedPair:
     """
     check_device(options.device)
     target = open_model(named_target(options.target))
-    draft, drafter, note = None, "model" if options.device == "tt" else "combined", ""
+    draft: OpenedDraft | None = None
+    note = ""
     if options.speculative and options.drafter is None:
         draft, note = _fitting_draft(options, target)
-        drafter = drafter if draft else "prompt-lookup"
     elif options.uses_draft_model:
         draft = _required_draft(options, target)
+    drafter = "combined" if draft else "prompt-lookup"
+    if draft and options.device == "tt":
+        drafter = "head" if isinstance(draft, OpenedHead) else "model"
     max_seq_len = options.max_seq_len
+    limiting = [target]  # a board has one context for both models
+    if options.device == "tt" and isinstance(draft, OpenedModel):
+        limiting.append(draft)
     if max_seq_len is None:
-        # A board has one context for both.
-        max_seq_len = default_context(*filter(None, (target, draft if options.device == "tt" else None)))
-    for opened in filter(None, (target, draft if options.device == "tt" else None)):
+        max_seq_len = default_context(*limiting)
+    for opened in limiting:
         longest = opened.checkpoint.config.max_position_embeddings
         if max_seq_len > longest:
             raise OptionError(
@@ -161,33 +209,55 @@ def _calibration(options: EngineOptions, target: OpenedModel) -> Calibration | N
     return calibrate(target.checkpoint.config, dtype, options.threads)
 
 
-def _fitting_draft(options: EngineOptions, target: OpenedModel) -> tuple[OpenedModel | None, str]:
-    """(the draft model to use where the drafter is left open, a note): one that was named has to fit."""
-    source = options.draft or draft_of(options.target)
+def _fitting_draft(options: EngineOptions, target: OpenedModel) -> tuple[OpenedDraft | None, str]:
+    """(what drafts where the drafter is left open, a note): a draft that was named has to fit."""
+    source = options.draft or draft_of(options.target) or head_of(options.target)
     if source:
-        draft = open_model(named_draft(source))
-        check_opened_pair(target, draft)
-        return draft, ""
+        return open_draft(named_draft(source), target), ""
     try:
-        draft = open_model(EMBEDDED_DRAFT)
-        check_opened_pair(target, draft)
+        draft = open_draft(EMBEDDED_DRAFT, target)
     except UserError:
         return None, "no draft model was given: drafts are copied from the text (prompt lookup)"
     return draft, ""
 
 
-def _required_draft(options: EngineOptions, target: OpenedModel) -> OpenedModel:
-    """The draft model that a drafter needs. Raises UserError where none fits."""
-    draft = open_model(named_draft(options.draft or draft_of(options.target) or EMBEDDED_DRAFT))
+def _required_draft(options: EngineOptions, target: OpenedModel) -> OpenedDraft:
+    """The draft model, or head, that a drafter needs. Raises UserError where none fits."""
+    assert options.spec is not None  # it needs one
+    if options.spec.needs_head:
+        return _required_head(options, target)
+    own = options.draft or draft_of(options.target)
+    if not own and options.drafter != "model":
+        own = head_of(options.target)
     try:
-        check_opened_pair(target, draft)
+        draft = open_draft(named_draft(own or EMBEDDED_DRAFT), target)
     except UserError as error:
-        if options.draft:
+        if own:
             raise
         raise OptionError(
             f"the embedded draft does not fit [target] {options.target} ({error}): give [draft], a small checkpoint of "
             "the target's family, or [drafter] prompt-lookup"
         ) from error
+    if isinstance(draft, OpenedHead) and options.drafter == "model":
+        raise OptionError(
+            f"[draft] {options.draft} is a draft head, not a model: use [drafter] head, combined or tree with it"
+        )
+    return draft
+
+
+def _required_head(options: EngineOptions, target: OpenedModel) -> OpenedHead:
+    """The draft head that a drafter needs. Raises UserError where there is none."""
+    source = named_head(options.draft) if options.draft else head_of(options.target)
+    if source is None:
+        raise OptionError(
+            f"[drafter] {options.drafter} needs a draft head for [target] {options.target}: give its directory with "
+            "[draft], or train one with scripts/train_head.py"
+        )
+    draft = open_draft(source, target)
+    if isinstance(draft, OpenedModel):
+        raise OptionError(
+            f"[draft] {options.draft} is a draft model, not a head: use [drafter] model, combined or tree with it"
+        )
     return draft
 
 
@@ -237,14 +307,40 @@ def load_model(
     return LoadedModel(opened, model, dtype, opened.seconds + time.perf_counter() - start)
 
 
+def load_draft(
+    opened: OpenedDraft,
+    target: TorchLlama,
+    *,
+    device: str = "cpu",
+    dtype: str = "bf16",
+    max_seq_len: int | None = None,
+    slots: int = 1,
+) -> LoadedModel[TorchLlama] | LoadedHead:
+    """Put a draft model, or a head that shares the target's embedding, on a device; arguments as of `load_model`."""
+    if isinstance(opened, OpenedModel):
+        return load_model(opened, device=device, dtype=dtype, max_seq_len=max_seq_len, slots=slots)
+    start = time.perf_counter()
+    head = TorchHead(
+        opened.checkpoint.config,
+        opened.checkpoint,
+        target.embedding,
+        device=device,
+        dtype="fp32" if dtype == "int8" else dtype,
+        max_seq_len=max_seq_len or target.max_seq_len,
+        slots=slots,
+        quantize="int8" if dtype == "int8" else None,
+    )
+    return LoadedHead(opened, head, dtype, opened.seconds + time.perf_counter() - start)
+
+
 def default_context(*models: OpenedModel) -> int:
     """The context that all of these models can hold, at most DEFAULT_CONTEXT tokens."""
     return min(DEFAULT_CONTEXT, *(opened.checkpoint.config.max_position_embeddings for opened in models))
 
 
-def estimate_bytes(opened: OpenedModel, dtype: str, max_seq_len: int) -> tuple[int, int]:
+def estimate_bytes(opened: OpenedDraft, dtype: str, max_seq_len: int) -> tuple[int, int]:
     """Bytes of weights and of KV cache that loading will take, from the configuration alone."""
-    config = opened.checkpoint.config
+    config: LlamaConfig | HeadConfig = opened.checkpoint.config
     weight, kv = VALUE_BYTES[dtype]
     kv_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * max_seq_len
     return config.parameter_count * weight, kv_values * kv

@@ -20,6 +20,8 @@ from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 # Models that have a name: (target, the draft model that belongs to it).
 NAMED = {"tiny": (CHECKPOINTS / "tiny-target", CHECKPOINTS / "tiny-draft")}
+# Draft heads by the name of their target.
+HEADS = {"tiny": CHECKPOINTS / "tiny-head", "smollm2": CHECKPOINTS / "smollm2-head"}
 DEFAULT_TARGET = "tiny"
 EMBEDDED_DRAFT = str(NAMED[DEFAULT_TARGET][1])
 
@@ -58,8 +60,8 @@ class EngineOptions:
 
     Args:
         target: a checkpoint directory, a Hugging Face id, or a name of `NAMED`.
-        draft: the same for the draft model. None: the one that belongs to a named target, else the embedded one if it
-            fits.
+        draft: the same for the draft model, or a draft head: its files say which it is. None: the one that belongs to
+            a named target, else the embedded one if it fits.
         device: "cpu", "cuda" or "tt", a Tenstorrent board.
         max_seq_len: positions to reserve, in tokens (default: the models' own, at most 2048).
         threads: CPU threads of torch, which on a board converts weights and draws samples (default: torch's own).
@@ -333,8 +335,15 @@ def named_target(source: str) -> str:
 
 
 def named_draft(source: str) -> str:
-    """The draft checkpoint that a name stands for; anything else as it is."""
-    return str(NAMED[source][1]) if source in NAMED else source
+    """The draft model, or else the draft head, that a name stands for; anything else as it is."""
+    if source in NAMED:
+        return str(NAMED[source][1])
+    return str(HEADS[source]) if source in HEADS else source
+
+
+def named_head(source: str) -> str:
+    """The draft head that a target's name stands for; anything else as it is."""
+    return str(HEADS[source]) if source in HEADS else source
 
 
 def draft_of(target: str) -> str | None:
@@ -342,6 +351,14 @@ def draft_of(target: str) -> str | None:
     for name, (checkpoint, draft) in NAMED.items():
         if target in (name, str(checkpoint)):
             return str(draft)
+    return None
+
+
+def head_of(target: str) -> str | None:
+    """The draft head that belongs to a target with a name, or to its checkpoint; None for any other."""
+    for name, head in HEADS.items():
+        if target == name or (name in NAMED and target == str(NAMED[name][0])):
+            return str(head)
     return None
 
 

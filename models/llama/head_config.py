@@ -92,6 +92,26 @@ class HeadConfig:
         return sum(math.prod(shape) for name, shape in self.tensor_shapes().items() if name not in ("d2t", "t2d"))
 
     @property
+    def num_hidden_layers(self) -> int:
+        """One."""
+        return self.layer.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its own states."""
+        return self.layer.hidden_size
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Of its layer."""
+        return self.layer.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Of its layer."""
+        return self.layer.head_dim
+
+    @property
     def prefix(self) -> str:
         """Of the layer's tensors in files."""
         return _PREFIXES[self.layout]

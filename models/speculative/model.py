@@ -238,8 +238,11 @@ class DraftHead(Protocol):
         """
         ...
 
-    def read(self, tokens: Sequence[int], position: int) -> None:
-        """Compute the rows of any number of tokens at position >= 1.., whose states before them were given."""
+    def read(self, tokens: Sequence[int], position: int) -> Tensor:
+        """Compute the rows of any number of tokens at position >= 1.., whose states before them were given.
+
+        Logits [V_d] of the last.
+        """
         ...
 
 

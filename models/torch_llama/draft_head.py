@@ -204,17 +204,26 @@ class TorchHead(SlotBySlot):
 
     # ------------------------------------------------------------------------------------------------ forward
     @torch.inference_mode()
-    def read(self, tokens: Sequence[int], position: int) -> None:
-        """Fill the cache with the rows of tokens at position.. (at least 1), whose states before them are known."""
+    def read(self, tokens: Sequence[int], position: int) -> torch.Tensor:
+        """Fill the cache with the rows of tokens at position.. (at least 1), whose states before them are known: logits
+        [V_d] of the last."""
         for start in range(0, len(tokens), READ_CHUNK):
-            self._true_rows(tokens[start : start + READ_CHUNK], position + start)
+            hidden = self._true_rows(tokens[start : start + READ_CHUNK], position + start)
+        return self._logits(hidden[-1:])[0]
+
+    def warm_up(self, tokens: Sequence[int]) -> None:
+        """Read a text of any length on states of zeros, so that kernels for its length are prepared."""
+        if len(tokens) > 1:
+            self._forget()
+            self.states(torch.zeros(len(tokens), self._known.shape[-1], device=self.device), range(len(tokens)), 0)
+            self.read(tokens[1:], 1)
+            self._forget()
 
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         """Fill the cache with a text of at least two tokens from its beginning: logits [V_d] of the last."""
         if len(tokens) < 2:
             raise ValueError("a head has no row for position 0: give at least two tokens")
-        self.read(tokens[1:-1], 1)
-        return self.forward(tokens[-1:], len(tokens) - 1)[-1]
+        return self.read(tokens[1:], 1)
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> torch.Tensor:

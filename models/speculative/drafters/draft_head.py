@@ -4,8 +4,11 @@ Source: Li et al. 2025 (EAGLE-3). After a verification the accepted positions ar
 the target has now made of them: a head that goes on from its own guesses drifts away from its target.
 """
 
+import math
 import time
 from collections.abc import Sequence
+
+import torch
 
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.tree import TreeDrafter
@@ -29,6 +32,12 @@ class _Head(ModelDrafter):
         """The target has computed rows of the text, whoever drafted them."""
         self.model.states(features, rows, position)
 
+    def _last_logits(self, tokens: list[int], position: int) -> torch.Tensor:
+        """Without those of the rows before, which nobody needs."""
+        if len(tokens) > 1:
+            return self.model.read(tokens, position)[None]
+        return super()._last_logits(tokens, position)
+
     def observe(self, accepted: int) -> None:
         """Nothing to keep: rows of drafted tokens are computed again."""
 
@@ -40,7 +49,9 @@ class _Head(ModelDrafter):
         if first > 1 and len(tokens) - first <= self.model.max_rows:
             return 0.0
         if first < len(tokens) - 1:
-            self.model.read(tokens[first:-1], first)
+            logits = self.model.read(tokens[first:-1], first)
+            if not self.cached:
+                self._broken = not math.isfinite(logits[0].item())
         self.cached = len(tokens) - 1
         return time.perf_counter() - began
 
