@@ -8,6 +8,8 @@ import math
 import time
 from collections.abc import Sequence
 
+import torch
+
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.tree import TreeDrafter
 from models.speculative.model import Features, HeadModel
@@ -29,6 +31,12 @@ class _Head(ModelDrafter):
     def states(self, features: Features, rows: Sequence[int], position: int) -> None:
         """The target has computed rows of the text, whoever drafted them."""
         self.model.states(features, rows, position)
+
+    def _last_logits(self, tokens: list[int], position: int) -> torch.Tensor:
+        """Without those of the rows before, which nobody needs."""
+        if len(tokens) > 1:
+            return self.model.read(tokens, position)[None]
+        return super()._last_logits(tokens, position)
 
     def observe(self, accepted: int) -> None:
         """Nothing to keep: rows of drafted tokens are computed again."""
