@@ -302,9 +302,8 @@ def plan_texts() -> str:
     rows = []
     for text in read("plan-heads")["acceptance"]:
         lengths = ", ".join(f"{length:.2f} ({k})" for k, length in text["mean_acceptance_length"].items())
-        rows.append(
-            (text["title"], text["kind"], lengths, " ".join(f".{100 * chance:.0f}" for chance in text["chances"]))
-        )
+        chances = " ".join(f".{100 * chance:.0f}" for chance in text["chances"])
+        rows.append((text["title"], text["kind"], lengths, chances))
     return markdown_table(("text", "kind", "published: tokens a round (K)", "chance by position"), rows, left=2)
 
 

@@ -33,7 +33,7 @@ from scripts.planner.heads import (
 from scripts.planner.levers import levers, memory_of
 from scripts.planner.predict import Family, Pair, Times
 from scripts.planner.speculation import Acceptance, best, chain, speedup
-from scripts.planner.texts import TEXTS, reached
+from scripts.planner.texts import TEXTS, reached, text_named
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "plan.py"
@@ -413,6 +413,4 @@ def test_bad_input_is_one_line_and_exit_code_2(plan, capsys, argv, message):
 
 def test_an_unknown_kind_of_text_names_those_there_are():
     with pytest.raises(UserError, match="mt-bench, gsm8k, math500"):
-        from scripts.planner.texts import text_named
-
         text_named("x")
