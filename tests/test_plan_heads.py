@@ -303,6 +303,8 @@ def test_the_overview_has_every_target_board_and_text_and_equals_single_plans(pl
         for each in (*entry["texts"], *([entry["draft_model"]] if entry["draft_model"] else [])):
             low, high = each["speedup_band"]
             assert low <= each["speedup"] <= high
+        if entry["draft_model"]:
+            assert entry["at_draft_acceptance"]["speedup"] > entry["draft_model"]["speedup"]
     alone = planned(plan, tmp_path, "--target 3B --draft head --board N300")
     assert alone["texts"] == entries["3B", "N300"]["texts"]
     model = planned(plan, tmp_path, "--target 8B --draft 1B --board P300x2")["best"]
@@ -313,7 +315,7 @@ def test_the_shipped_overview_is_what_is_predicted_today(overview):
     shipped = json.loads(OVERVIEW.read_text())
     remedy = "run scripts/plan.py --heads --json docs/results/plan-heads.json and scripts/tables.py"
     for then, now in zip(shipped["entries"], overview["entries"], strict=True):
-        for name in ("texts", "one_pass", "draft_model"):
+        for name in ("texts", "one_pass", "draft_model", "at_draft_acceptance"):
             assert same(then[name], now[name]), remedy
     assert shipped["acceptance"] == overview["acceptance"], remedy
 

@@ -93,7 +93,7 @@ def drafting(
     config, named = named_config(target), precision_named(precision)
     design = _Design(config, named, place.chips, drafter)
     rows = rows_of(drafter, k)
-    work = design.kept() + design.fused(k + 1) + design.forward(counts, place, target, rows, context)
+    work = design.kept() + design.fused(padded_rows(k + 1)) + design.forward(counts, place, target, rows, context)
     if drafter.one_pass:
         return work + design.output(rows) + Work(_joining(k))
     work += design.picked() + design.output(1) + Work(_joining(k))

@@ -24,7 +24,7 @@ def heads(counts: Counts, family: Family, pair: Callable[[str, str, Board], Pair
 
     Args:
         pair: of a target, a draft and a board.
-        acceptance: of a draft of 1B, at every position.
+        acceptance: of a draft of 1B, at every position; a head at the same is beside it.
     """
     entries = []
     for target in reversed(SIZES):
@@ -39,6 +39,7 @@ def heads(counts: Counts, family: Family, pair: Callable[[str, str, Board], Pair
                 "draft_precision": own.draft_precision,
                 "decode": _figure("tok_s", decode),
                 "draft_model": None,
+                "at_draft_acceptance": _best(times, Acceptance.equal(acceptance)),
                 "texts": by_text(times),
                 "one_pass": [_one_pass(each, times) for each in ONE_PASS],
             }

@@ -270,13 +270,14 @@ def heads_table(found: dict) -> Table:
                 entry["board"] + " (does not fit)" * (not entry["fits"]),
                 _number(entry["decode"]["tok_s"]),
                 _best_of(model) if model else "",
+                _best_of(entry["at_draft_acceptance"]),
                 *(_best_of(texts[name]) for name in SHOWN),
             )
         )
-    draft = f"{settings['draft']} draft at {settings['draft_acceptance']:.0%}"
+    alike = f"{settings['draft_acceptance']:.0%}"
     heads = (f"head, {TEXTS[name].title}" for name in SHOWN)
     note = "Speed-up over our plain decoding, its band, and the best number K of drafted tokens."
-    columns = ("target", "board", "plain tok/s", draft, *heads)
+    columns = ("target", "board", "plain tok/s", f"{settings['draft']} draft at {alike}", f"head at {alike}", *heads)
     return Table("Predicted: draft heads", columns, rows, [note, *_sources(), *found["assumptions"]], left=2)
 
 
