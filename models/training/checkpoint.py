@@ -23,8 +23,9 @@ tags: [speculative-decoding, eagle3]
 ---
 # {name}
 
-An EAGLE-3 draft head for {about}: one layer that reads hidden states of the target after layers {taps}
-and drafts the tokens that the target then verifies. It is of use with this target alone. {terms}
+An EAGLE-3 draft head for {about}: one layer that reads hidden states of the
+target after layers {taps} and drafts the tokens that the target then verifies. It is of use with
+this target alone. {terms}
 
 | | |
 |---|---|

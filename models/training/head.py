@@ -20,7 +20,7 @@ from models.training.batches import Batch, Span
 
 # (step, rows, normed outputs [rows, H]) -> which of these rows are drafted on, a bool each
 Judge = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-LONGEST = 4096
+LONGEST = 32768  # positions, at most
 
 
 class TrainedHead:

@@ -16,6 +16,7 @@ from models.llama.config import read_json
 from models.loading import OpenedModel
 from models.torch_llama.model import TorchLlama
 from models.training.answers import Answer, AnswerOptions, Stopwatch, write_answers
+from models.training.batches import SHORTEST_ANSWER
 from models.training.prompts import TrainingPrompt, training_prompts
 from models.training.shards import AnswerStore, save_shard
 
@@ -86,9 +87,10 @@ class WorkDirectory:
             if self.target.tokenizer is None:
                 raise UserError(f"{self.target.source} has no tokenizer.json: add it beside the weights")
             options = self.options
+            longest = min(options.max_prompt, self.target.checkpoint.config.max_position_embeddings - SHORTEST_ANSWER)
             logger.info("prompts: collecting")
             self._prompts = training_prompts(
-                self.target.tokenizer, options.prompts, options.prompt_count, options.max_prompt, options.answers.seed
+                self.target.tokenizer, options.prompts, options.prompt_count, longest, options.answers.seed
             )
             write_json(path, [[prompt.kind, prompt.ids] for prompt in self._prompts])
         return self._prompts
