@@ -27,6 +27,8 @@ class Combined:
             prefill_s += draft.prefill_s
             if draft.tokens or draft.fused:
                 self._proposer = drafter
+                others = [each for each in self._drafters if isinstance(each, ReadsStates) and each is not drafter]
+                prefill_s += sum(each.settle(tokens) for each in others)
                 return draft._replace(prefill_s=prefill_s)
         return nothing._replace(prefill_s=prefill_s)
 

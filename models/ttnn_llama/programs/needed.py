@@ -10,6 +10,7 @@ from models.ttnn_llama.programs.options import BoardOptions
 from models.ttnn_llama.shapes import MAX_ROWS
 
 TREE = "tree-"  # before "ids" and "logits": of rows that are a tree
+KEPT = "kept-"  # before them: of a forward that keeps its hidden states for a draft head
 # Rows of a draft model's forwards while it grows a tree: what it has not read yet, then level by level.
 READING_ROWS = (1, 2, 8, MAX_ROWS)
 LEVEL_ROWS = (1, 2, 4, 8)

@@ -209,6 +209,7 @@ class CheckpointSource:
         precision: the one the specs were made with.
         cache_dir: directory of converted tensors (see `weight_cache`), or None to convert each time.
         progress: called after each tensor with how many are done, how many there are, and the tensor's name.
+        total: how many there are, where they are not a Llama's.
     """
 
     def __init__(
@@ -218,11 +219,13 @@ class CheckpointSource:
         precision: Precision,
         cache_dir: Path | None = None,
         progress: Progress | None = None,
+        total: int = 0,
     ) -> None:
         self._checkpoint = checkpoint
         self._mesh_device = mesh_device
         self._progress = progress
-        self._total = len(weight_specs(checkpoint.config, mesh_device.get_num_devices(), precision))
+        chips = mesh_device.get_num_devices()
+        self._total = total or len(weight_specs(checkpoint.config, chips, precision))
         self._done = 0
         self._cache = None
         if cache_dir is not None:
