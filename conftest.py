@@ -12,8 +12,8 @@ from models.boards import BOARDS, medium
 
 BOARD = os.environ.get("MESH_DEVICE")  # tt-metal's way to say which board a test runs on
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never waits for a network
-for name in ("HF_MODEL", "MESH_DEVICE"):  # the demos honour these, the tests choose their own models and devices
-    os.environ.pop(name, None)
+os.environ.pop("MESH_DEVICE", None)  # the demos honour it, the tests choose their own devices
+os.environ["HF_MODEL"] = "tiny"  # and models: none is fetched by default
 
 
 def pytest_addoption(parser):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from demo.default import everyday_target
 from demo.settings import Settings, parse_settings
 from models.cli.command import BROKEN_PIPE, INTERRUPTED, discard_stdout, run_command
 from models.cli.prompts import named_prompts
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:
 
 def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
     start = time.perf_counter()
-    settings = parse_settings(argv, mode)
+    settings = parse_settings(argv, mode, choose=everyday_target)
     if settings is None:
         from models.cli.environment import project_version
 

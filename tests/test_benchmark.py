@@ -7,6 +7,7 @@ import random
 import statistics
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy
 import pytest
@@ -20,6 +21,7 @@ from models.llama.random_weights import RandomWeights
 from models.llama.rope import rope_tables
 from models.speculative.drafters import registry
 from models.speculative.stats import GenerationStats, Round
+from models.tests.head_fixtures import write_head
 from models.tests.llama_fixtures import tiny_config, write_tiny_checkpoint
 from models.torch_llama.model import TorchLlama
 from scripts import benchmark
@@ -246,8 +248,10 @@ def test_an_unrelated_draft_has_the_drafts_shape_and_other_weights(pair):
 
 
 @pytest.mark.parametrize("drafter", [spec.name for spec in registry.specs()])
-def test_every_drafter_of_the_demo_is_a_way_that_writes_the_plain_text(pair, drafter):
+def test_every_drafter_of_the_demo_is_a_way_that_writes_the_plain_text(pair, drafter, tmp_path):
     models = pair if registry.spec_of(drafter).needs_draft_model else pair[:2]
+    if drafter == "head":
+        models = [*pair[:2], "--draft", str(write_head(tmp_path / "head", Path(pair[1])))]
     settings = model_settings("compare", [*models, "--drafter", drafter, "--max-new-tokens", "12"])
     session = Bench(settings, ["for i in"])
     ids = session.prompts[0].ids

@@ -74,21 +74,26 @@ def _count_by_length(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
-    """Which models run where, and in what formats."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser,
+    environ: Mapping[str, str],
+    default: str = "tiny, the small pair of this project",
+) -> None:
+    """Which models run where, and in what formats. default: the target where none is named, in words."""
     group = parser.add_argument_group("models")
     group.add_argument(
         "--target",
         metavar="PATH|ID",
         default=environ.get("HF_MODEL") or None,
         help="checkpoint directory, GGUF file or Hugging Face id of the target model, or a name: "
-        f"{', '.join((*NAMED, *PACKAGED))} (default: tiny, the small pair of this project)",
+        f"{', '.join((*NAMED, *PACKAGED))} (default: {default})",
     )
     group.add_argument(
         "--draft",
         metavar="PATH|ID",
         default=None,
-        help="the same for the draft model (default: the one that belongs to the target, if there is one)",
+        help="the same for the draft model, or a draft head: its files say which (default: the one that belongs to the "
+        "target, if there is one)",
     )
     group.add_argument(
         "--device",
@@ -252,10 +257,16 @@ def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """How long a text is, and how its tokens are chosen."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, new_tokens: str = "") -> None:
+    """How long a text is, and how its tokens are chosen. new_tokens: a default length that is found later, in words."""
     group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=integer(1), default=30, metavar="N", help="(default: %(default)s)")
+    group.add_argument(
+        "--max-new-tokens",
+        type=integer(1),
+        default=None if new_tokens else 30,
+        metavar="N",
+        help=f"(default: {new_tokens or '%(default)s'})",
+    )
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
     group.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is off (default: %(default)s)")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default: %(default)s)")

@@ -1,8 +1,11 @@
 """Helpers for tests: tiny random draft heads for tiny random Llamas."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from models.llama.config import LlamaConfig
 from models.llama.head_config import HeadConfig
@@ -36,3 +39,12 @@ def build_head(config: HeadConfig, target, seed: int = 0, **options) -> TorchHea
     """A random head for a loaded target."""
     chosen = {"dtype": "fp32", "max_seq_len": target.max_seq_len, **options}
     return TorchHead(config, random_head_tensors(config, seed), target.embedding, **chosen)
+
+
+def write_head(path: Path, target: Path, draft_vocab: int = 60) -> Path:
+    """A directory with a random draft head for a target's, which reads it after its first and its last layer."""
+    config = head_config(LlamaConfig.from_json(target / "config.json"), draft_vocab)
+    path.mkdir()
+    save_file(random_head_tensors(config, 0), path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    return path

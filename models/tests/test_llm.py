@@ -1,6 +1,7 @@
 """The front door with the pair that ships: load, stream, generate, chat."""
 
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from models import LLM, GenerationStats, SamplingParams, UserError
 from models.options import NAMED
 from models.speculative.drafters import registry
 from models.tests.engine_fixtures import registered_last_token
+from models.tests.head_fixtures import write_head
 from models.tests.llama_fixtures import write_tiny_checkpoint, write_tiny_tokenizer
 
 PROMPT = "def add(a, b):"
@@ -42,7 +44,9 @@ def test_pieces_of_a_stream_are_the_text_of_plain_decoding(llm, plain_text):
 
 # A tree's side branches lie elsewhere in a bf16 cache, so that near-ties can differ: its identity is tested in fp32.
 @pytest.mark.parametrize(
-    "spec", [spec for spec in registry.specs() if not spec.workload.tree], ids=lambda spec: spec.name
+    "spec",
+    [spec for spec in registry.specs() if not spec.workload.tree and not spec.needs_head],
+    ids=lambda spec: spec.name,
 )
 @pytest.mark.parametrize("length", [0, 3, "auto"])
 def test_every_drafter_writes_the_same_text(llm, plain_text, spec, length):
@@ -52,6 +56,36 @@ def test_every_drafter_writes_the_same_text(llm, plain_text, spec, length):
     drafted = {round.source for round in llm.stats.rounds if round.drafted}
     assert drafted <= set(spec.sources)
     assert bool(drafted) == (length != 0) or length == "auto"
+
+
+@pytest.mark.parametrize("drafter", [None, "head", "tree"])
+def test_a_draft_directory_may_be_a_heads(plain_text, tmp_path, drafter):
+    draft = write_head(tmp_path / "head", NAMED["tiny"][0], draft_vocab=300)
+    dtype = "fp32" if drafter == "tree" else "bf16"
+    with LLM.load("tiny", str(draft), drafter=drafter, max_seq_len=512, dtype=dtype) as llm:
+        assert llm.head is not None and llm.options.drafter == (drafter or "combined")
+        for length in (3, "auto"):
+            written = llm.generate(PROMPT, max_new_tokens=60, speculate=llm.drafting(num_draft_tokens=length))
+            assert written.text == llm.generate(PROMPT, max_new_tokens=60, speculate=False).text
+        sources = {each.source for each in written.stats.rounds if each.drafted}
+        assert sources <= set(registry.spec_of(llm.options.drafter).sources)
+        with pytest.raises(UserError, match="needs a draft model, and a head is loaded"):
+            llm.drafting("model")
+
+
+def test_drafts_of_the_wrong_kind_are_refused_with_what_to_do(llm, tmp_path):
+    head = str(write_head(tmp_path / "head", NAMED["tiny"][0], draft_vocab=300))
+    other = str(write_tiny_checkpoint(tmp_path / "other"))
+    for arguments, said in (
+        ({"target": "tiny", "draft": head, "drafter": "model"}, "is a draft head, not a model: use drafter head"),
+        ({"target": "tiny", "draft": str(NAMED["tiny"][1]), "drafter": "head"}, "is a draft model, not a head"),
+        ({"target": other, "drafter": "head"}, "needs a draft head for target"),
+        ({"target": other, "draft": head}, "vocabulary 4096, this one has 128"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            LLM.load(**arguments)
+    with pytest.raises(UserError, match="needs a draft head, and a draft model is loaded"):
+        llm.drafting("head")
 
 
 @pytest.mark.parametrize("row_invariant", [None, False])

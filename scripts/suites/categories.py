@@ -28,6 +28,7 @@ class Category:
     passes: int = 1
 
 
+CHAT = "chat"  # for targets that have a chat template
 CATEGORIES = {
     "code-completion": Category("code is gone on with", "code-completion.txt"),
     "editing": Category("code is shown, then written again with a small change", "editing.txt"),
@@ -35,6 +36,7 @@ CATEGORIES = {
     "docstring-prose": Category("new prose, nothing of which stands in the prompt", "docstring-prose.txt"),
     "random-tokens": Category("random token ids as prompts, nothing to be right about", None),
     "short-output": Category("8 new tokens: hardly time to earn anything", "short-output.txt", 8, passes=4),
+    CHAT: Category("everyday questions to a chat model", "../../../demo/prompts/instruct.txt"),
     "unrelated-draft": Category(
         "a draft model of random weights alone, of whose tokens none can be right",
         "code-completion.txt",

@@ -20,7 +20,7 @@ from models.errors import UserError
 from models.options import AUTO, DRAFT_TOKENS
 from models.speculative.control.policy import MAX_DRAFT_LENGTH
 from models.speculative.drafters import registry
-from scripts.suites.categories import CATEGORIES, random_ids, read_texts
+from scripts.suites.categories import CATEGORIES, CHAT, random_ids, read_texts
 from scripts.suites.measuring import ratios, spread, turns, winner
 from scripts.suites.report import header, number, percent, ranged, times
 from scripts.suites.suite import Progress, Results, integer, integers, model_settings, names
@@ -42,9 +42,17 @@ class Compare:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         lengths = integers(0, MAX_DRAFT_LENGTH)
-        for flag, known in (("--categories", tuple(CATEGORIES)), ("--drafters", DRAFTING)):
+        for flag, known, default in (
+            ("--categories", tuple(CATEGORIES), [name for name in CATEGORIES if name != CHAT]),
+            ("--drafters", DRAFTING, [name for name in DRAFTING if name != "head"]),
+        ):
+            left = ", ".join(set(known) - set(default))
             parser.add_argument(
-                flag, type=names(known), default=list(known), metavar="LIST", help=f"of {', '.join(known)} (all)"
+                flag,
+                type=names(known),
+                default=default,
+                metavar="LIST",
+                help=f"of {', '.join(known)} (all but {left})",
             )
         parser.add_argument(
             "--auto-drafter",
@@ -73,6 +81,10 @@ class Compare:
         self.drafters = [name for name in DRAFTING if name in (*options.drafters, options.auto_drafter)]
         self.drafts_by_model = any(registry.spec_of(name).needs_draft_model for name in self.drafters)
         drafter = "combined" if self.drafts_by_model else options.auto_drafter
+        if "head" in self.drafters:
+            if "model" in self.drafters:
+                raise UserError("--drafters model and head need two drafts: compare one of them at a time")
+            drafter = "head"
         self.settings = model_settings(
             "compare",
             rest,
@@ -112,6 +124,8 @@ class Compare:
         ids = iter([prompt.ids for prompt in self.bench.prompts])
         self.prompts = {name: [next(ids) for _ in some] for name, some in texts.items()}
         for name in self.prompts:
+            if name == CHAT and not self.bench.instruct:
+                raise UserError("--categories chat needs a target with a chat template: leave it out")
             if CATEGORIES[name].file is None:
                 vocab_size = self.bench.target.model.vocab_size
                 self.prompts[name] = random_ids(vocab_size, self.settings.seed, self.options.max_prompts)

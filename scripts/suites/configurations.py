@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 
+from models.errors import UserError
 from models.llama.random_weights import RandomWeights
 from models.llm import Drafting
 from models.loading import LoadedModel
@@ -66,10 +67,11 @@ def drafting_configuration(bench: Bench, drafter: str, length: int | str) -> Con
 
 
 def sequential_configuration(bench: Bench) -> Configuration:
-    """The draft model, verified token by token."""
-    name = f"model {DRAFT_TOKENS} {SEQUENTIAL}"
-    drafting = bench.llm.drafting("model", DRAFT_TOKENS, SEQUENTIAL)
-    return Configuration(name, "model", DRAFT_TOKENS, bench, drafting, _load_s(bench, "model"), SEQUENTIAL)
+    """The draft model or head, verified token by token."""
+    drafter = bench.drafts_alone
+    name = f"{drafter} {DRAFT_TOKENS} {SEQUENTIAL}"
+    drafting = bench.llm.drafting(drafter, DRAFT_TOKENS, SEQUENTIAL)
+    return Configuration(name, drafter, DRAFT_TOKENS, bench, drafting, _load_s(bench, drafter), SEQUENTIAL)
 
 
 def _load_s(bench: Bench, drafter: str) -> float:
@@ -112,6 +114,8 @@ def with_unrelated_draft(bench: Bench, seed: int = 0) -> Bench:
     Its output matrix is its own. Tied to the embedding, random weights guess the last token again, which is
     sometimes right.
     """
+    if not bench.draft_model:
+        raise UserError("a draft head of random weights is not measured: leave out --categories unrelated-draft")
     opened = bench.draft.opened
     config = dataclasses.replace(opened.checkpoint.config, tie_word_embeddings=False)
     began = time.perf_counter()

@@ -97,8 +97,8 @@ def llama_cpp_python_peer(bench: "Bench", k: int) -> Peer:
         target, draft = Path(folder) / "target.gguf", Path(folder) / "draft.gguf"
         write_gguf(target, bench.target.opened.checkpoint, settings.dtype)
         llamas = {LLAMA_PLAIN: load(target), LLAMA_LOOKUP: load(target, LlamaPromptLookupDecoding(num_pred_tokens=k))}
-        if bench.draft:
-            write_gguf(draft, bench.draft.opened.checkpoint, settings.dtype)
+        if bench.draft_model:
+            write_gguf(draft, bench.draft_model.opened.checkpoint, settings.dtype)
             llamas[LLAMA_MODEL] = load(target, ModelDraft(load(draft)))
     ways = {name: lambda ids, llama=llama: written(llama, ids) for name, llama in llamas.items()}
     cache = "fp32" if settings.dtype == "fp32" else "fp16"

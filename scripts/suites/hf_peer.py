@@ -48,8 +48,10 @@ def hf_peer(bench: "Bench", k: int) -> Peer:
         return Written(out[0, len(ids) :].tolist())
 
     ways = {HF_PLAIN: run}
-    if bench.draft:
-        same_k, defaults = (load(bench.draft.opened.checkpoint, settings.dtype, settings.device) for _ in range(2))
+    if bench.draft_model:
+        same_k, defaults = (
+            load(bench.draft_model.opened.checkpoint, settings.dtype, settings.device) for _ in range(2)
+        )
         config = same_k.generation_config
         config.num_assistant_tokens = k
         config.num_assistant_tokens_schedule = "constant"

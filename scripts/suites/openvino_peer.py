@@ -94,10 +94,10 @@ def openvino_peer(bench: "Bench", k: int) -> Peer:
             ways[OPENVINO_LOOKUP] = loaded(
                 folder / "target", {"prompt_lookup": True}, num_assistant_tokens=k, max_ngram_size=LONGEST_COPIED
             )
-            if bench.draft:
+            if bench.draft_model:
                 check_memory(OPENVINO_MODEL, configs_of(bench, True), settings.dtype)
-                write_network(folder / "draft", bench.draft.opened.checkpoint, settings.dtype)
-                for part, opened in (("target", bench.target.opened), ("draft", bench.draft.opened)):
+                write_network(folder / "draft", bench.draft_model.opened.checkpoint, settings.dtype)
+                for part, opened in (("target", bench.target.opened), ("draft", bench.draft_model.opened)):
                     write_tokenizer(folder / part, opened.checkpoint.config.vocab_size)
                 draft = openvino_genai.draft_model(str(folder / "draft"), "CPU", **properties)
                 ways[OPENVINO_MODEL] = loaded(folder / "target", {"draft_model": draft}, num_assistant_tokens=k)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from scripts.suites.bench import Bench
 
 OWN_PLAIN, OWN_MODEL, OWN_LOOKUP = "own baseline", "own speculative", "own prompt lookup"
+OWN_HEAD = "own draft head"
 OWN_AUTO, OWN_AUTO_LOOKUP = "own combined, auto", "own prompt lookup, auto"
 HF_PLAIN, HF_LOOKUP = "HF generate", "HF prompt lookup, same K"
 HF_ASSISTED, HF_DEFAULTS = "HF assisted, same K", "HF assisted, defaults"
@@ -87,7 +88,7 @@ def check_memory(name: str, configs: list[LlamaConfig], dtype: str) -> None:
 
 def configs_of(bench: "Bench", draft: bool) -> list[LlamaConfig]:
     """Of the target, and of the draft model where it takes part."""
-    models = [bench.target, bench.draft] if draft and bench.draft else [bench.target]
+    models = [bench.target, bench.draft_model] if draft and bench.draft_model else [bench.target]
     return [loaded.opened.checkpoint.config for loaded in models]
 
 

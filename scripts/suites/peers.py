@@ -34,6 +34,7 @@ from scripts.suites.peer import (
     HF_PLAIN,
     OWN_AUTO,
     OWN_AUTO_LOOKUP,
+    OWN_HEAD,
     OWN_LOOKUP,
     OWN_MODEL,
     OWN_PLAIN,
@@ -146,7 +147,7 @@ class Peers:
     def _others(self, progress: Progress) -> dict[str, Generate]:
         """Rows of the peers that take part; what is left out is noted."""
         runners: dict[str, Generate] = {}
-        if not self.bench.draft:
+        if not self.bench.draft_model:
             self.notes.append("rows of a draft model are left out: none fits the target")
         for name in self.options.peers:
             try:
@@ -262,13 +263,14 @@ def peer_lines(results: Results) -> list[str]:
 
 
 def own_runners(bench: "Bench", k: int) -> dict[str, Generate]:
-    """This project's configurations with k draft tokens. Without a draft model those that copy."""
+    """This project's configurations with k draft tokens. Without a draft those that copy."""
     from scripts.suites.configurations import drafting_configuration, plain_configuration, write
 
     settings = bench.settings
     configurations = {OWN_PLAIN: plain_configuration(bench)}
     if bench.draft:
-        configurations[OWN_MODEL] = drafting_configuration(bench, "model", k)
+        name = OWN_MODEL if bench.draft_model else OWN_HEAD
+        configurations[name] = drafting_configuration(bench, bench.drafts_alone, k)
     configurations[OWN_LOOKUP] = drafting_configuration(bench, "prompt-lookup", k)
     name, drafter = (OWN_AUTO, "combined") if bench.draft else (OWN_AUTO_LOOKUP, "prompt-lookup")
     configurations[name] = drafting_configuration(bench, drafter, AUTO)

@@ -78,8 +78,8 @@ def xllamacpp_peer(bench: "Bench", k: int) -> Peer:
         target, draft = Path(folder) / "target.gguf", Path(folder) / "draft.gguf"
         write_gguf(target, bench.target.opened.checkpoint, settings.dtype, bench.stop_ids)
         ways = {LLAMA_PLAIN: started(parameters(target))}
-        if bench.draft:
-            write_gguf(draft, bench.draft.opened.checkpoint, settings.dtype, bench.stop_ids)
+        if bench.draft_model:
+            write_gguf(draft, bench.draft_model.opened.checkpoint, settings.dtype, bench.stop_ids)
             chosen = parameters(target)
             chosen.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
             drafting = chosen.speculative.draft
