@@ -247,6 +247,14 @@ class DraftHead(Protocol):
         """
         ...
 
+    def warm_up(self, tokens: Sequence[int]) -> None:
+        """Prepare kernels for texts of this length, and overwrite the cache."""
+        ...
+
+
+class HeadChains(DraftHead, DraftModel, Protocol):
+    """What a draft head is asked for that drafts chains, in one slot."""
+
 
 class HeadModel(DraftHead, TreeModel, Protocol):
     """What a draft head is asked for, in one slot."""

@@ -48,8 +48,7 @@ class Networks:
         self.tree_drafts: list[TreeModel] = [on_torch, on_board]
         self.measured: list[MeasuredModel] = [on_torch, on_board]
         self.whole: list[Network] = [on_torch, on_board]
-        self.tapped: Tapped = on_torch
-        self.not_tapped: Tapped = on_board  # type: ignore[assignment]
+        self.tapped: list[Tapped] = [on_torch, on_board]
 
 
 class Loaded:

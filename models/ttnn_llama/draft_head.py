@@ -117,9 +117,7 @@ class TtnnHead(SlotBySlot):
         self.embedding = target.embedding
         self.draft_embedding = weights.get("embedding", target.embedding)
         self.weight_bytes = layout.chips * sum(weight_bytes(spec, layout.chips, layout.banks) for spec in specs)
-        self.kv_cache_bytes = layout.chips * kv_cache_bytes(
-            layer, precision, layout.chips, max_seq_len, layout.banks
-        )
+        self.kv_cache_bytes = layout.chips * kv_cache_bytes(layer, precision, layout.chips, max_seq_len, layout.banks)
         self._own = state_buffer(layer.hidden_size, mesh_device)  # what its last forward passed on
         self._plans: dict[int, RowPlan] = {}
         self._inputs: dict[tuple, HeadInputs] = {}
@@ -158,7 +156,9 @@ class TtnnHead(SlotBySlot):
         features, start = self._features, position - 1 - self._first
         if features is None or start < 0 or start + n > len(self._rows):
             known = f"{self._first}..{self._first + len(self._rows) - 1} are" if self._rows else "none are"
-            raise ValueError(f"{n} rows at position {position}: the target's states before them are not known ({known})")
+            raise ValueError(
+                f"{n} rows at position {position}: the target's states before them are not known ({known})"
+            )
         if not features.lasting:
             raise UserError(
                 f"the target's states before position {position} are overwritten: a draft head on a board needs "
@@ -361,9 +361,7 @@ class TtnnHead(SlotBySlot):
         width = xs[0].shape[-1]
         rows = xs[0].shape[-2]
         joined = norm.prefill_forward(ttnn.concat(xs, dim=-1))
-        return [
-            ttnn.slice(joined, [0, 0, 0, i * width], [1, 1, rows, (i + 1) * width]) for i in range(len(xs))
-        ]
+        return [ttnn.slice(joined, [0, 0, 0, i * width], [1, 1, rows, (i + 1) * width]) for i in range(len(xs))]
 
     def _normed_pair(self, state: ttnn.Tensor, token: ttnn.Tensor) -> tuple[ttnn.Tensor, ttnn.Tensor]:
         token = ttnn.interleaved_to_sharded(token, self.residual)
@@ -416,5 +414,3 @@ class TtnnHead(SlotBySlot):
                 f"{n} rows of a draft head at position {position} are outside 1..{self.max_seq_len - 1}: shorten the "
                 "prompt or raise --max-seq-len"
             )
-
-

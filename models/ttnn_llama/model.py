@@ -185,7 +185,9 @@ class TtnnLlama(Decoder):
         Raises UserError where prompts are read by decode forwards, whose states would not last.
         """
         if self._read_prompt == self._read_in_rows:
-            raise UserError("a draft head on a board reads prompts that prefill kernels have read: use --prefill chunks")
+            raise UserError(
+                "a draft head on a board reads prompts that prefill kernels have read: use --prefill chunks"
+            )
         if self.kept is None:
             self.kept = KeptStates(taps, self.layout.hidden, self.mesh_device)
         if self.kept.taps != tuple(taps):

@@ -60,9 +60,7 @@ class Attention:
         hidden = output.shape[-1]
         return ttnn.reshape(output, (1, 1, plan.rows, hidden), (1, 1, 32, hidden))
 
-    def store_rows(
-        self, x: ttnn.Tensor, tables: list[ttnn.Tensor], inputs: RowInputs, plan: RowPlan
-    ) -> ttnn.Tensor:
+    def store_rows(self, x: ttnn.Tensor, tables: list[ttnn.Tensor], inputs: RowInputs, plan: RowPlan) -> ttnn.Tensor:
         """The part of `decode_forward` that writes the cache: rotated queries [1, R, Q, D]."""
         qkv = self.wqkv.decode_forward(x)
         q_1RQD, k_1RKD, v_1RKD = ttnn.experimental.nlp_create_qkv_heads_decode(

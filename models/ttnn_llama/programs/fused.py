@@ -76,9 +76,9 @@ class FusedRound:
         """Draft k tokens after the last two of the sequence and verify them.
 
         tokens: its end at position.., of which the last two ids are fed; the draft's cache holds all before them, the
-        target's all before the last. Returns (drafted ids [k], the target's ids [k + 1], accepted <= k). Both caches then hold
-        the drafted tokens too, except the draft's the last. Raises UserError where one of the caches has no room, or
-        no round of so many tokens was prepared.
+        target's all before the last. Returns (drafted ids [k], the target's ids [k + 1], accepted <= k). Both caches
+        then hold the drafted tokens too, except the draft's the last. Raises UserError where one of the caches has no
+        room, or no round of so many tokens was prepared.
         """
         longest = self._prepared(k)
         first, step, verify = self._inputs[longest]

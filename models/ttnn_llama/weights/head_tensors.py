@@ -80,7 +80,7 @@ def head_specs(config: HeadConfig, chips: int, precision: Precision) -> list[Wei
         specs += [norm(f"fc_norm.{i}", f"fc_norm.{i}") for i in range(taps)]
     # Whole on each chip: as many copies side by side, of which each chip gets one.
     specs += [
-        matrix(f"fc.{i}", precision.attention, hidden, chips * hidden, 3, partial(_copies, "fc.weight", i, hidden, chips))
+        matrix(f"fc.{i}", precision.attention, hidden, chips * hidden, 3, partial(_copies, "fc.weight", i, chips))
         for i in range(taps)
     ]
     specs += [norm("token_norm", f"{own}input_layernorm"), norm("state_norm", f"{own}hidden_norm")]
@@ -123,9 +123,11 @@ def _draft_embedding(tensors: Tensors) -> torch.Tensor:
     return tensors[EMBEDDING][target_ids(tensors)]
 
 
-def _copies(name: str, part: int, width: int, chips: int, tensors: Tensors) -> torch.Tensor:
-    """[1, 1, H, n H]: of the columns' part the transpose, once for each chip."""
-    return tensors[name][:, part * width : (part + 1) * width].t().repeat(1, chips)[None, None]
+def _copies(name: str, part: int, chips: int, tensors: Tensors) -> torch.Tensor:
+    """[1, 1, H, n H]: of one part of the columns the transpose, once for each chip."""
+    whole = tensors[name]
+    width = whole.shape[0]
+    return whole[:, part * width : (part + 1) * width].t().repeat(1, chips)[None, None]
 
 
 def _qkv_part(prefix: str, part: int, config: LlamaConfig, chips: int, tensors: Tensors) -> torch.Tensor:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import ttnn
 
     from models.llama.gguf_checkpoint import AnyCheckpoint
+    from models.ttnn_llama.weights.head_tensors import HeadTensors
 
 # A wider piece of the head would not fit the matmul's buffers into L1.
 HEAD_TILES = 512
@@ -214,7 +215,7 @@ class CheckpointSource:
 
     def __init__(
         self,
-        checkpoint: AnyCheckpoint,
+        checkpoint: AnyCheckpoint | HeadTensors,
         mesh_device: ttnn.MeshDevice,
         precision: Precision,
         cache_dir: Path | None = None,
@@ -224,8 +225,10 @@ class CheckpointSource:
         self._checkpoint = checkpoint
         self._mesh_device = mesh_device
         self._progress = progress
-        chips = mesh_device.get_num_devices()
-        self._total = total or len(weight_specs(checkpoint.config, chips, precision))
+        config = checkpoint.config
+        if not total and isinstance(config, LlamaConfig):
+            total = len(weight_specs(config, mesh_device.get_num_devices(), precision))
+        self._total = total
         self._done = 0
         self._cache = None
         if cache_dir is not None:
