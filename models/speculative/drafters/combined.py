@@ -43,6 +43,10 @@ class Combined:
             if isinstance(drafter, ReadsStates):
                 drafter.states(features, rows, position)
 
+    def settle(self, tokens: list[int]) -> float:
+        """Of all that read states."""
+        return sum(drafter.settle(tokens) for drafter in self._drafters if isinstance(drafter, ReadsStates))
+
     def observe(self, accepted: int) -> None:
         """Tell the drafter whose tokens they were."""
         if self._proposer is not None:
