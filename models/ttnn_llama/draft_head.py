@@ -107,7 +107,6 @@ class TtnnHead(SlotBySlot):
             output=layout.residual,
         )
         self.state_norms = [norm(spec.name) for spec in specs if spec.name.startswith("fc_norm.")]
-        self.states_norm = norm("input_norm") if config.norm_before_fc else None
         self.token_norm, self.state_norm = norm("token_norm"), norm("state_norm")
         self.attention = Attention(parts("wqkv"), weights["wo"], self.cache, layout, shared)
         self.mlp_norm = norm("mlp_norm")
@@ -346,22 +345,11 @@ class TtnnHead(SlotBySlot):
         found = [rows_of(buffer, picks, self.residual) for buffer in self.kept.buffers]
         if self.state_norms:
             found = [norm.decode_forward(x) for norm, x in zip(self.state_norms, found, strict=True)]
-        if self.states_norm is not None:
-            normed = self._normed_together([self._interleaved(x) for x in found], self.states_norm)
-            found = [ttnn.interleaved_to_sharded(x, self.residual) for x in normed]
         return self.fc.decode_forward(found)
 
     @staticmethod
     def _interleaved(x: ttnn.Tensor) -> ttnn.Tensor:
         return ttnn.sharded_to_interleaved(x, ttnn.DRAM_MEMORY_CONFIG)
-
-    @staticmethod
-    def _normed_together(xs: list[ttnn.Tensor], norm: RMSNorm) -> list[ttnn.Tensor]:
-        """Interleaved states [1, 1, m, H] of each tap, normed as one and cut again."""
-        width = xs[0].shape[-1]
-        rows = xs[0].shape[-2]
-        joined = norm.prefill_forward(ttnn.concat(xs, dim=-1))
-        return [ttnn.slice(joined, [0, 0, 0, i * width], [1, 1, rows, (i + 1) * width]) for i in range(len(xs))]
 
     def _normed_pair(self, state: ttnn.Tensor, token: ttnn.Tensor) -> tuple[ttnn.Tensor, ttnn.Tensor]:
         token = ttnn.interleaved_to_sharded(token, self.residual)
@@ -391,8 +379,6 @@ class TtnnHead(SlotBySlot):
             found = states
             if self.state_norms:
                 found = [norm.prefill_forward(x) for norm, x in zip(self.state_norms, found, strict=True)]
-            if self.states_norm is not None:
-                found = self._normed_together(found, self.states_norm)
             fused = self.fc.prefill_forward(found)
             pair = self.token_norm.prefill_forward(embedded), self.state_norm.prefill_forward(fused)
             self.attention.store_prefill(pair, self.rope.range(start, m), self.rope.rotation, start)

@@ -189,7 +189,7 @@ class TtnnLlama(Decoder):
                 "a draft head on a board reads prompts that prefill kernels have read: use --prefill chunks"
             )
         if self.kept is None:
-            self.kept = KeptStates(taps, self.layout.hidden, self.mesh_device)
+            self.kept = KeptStates(taps, self.layout)
         if self.kept.taps != tuple(taps):
             raise ValueError(f"states are kept after layers {self.kept.taps}, not {tuple(taps)}")
         return self.kept

@@ -30,7 +30,6 @@ OPTIONS = {
     "reduced": {},
     "before residual": {"norm_before_residual": True},
     "each state": {"fc_norm": True},
-    "all states": {"norm_before_fc": True},
     "output": {"norm_output": True},
     "everything": {"norm_before_residual": True, "fc_norm": True, "norm_output": True},
 }
@@ -389,6 +388,9 @@ def test_heads_that_boards_have_no_code_for_are_refused(mesh, weights):
     narrow = dataclasses.replace(config, target_hidden_size=config.hidden_size // 2)
     with pytest.raises(UserError, match="boards run heads as wide as their target, use --device cpu"):
         head_specs(narrow, chips, precision_named("bf16"))
+    together = dataclasses.replace(config, norm_before_fc=True)
+    with pytest.raises(UserError, match=r"\(norm_before_fc\), a row too wide for the norm's kernel: use --device cpu"):
+        head_specs(together, chips, precision_named("bf16"))
     odd = dataclasses.replace(config, draft_vocab_size=config.draft_vocab_size - 8)
     with pytest.raises(UserError, match="draft head: vocab_size 760 cannot be split over"):
         head_specs(odd, chips, precision_named("bf16"))

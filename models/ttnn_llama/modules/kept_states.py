@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import ttnn
 
+from models.ttnn_llama.modules.layout import Layout
 from models.ttnn_llama.shapes import TILE
 
 Chunks = list[list[ttnn.Tensor]]  # of a prompt: for each chunk [1, 1, m, H] of each tap
@@ -33,18 +34,18 @@ class KeptStates:
 
     Args:
         taps: the layers, in rising order: 0 the embedding, i the output of the i-th layer.
-        hidden: H.
-        mesh_device: of the model.
+        layout: of the model.
 
     Attributes:
         buffers: for each tap [1, 1, 32, H], the rows of the last forward; what follows them is undefined.
         serial: counts the forwards that have written, so that who holds `Kept` states knows whether they are there.
     """
 
-    def __init__(self, taps: Sequence[int], hidden: int, mesh_device: ttnn.MeshDevice) -> None:
+    def __init__(self, taps: Sequence[int], layout: Layout) -> None:
         self.taps = tuple(taps)
         self.serial = 0
-        self.buffers = [state_buffer(hidden, mesh_device) for _ in self.taps]
+        self.residual = layout.residual
+        self.buffers = [state_buffer(layout.hidden, layout.mesh_device) for _ in self.taps]
         self._chunks: Chunks = []
 
     def keep(self, layer: int, x: ttnn.Tensor) -> None:
@@ -69,7 +70,7 @@ class KeptStates:
         """Of the prompt's last chunk: write the row at an index [1, 1] as the buffers' first."""
         for x, buffer in zip(self._chunks[-1], self.buffers, strict=True):
             found = ttnn.embedding(row, ttnn.untilize(x, use_multicore=True), layout=ttnn.TILE_LAYOUT)
-            ttnn.copy(ttnn.reshape(found, (1, 1, TILE, x.shape[-1]), (1, 1, TILE, x.shape[-1])), buffer)
+            write_rows(ttnn.interleaved_to_sharded(ttnn.unsqueeze_to_4D(found), self.residual), buffer)
 
     def latest(self) -> Kept:
         """What the last forward has left."""

@@ -45,12 +45,17 @@ def drafting_config(config: HeadConfig) -> LlamaConfig:
 def head_specs(config: HeadConfig, chips: int, precision: Precision) -> list[WeightSpec]:
     """All tensors of a head on ``chips`` chips, in the order of a forward.
 
-    Names: "embedding" (of a reduced vocabulary), "input_norm", "fc_norm.{tap}", "fc.{tap}", "token_norm", "state_norm",
+    Names: "embedding" (of a reduced vocabulary), "fc_norm.{tap}", "fc.{tap}", "token_norm", "state_norm",
     "wqkv.{0,1}" (of the token, of the state), "wo", "mlp_norm", "w1", "w3", "w2", "norm", "head.{p}". Raises UserError
-    if the head cannot be split over so many chips, or has another width than its target's states.
+    if the head cannot be split over so many chips, is not as wide as its target's states, or has norm_before_fc.
     """
     layer = drafting_config(config)
     hidden, ffn = layer.hidden_size, layer.intermediate_size
+    if config.norm_before_fc:
+        raise UserError(
+            "the head norms its target's states together before fc (norm_before_fc), a row too wide for the norm's "
+            "kernel: use --device cpu, or a head without it"
+        )
     if config.target_hidden_size != hidden:
         raise UserError(
             f"the head is {hidden} wide and its target's states {config.target_hidden_size}: boards run heads as wide "
@@ -63,19 +68,17 @@ def head_specs(config: HeadConfig, chips: int, precision: Precision) -> list[Wei
     q_width, kv_width = layer.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
     own, taps = config.prefix, len(config.taps)
 
-    def norm(name: str, source: str, width: int = hidden) -> WeightSpec:
-        shape = (1, 1, width // TILE, TILE)
+    def norm(name: str, source: str) -> WeightSpec:
+        shape = (1, 1, hidden // TILE, TILE)
         return WeightSpec(name, "bf16", shape, None, "row_major", False, partial(_norm, f"{source}.weight", shape))
 
     def matrix(name: str, format: str, rows: int, columns: int, chip_dim: int, build) -> WeightSpec:
         return WeightSpec(name, format, (1, 1, rows, columns), chip_dim, "tile", True, build)
 
-    specs = []
+    specs: list[WeightSpec] = []
     if config.reduced:
         shape = (config.draft_vocab_size, hidden)
         specs.append(WeightSpec("embedding", "bf16", shape, None, "row_major", False, _draft_embedding))
-    if config.norm_before_fc:
-        specs.append(norm("input_norm", "input_norm", taps * hidden))
     if config.fc_norm:
         specs += [norm(f"fc_norm.{i}", f"fc_norm.{i}") for i in range(taps)]
     # Whole on each chip: as many copies side by side, of which each chip gets one.
