@@ -206,8 +206,11 @@ class TtnnHead(SlotBySlot):
         key = self._program(what, n) or self.prepare(what, n)
         self._inputs[key].fill_picked(tokens, position - 1, picks)
         self._last, self._last_row = position + n - 1, n - 1
-        logits = self.runner.run(key)
-        return ttnn.to_torch(ttnn.get_device_tensors(logits)[0]).view(-1, self.vocab_size).float()[:n]
+        return self._on_host(self.runner.run(key))[:n]
+
+    def _on_host(self, logits: ttnn.Tensor) -> torch.Tensor:
+        """[rows, V_d] fp32 of logits that are the same on all chips: waits for the device."""
+        return ttnn.to_torch(ttnn.get_device_tensors(logits)[0]).view(-1, self.vocab_size).float()
 
     def greedy(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> list[int]:
         """The target's ids [n] of greatest logit of `forward`."""
