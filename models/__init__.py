@@ -11,6 +11,7 @@
 - `llama`: what a Llama is. Configuration, checkpoint, tokenizer
 - `torch_llama`, `ttnn_llama`: the network on CPU and CUDA, and on Tenstorrent boards
 - `speculative`: how text is generated. Engine, drafters, acceptance rules, policies, statistics
+- `training`: draft heads for any target, from its own answers
 - `board_mock`, `simulator`: ttnn without a board. `checkpoints`: the small pair that comes with the package
 
 The names below are loaded when they are first used: importing this package imports nothing heavy.

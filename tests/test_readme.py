@@ -38,4 +38,4 @@ def test_the_examples_of_the_api_are_python():
 
 def test_every_page_of_the_docs_is_reached_from_the_readme():
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
-    assert pages == set(re.findall(r"\]\(docs/(\w+\.md)\)", README))
+    assert pages == set(re.findall(r"\]\(docs/([\w-]+\.md)\)", README))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from loguru import logger
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -103,6 +104,39 @@ class MeasuringBar:
         if time.monotonic() - self._drawn > 0.2:
             self._progress.refresh()
             self._drawn = time.monotonic()
+
+
+@contextlib.contextmanager
+def stage_bars() -> Iterator["StageBars"]:
+    """A bar on stderr for each stage of a long job, with the time left; a line a minute where that is no terminal."""
+    with _progress(TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True)) as progress:
+        yield StageBars(progress)
+
+
+class StageBars:
+    """Moved by the share of a stage that is done."""
+
+    QUIET_S = 60.0
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._began: dict[str, tuple[float, float]] = {}  # time and share where a stage was found
+        self._told = 0.0
+
+    def moved(self, stage: str, share: float, text: str) -> None:
+        """`share` of a stage is done, 0 to 1; `text` says more."""
+        now = time.monotonic()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=1.0)
+            self._began[stage] = now, share
+        self._progress.update(self._tasks[stage], completed=share, description=f"{stage}: {text}")
+        if self._progress.disable and (now - self._told >= self.QUIET_S or share >= 1):
+            self._told = now
+            began, first = self._began[stage]
+            gained = share - first
+            left = f", {(now - began) / gained * (1 - share) / 60:.0f} min left" if gained > 0 else ""
+            logger.info(f"{stage} {100 * share:.1f} %: {text}{left}")
 
 
 def _progress(*columns: ProgressColumn, quiet: bool = False, **options: Any) -> Progress:

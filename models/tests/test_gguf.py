@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from models import LLM, UserError
+from models.llama import gguf_checkpoint
 from models.llama.config import RopeScaling
 from models.llama.gguf_checkpoint import GgufCheckpoint, gguf_file
 from models.llama.rope import inverse_frequencies
@@ -141,6 +142,37 @@ def test_a_model_from_a_file_computes_what_the_tensors_do(tmp_path, tokenizer_di
     same = TorchLlama(config, tensors, dtype="fp32", max_seq_len=64)
     ids = list(range(5, 45))
     assert torch.allclose(model.forward(ids[:20], 0), same.forward(ids[:20], 0), atol=1e-5)
+
+
+def test_weights_of_a_small_model_are_dequantised_once(tmp_path, tokenizer_dir, monkeypatch):
+    config = config_of()
+    file = write(tmp_path / "m.gguf", config, random_tensors(config, 0), "Q4_1", tokenizer_dir=tokenizer_dir)
+    first = {name: tensor.clone() for name, tensor in GgufCheckpoint.open(file).items()}
+    monkeypatch.setattr(GgufCheckpoint, "_dequantised", None)
+    again = GgufCheckpoint.open(file)
+    assert all(torch.equal(again[name], first[name]) for name in config.tensor_shapes())
+    with pytest.raises(KeyError):
+        again["lm_head.bias"]
+
+
+def test_weights_are_dequantised_at_every_load_where_they_are_too_many_or_there_is_no_room(
+    tmp_path, tokenizer_dir, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    config = config_of()
+    texts = {}
+    for name, patched in (("kept", {}), ("large", {"KEPT_BYTES": 10}), ("full", {"save_file": full})):
+        file = write(tmp_path / f"{name}.gguf", config, random_tensors(config, 0), "Q4_1", tokenizer_dir=tokenizer_dir)
+        with monkeypatch.context() as patch:
+            for attribute, value in patched.items():
+                patch.setattr(gguf_checkpoint, attribute, value)
+            checkpoint = GgufCheckpoint.open(file)
+        assert (checkpoint.path / "weights.safetensors").exists() == (name == "kept")
+        texts[name] = {name: checkpoint[name] for name in checkpoint}
+    for other in ("large", "full"):
+        assert all(torch.equal(texts[other][name], texts["kept"][name]) for name in config.tensor_shapes())
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

@@ -232,10 +232,19 @@ class TorchLlama(SlotBySlot):
             self._views[index] = self._view(index)
         return self._views[index]
 
+    def sequence(self, index: int) -> TorchLlama:
+        """One sequence of the batch as a model of its own: it fills that sequence's cache and no other."""
+        if not 0 <= index < self.batch:
+            raise IndexError(f"sequence {index} of a batch of {self.batch}")
+        view = self._view(index)
+        view.batch = 1
+        return view
+
     @contextlib.contextmanager
     def tap(self, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:
         """While it is entered, keep the hidden states [n, H] of the rows computed, after so many layers each: 0 is the
-        embedding. They are in the list, a tensor for each of `layers`, when it is left. No batch.
+        embedding. They are in the list, a tensor for each of `layers`, when it is left; of a batch, one sequence after
+        another.
 
         Raises UserError for a number of layers that the model has not.
         """
@@ -446,7 +455,7 @@ class TorchLlama(SlotBySlot):
         if x is None:
             x = self.embedding[ids.flatten()].to(self.dtype)  # [B R, H]
         if self._taps:
-            self._keep_states(first, x, used)
+            self._keep_states(first, x, batch, used)
         for count, layer in enumerate(self.layers[first:stop], first + 1):
             qkv = layer.qkv(F.rms_norm(x, shape, layer.attention_norm, eps))
             qk = qkv[:, : rotated * dim].view(batch, n, rotated, dim)
@@ -476,14 +485,14 @@ class TorchLlama(SlotBySlot):
             gate, up = layer.gate_up(F.rms_norm(x, shape, layer.mlp_norm, eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
             if self._taps:
-                self._keep_states(count, x, used)
+                self._keep_states(count, x, batch, used)
         return x
 
-    def _keep_states(self, count: int, x: torch.Tensor, used: int) -> None:
+    def _keep_states(self, count: int, x: torch.Tensor, batch: int, used: int) -> None:
         """Keep the states after `count` layers, where they were asked for; rows that are padding are left out."""
         for layers, pieces in zip(self._taps, self._tapped, strict=True):
             if layers == count:
-                pieces.append(x[:used])
+                pieces.append(x.view(batch, -1, x.shape[1])[:, :used].flatten(0, 1))
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         self._scored = F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)

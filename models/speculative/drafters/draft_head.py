@@ -8,6 +8,8 @@ import math
 import time
 from collections.abc import Sequence
 
+import torch
+
 from models.speculative.drafters import Draft, Limit
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.tree import TreeDrafter
@@ -30,6 +32,14 @@ class _Head(ModelDrafter):
     def states(self, features: Features, rows: Sequence[int], position: int) -> None:
         """The target has computed rows of the text, whoever drafted them."""
         self.model.states(features, rows, position)
+
+    def _last_logits(self, tokens: list[int], position: int) -> torch.Tensor:
+        """Without those of the rows before, which nobody needs."""
+        if len(tokens) > 1 and self.model.lasting:
+            logits = self.model.read(tokens, position)
+            assert logits is not None  # states are in the host's reach
+            return logits[None]
+        return super()._last_logits(tokens, position)
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """As of `ModelDrafter`. Where nothing is drafted, states that would not last are read."""

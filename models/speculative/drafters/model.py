@@ -120,7 +120,7 @@ class ModelDrafter:
         while len(drafted) < k:
             if priced and drafted and not limit.pays(self.source, path_probs[-1], 1, len(drafted) + 2):
                 break
-            logits = self.model.forward(pending, position)[-1:]
+            logits = self._last_logits(pending, position)
             looked = len(drafted)
             if not self._usable(logits):
                 break
@@ -138,6 +138,10 @@ class ModelDrafter:
         return Draft(
             drafted, torch.cat(drawn_from) if drawn_from else None, prefill_s, source=self.source, path_probs=path_probs
         )
+
+    def _last_logits(self, tokens: list[int], position: int) -> torch.Tensor:
+        """Logits [1, V] after the last of tokens at position.. ."""
+        return self.model.forward(tokens, position)[-1:]
 
     def _usable(self, logits: torch.Tensor) -> bool:
         """Whether logits [n, V] can be drafted from; if not, this was the last try."""

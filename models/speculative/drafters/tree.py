@@ -60,7 +60,7 @@ class TreeDrafter(ModelDrafter):
             return Draft([])
         self._keep_path(tokens)
         prefill_s = self.read(tokens)
-        logits = self.model.forward(tokens[self.cached :], self.cached)[-1:]
+        logits = self._last_logits(tokens[self.cached :], self.cached)
         self.cached, self._fed = len(tokens), [-1]
         if not self._usable(logits):
             return Draft([], None, prefill_s, source=self.source)
