@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
@@ -33,7 +33,6 @@ from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import Request
 from models.speculative.stats import GenerationStats
 from models.speculative.text import TextStream, checked_stops
-from models.torch_llama.draft_head import TorchHead
 
 if TYPE_CHECKING:
     from models.llama.tokenizer import LlamaTokenizer
@@ -178,13 +177,11 @@ class LLM:
     def _load_on_board(self, pair: OpenedPair, announce, progress) -> None:
         from models.ttnn_llama.board_models import BoardModels
 
-        if isinstance(pair.draft, OpenedHead):
-            raise OptionError("[draft] is a draft head, which runs on CPU and CUDA: use a draft model on a board")
         self.board = BoardModels(
             pair.target,
             pair.draft,
             max_seq_len=self.max_seq_len,
-            options=_board_options(pair.options),
+            options=_board_options(pair.options, isinstance(pair.draft, OpenedHead)),
             announce=announce,
             progress=progress,
         )
@@ -382,7 +379,7 @@ class LLM:
         for model in (self.target.model, self.draft.model if self.draft else None):
             if model is None or len(prompt) > model.max_seq_len:
                 continue
-            if isinstance(model, TorchHead):
+            if isinstance(model, DraftHead):
                 model.warm_up(prompt)
             else:
                 model.prefill(prompt)
@@ -477,11 +474,14 @@ def check_exit_choice(max_seq_len: int, prompt: Sequence[int]) -> None:
         )
 
 
-def _board_options(options: ResolvedOptions) -> BoardOptions:
-    """How a board has to be prepared for what will run on it."""
+def _board_options(options: ResolvedOptions, of_head: bool) -> BoardOptions:
+    """How a board has to be prepared for what will run on it, the draft being a head or not."""
     from models.ttnn_llama.programs.options import DRAFT_LENGTHS, BoardOptions
 
     lengths: tuple[int, ...] = ()
+    workload = options.spec.workload if options.spec else Workload()
+    if of_head and workload.drafts_with == "draft":
+        workload = replace(workload, drafts_with="head")
     if options.spec:
         lengths = DRAFT_LENGTHS if options.auto else (int(options.num_draft_tokens),)
     return BoardOptions(
@@ -492,7 +492,7 @@ def _board_options(options: ResolvedOptions) -> BoardOptions:
         prefill=options.prefill,
         trace=options.trace,
         weight_cache=options.weight_cache,
-        workload=options.spec.workload if options.spec else Workload(),
+        workload=workload,
         exit_layer=options.exit_layer if isinstance(options.exit_layer, int) else None,
         tree_nodes=options.tree_nodes,
         draft_lengths=lengths,

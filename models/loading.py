@@ -32,7 +32,7 @@ from models.options import (
     named_head,
     named_target,
 )
-from models.speculative.model import EarlyExit, LanguageModel, TreeModel
+from models.speculative.model import EarlyExit, HeadChains, LanguageModel, TreeModel
 from models.torch_llama.calibration import Calibration, calibrate
 from models.torch_llama.draft_head import TorchHead
 from models.torch_llama.model import TorchLlama
@@ -81,6 +81,20 @@ class Network(LanguageModel, TreeModel, EarlyExit, Protocol):
         ...
 
 
+class HeadNetwork(LanguageModel, HeadChains, Protocol):
+    """A draft head on any device; it is its own first slot."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of its weights."""
+        ...
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory of its cache."""
+        ...
+
+
 AnyNetwork = TypeVar("AnyNetwork", bound=Network, covariant=True)
 
 
@@ -99,7 +113,7 @@ class LoadedHead:
     """A draft head ready to run; fields as of `LoadedModel`."""
 
     opened: OpenedHead
-    model: TorchHead
+    model: HeadNetwork
     dtype: str
     load_s: float
 

@@ -30,10 +30,12 @@ from models.cli.command import Parser, run_command
 from models.cli.console import Terminal, memory_table
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES, LlamaConfig, named_config
+from models.llama.head_config import HeadConfig, typical_head
 from models.speculative.drafters.registry import spec_of
 from models.ttnn_llama.device.mesh import first_line, open_mesh, target_chips
 from models.ttnn_llama.shapes import MAX_ROWS
 from models.ttnn_llama.weights import memory
+from models.ttnn_llama.weights.head_tensors import head_specs
 from models.ttnn_llama.weights.precision import (
     PRECISION,
     PRECISIONS,
@@ -82,11 +84,22 @@ def find_config(name: str) -> LlamaConfig:
     return LlamaConfig.from_json(file)
 
 
+def find_head(name: str, target: LlamaConfig) -> HeadConfig:
+    """The shape of a head in a directory, or of published heads for a size. UserError if it is not the target's."""
+    path = Path(name)
+    config = HeadConfig.from_json(path / "config.json", target) if path.is_dir() else typical_head(find_config(name))
+    config.check_target(target)
+    return config
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = "checkpoint directory, hub id, or 1B, 3B, 8B"
     parser.add_argument("--model", required=True, help=f"the target: {model}")
     parser.add_argument("--draft", help=f"the draft: {model} (default: none)")
+    parser.add_argument(
+        "--draft-head", help="a draft head: its directory, or 1B, 3B, 8B for the shape of published ones"
+    )
     meshes = f"one of {', '.join(BOARDS)}; {', '.join(cluster.VARIANTS)}: a P150 with other grids of cores"
     parser.add_argument("--mesh", required=True, help=meshes)
     parser.add_argument("--max-seq-len", type=int, help=f"context in tokens (default: {DEFAULT_CONTEXT})")
@@ -112,7 +125,7 @@ class Question:
     """What to check, all of it checked for sense."""
 
     board: Board
-    configs: dict[str, LlamaConfig]  # "target" and, if there is one, "draft"
+    configs: dict[str, LlamaConfig | HeadConfig]  # "target" and, if there is one, "draft", a model or a head
     precisions: dict[str, Precision]
     placement: str
     max_seq_len: int
@@ -124,29 +137,42 @@ class Question:
 def question(options: argparse.Namespace) -> Question:
     """Raises UserError for whatever is wrong with the options, or with the models for this board."""
     board = cluster.board_of(options.mesh)
-    if options.draft is None and (options.draft_precision or options.draft_placement != "shared"):
+    drafts = options.draft is not None or options.draft_head is not None
+    if not drafts and (options.draft_precision or options.draft_placement != "shared"):
         raise UserError("--draft-precision and --draft-placement are about a draft: name it with --draft")
-    configs = {"target": find_config(options.model)}
-    default = default_precision(configs["target"].hidden_size)
+    if options.draft is not None and options.draft_head is not None:
+        raise UserError("--draft and --draft-head are both given: a target has one draft")
+    if options.draft_head is not None and options.draft_placement != "shared":
+        raise UserError("a draft head lies on its target's chips: use --draft-placement shared")
+    of_target = find_config(options.model)
+    configs: dict[str, LlamaConfig | HeadConfig] = {"target": of_target}
+    default = default_precision(of_target.hidden_size)
     precisions = {"target": precision_named(options.precision or default)}
     chips = {"target": board.chips}
     if options.draft is not None:
         own_chip = options.draft_placement == "own-chip"
-        configs["draft"] = find_config(options.draft)
+        draft_config = configs["draft"] = find_config(options.draft)
         precisions["draft"] = precision_named(options.draft_precision or options.precision or PRECISION)
         chips = {
             "target": target_chips(board, own_chip_for_draft=own_chip),
             "draft": 1 if own_chip else board.chips,
         }
-        target, draft = (configs[name].vocab_size for name in ("target", "draft"))
+        target, draft = of_target.vocab_size, draft_config.vocab_size
         if target != draft:
             raise UserError(f"target vocabulary {target} != draft vocabulary {draft}: the pair must share a tokenizer")
+    if options.draft_head is not None:
+        configs["draft"] = find_head(options.draft_head, of_target)
+        precisions["draft"] = precision_named(options.draft_precision or options.precision or PRECISION)
+        chips["draft"] = board.chips
     drafted = options.num_draft_tokens
     if not 1 <= drafted < MAX_ROWS:
         raise UserError(
             f"--num-draft-tokens {drafted} is outside 1..{MAX_ROWS - 1}: a forward verifies at most {MAX_ROWS} rows"
         )
-    shortest, longest = drafted + 3, min(config.max_position_embeddings for config in configs.values())
+    shortest, longest = (
+        drafted + 3 if options.draft_head is None else 2 * drafted + 5,
+        min(config.max_position_embeddings for config in configs.values() if isinstance(config, LlamaConfig)),
+    )
     length = options.max_seq_len if options.max_seq_len is not None else min(DEFAULT_CONTEXT, longest)
     if not shortest <= length <= longest:
         raise UserError(
@@ -163,7 +189,10 @@ def question(options: argparse.Namespace) -> Question:
                 f"{flag} {wrong[0]} is outside 1..{limit}, for a context of {length}: use one in that range"
             )
     for name, config in configs.items():
-        check_split(config, chips[name])
+        if isinstance(config, HeadConfig):
+            head_specs(config, chips[name], precisions[name])
+        else:
+            check_split(config, chips[name])
     return Question(
         board=board,
         configs=configs,
@@ -185,7 +214,7 @@ def memory_plans(asked: Question) -> dict[str, memory.MemoryPlan]:
         precision=asked.precisions["target"].name,
         draft_precision=asked.precisions.get("draft", asked.precisions["target"]).name,
         placement=asked.placement,
-        workload=spec_of("model").workload,
+        workload=spec_of("head" if isinstance(asked.configs.get("draft"), HeadConfig) else "model").workload,
         draft_lengths=(asked.draft_tokens,),
     )
     # of an opened model only the configuration is looked at
@@ -285,8 +314,10 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
     import ttnn  # noqa: F401  first, under the mock
 
     from models.ttnn_llama.device.runner import Runner
+    from models.ttnn_llama.draft_head import TtnnHead
     from models.ttnn_llama.model import TtnnLlama
     from models.ttnn_llama.programs.fused import FusedRound
+    from models.ttnn_llama.programs.head_round import HeadRound
     from models.ttnn_llama.weights.tensors import EmptySource
 
     own_chip = asked.placement == "own-chip"
@@ -296,11 +327,19 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
         before = {name: dram_in_use(mesh) for name, mesh in owners.items()}
         runner = Runner(meshes.target, trace=False)
         models: dict[str, TtnnLlama] = {}
+        heads: list[TtnnHead] = []
 
         def build(name: str) -> None:
-            mesh = places[name]
+            mesh, config = places[name], asked.configs[name]
+            if isinstance(config, HeadConfig):
+                import torch
+
+                ids = torch.arange(config.draft_vocab_size) if config.reduced else None
+                options = {"precision": asked.precisions[name], "max_seq_len": asked.max_seq_len}
+                heads.append(TtnnHead(config, models["target"], EmptySource(mesh), target_ids=ids, **options))
+                return
             models[name] = TtnnLlama(
-                asked.configs[name],
+                config,
                 mesh,
                 EmptySource(mesh),
                 precision=asked.precisions[name],
@@ -327,6 +366,9 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
                 fused.run([1, 2], asked.max_seq_len - k - 2, k)
 
             yield try_out(f"round of {asked.draft_tokens} drafted tokens on the device", meshes.target, one_round)
+        for head in heads:
+            for what, body in uses_of_head(head, HeadRound(head), asked):
+                yield try_out(f"draft: {what}", meshes.target, body)
         yield {name: usage(mesh, before[name]) for name, mesh in owners.items()}
 
 
@@ -355,6 +397,44 @@ def uses(model, asked: Question, *, drafts: bool, early_exit: bool) -> Iterator[
                 f"draft {k} tokens after {given}",
                 lambda m=given: model.draft_greedy([1] * m, asked.max_seq_len - k - m, k),
             )
+
+
+def uses_of_head(head, rounds, asked: Question) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Everything that generation does with a draft head and, for it, with its target."""
+    from models.speculative.model import Rows, Want
+
+    k, target = asked.draft_tokens, head.target
+    position = asked.max_seq_len - 2 * k - 3
+
+    def verified(rows: int) -> None:
+        kept = target.extend([Rows(0, [1] * rows, position)], Want(taps=head.taps)).features(0)
+        head.states(kept, range(rows), position)
+
+    def one_round() -> None:
+        verified(k + 1)
+        rounds.prepare(k)
+        rounds.run([1] * (k + 2), position, k)
+
+    def chain() -> None:
+        verified(k + 1)
+        head.draft_greedy([1] * (k + 1), position + 1, k)
+
+    def reading() -> None:
+        verified(k + 1)
+        head.read([1] * (k + 1), position + 1)
+
+    def steps() -> None:
+        verified(k + 1)
+        head.forward([1] * (k + 1), position + 1)
+        head.forward([1], position + k + 2)
+
+    for prompt in asked.prompts:
+        if prompt > 1:
+            yield f"a prompt of {prompt} tokens, with the target's states", lambda n=prompt: head.warm_up([1] * n)
+    yield f"rows of {k + 1} verified tokens, read", reading
+    yield f"{k} tokens after {k + 1} verified ones", chain
+    yield "logits of rows, and of a step", steps
+    yield f"round of {k} tokens drafted by the head", one_round
 
 
 # ---- the answer -----------------------------------------------------------------------------------------------------
@@ -414,7 +494,9 @@ def command(argv: Sequence[str] | None) -> int:
 
         check_writable(options.json)
     asked = question(options)
-    models = " + ".join(name for name in (options.model, options.draft) if name)
+    models = " + ".join(
+        name for name in (options.model, options.draft, options.draft_head and f"{options.draft_head} head") if name
+    )
     subject = f"{models} on {options.mesh}, context {asked.max_seq_len}"
     checks: list[Check] = []
     usages: dict[str, Usage] = {}

@@ -2,6 +2,8 @@
 
     python scripts/plan.py --target 8B --draft 1B --board N150 --acceptance 0.8
     python scripts/plan.py --target 8B --draft 1B --board T3K --acceptance-from run.json --markdown
+    python scripts/plan.py --target 8B --draft head --board N150 --text humaneval      # an EAGLE-3 draft head
+    python scripts/plan.py --heads              # heads of all targets on all boards, by kind of text
     python scripts/plan.py --capture            # count programs and bytes again, on mock boards (needs ttnn)
 
 The time of a step is computed from the DRAM bytes and layers of our own forwards, counted in ttnn's graph on mock
@@ -29,8 +31,9 @@ from models.ttnn_llama.shapes import MAX_ATTENTION_CORES
 from models.ttnn_llama.weights import memory
 from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS, default_precision, precision_named
 from scripts.planner import counts as counting
-from scripts.planner import describe, report
+from scripts.planner import describe, heads, overview, report
 from scripts.planner.counts import SIZES, Counts
+from scripts.planner.heads import HEAD
 from scripts.planner.levers import LOWEST, levers, memory_of
 from scripts.planner.predict import Family, Figure, Pair, Times
 from scripts.planner.published import best_plain
@@ -42,6 +45,7 @@ from scripts.planner.speculation import (
     chain,
     speedup,
 )
+from scripts.planner.texts import CHAT, TEXTS, text_named
 
 DEFAULT_ACCEPTANCE = 0.8
 DEFAULT_CONTEXT = 1024
@@ -55,12 +59,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = ", ".join(SIZES)
     parser.add_argument("--target", help=f"one of {sizes}")
-    parser.add_argument("--draft", help=f"one of {sizes}, not larger than the target")
+    parser.add_argument("--draft", help=f"one of {sizes}, not larger than the target, or {HEAD}: an EAGLE-3 draft head")
     parser.add_argument("--board", help=f"one of {', '.join(BOARDS)}")
     parser.add_argument(
         "--acceptance", type=float, help=f"chance of a drafted token, 0 to 1 (default: {DEFAULT_ACCEPTANCE})"
     )
     parser.add_argument("--acceptance-from", metavar="RUN.json", help="take it from a run of the demo, by position")
+    parser.add_argument(
+        "--text", metavar="KIND", help=f"of a head: as published for {', '.join(TEXTS)} (default: {CHAT})"
+    )
     parser.add_argument(
         "--context", type=int, default=DEFAULT_CONTEXT, help="tokens in the KV cache (default: %(default)s)"
     )
@@ -75,12 +82,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="write the plan to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument(
+        "--heads", action="store_true", help="predict draft heads for all targets and boards, and one-pass heads"
+    )
     parser.add_argument("--recount", action="store_true", help="count this pair on this board now; needs ttnn")
     parser.add_argument(
         "--capture", action="store_true", help=f"count everything and write {counting.SHIPPED.name}; needs ttnn"
     )
     options = parser.parse_args(argv)
-    if not options.capture:
+    if options.heads:
+        refused = ("target", "draft", "board", "acceptance", "acceptance_from", "text", "num_draft_tokens", "recount")
+        values = {f"--{name.replace('_', '-')}": getattr(options, name) for name in refused}
+        given = [flag for flag, value in values.items() if value is not None and value is not False]
+        if given or options.capture:
+            parser.error(f"--heads plans all targets, boards and texts: leave out {', '.join(given) or '--capture'}")
+    elif not options.capture:
         missing = [f"--{name}" for name in ("target", "draft", "board") if getattr(options, name) is None]
         if missing:
             parser.error(f"the following arguments are required: {', '.join(missing)}")
@@ -89,24 +105,42 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> Acceptance:
     """UserError for what makes no sense; completes the options."""
-    options.target, options.draft = size_named(options.target), size_named(options.draft)
+    options.target = size_named(options.target)
+    headed = options.draft.strip().lower() == HEAD
+    options.draft = HEAD if headed else size_named(options.draft)
     board_named(options.board)
-    options.draft_precision = precision_named(options.draft_precision or options.precision or PRECISION).name
-    chosen = options.precision or default_precision(named_config(options.target).hidden_size)
-    options.precision = precision_named(chosen).name
-    if SIZES.index(options.draft) > SIZES.index(options.target):
+    if not headed and SIZES.index(options.draft) > SIZES.index(options.target):
         raise UserError(f"the draft {options.draft} is larger than the target {options.target}: swap them")
+    check_settings(options, options.target)
+    k = options.num_draft_tokens
+    if k is not None and not 0 <= k <= MAX_DRAFT_LENGTH:
+        raise UserError(f"--num-draft-tokens {k} is outside 0..{MAX_DRAFT_LENGTH}: 16 rows are what is planned for")
+    return _acceptance(options)
+
+
+def check_settings(options: argparse.Namespace, target: str) -> None:
+    """UserError for a precision, a context or cores that make no sense; completes the precisions for a target."""
+    options.draft_precision = precision_named(options.draft_precision or options.precision or PRECISION).name
+    chosen = options.precision or default_precision(named_config(target).hidden_size)
+    options.precision = precision_named(chosen).name
     if not 1 <= options.context <= LONGEST_CONTEXT:
         raise UserError(f"--context {options.context} is outside 1..{LONGEST_CONTEXT}, what Llama 3.x is trained for")
     if not 1 <= options.attention_cores <= MAX_ATTENTION_CORES:
         raise UserError(f"--attention-cores {options.attention_cores} is outside 1..{MAX_ATTENTION_CORES}")
-    k = options.num_draft_tokens
-    if k is not None and not 0 <= k <= MAX_DRAFT_LENGTH:
-        raise UserError(f"--num-draft-tokens {k} is outside 0..{MAX_DRAFT_LENGTH}: 16 rows are what is planned for")
+
+
+def _acceptance(options: argparse.Namespace) -> Acceptance:
+    given = [name for name in ("acceptance", "acceptance_from", "text") if getattr(options, name) is not None]
+    if len(given) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
+        raise UserError(f"{first} and {second} exclude each other: give one")
+    if options.text is not None and options.draft != HEAD:
+        raise UserError(f"--text {options.text} is published acceptance of draft heads: use it with --draft {HEAD}")
     if options.acceptance_from is not None:
-        if options.acceptance is not None:
-            raise UserError("--acceptance and --acceptance-from exclude each other: give one")
         return Acceptance.of_run(options.acceptance_from)
+    if options.acceptance is None and options.draft == HEAD:
+        options.text = text_named(options.text or CHAT).name
+        return TEXTS[options.text].acceptance()
     return Acceptance.equal(DEFAULT_ACCEPTANCE if options.acceptance is None else options.acceptance)
 
 
@@ -135,7 +169,7 @@ def build(options: argparse.Namespace, acceptance: Acceptance, counts: Counts, f
         *(options.target, options.draft, options.precision, options.draft_precision, places, options.context),
         attention_cores=options.attention_cores,
     )
-    times = Times(family, counts, board, pair)
+    times = heads.times_of(family, counts, board, pair)
     lengths = range(MAX_DRAFT_LENGTH + 1)
     allowed = lengths if options.num_draft_tokens is None else [options.num_draft_tokens]
     rounds = [chain(times, acceptance, k) for k in lengths]
@@ -157,10 +191,11 @@ def build(options: argparse.Namespace, acceptance: Acceptance, counts: Counts, f
         "acceptance": {
             "source": acceptance.source,
             "measured": options.acceptance_from is not None,
+            "text": options.text,
             "known_positions": acceptance.known,
             "chances": acceptance.chances(MAX_DRAFT_LENGTH),
         },
-        "counts": counts.source,
+        "counts": counts.source + "; of the head from its design, not recorded" * (pair.draft == HEAD),
         "best": {"k": chosen.k, **_figure("speedup", speedup(times, chosen)), **_rate(family, chosen)},
         "decode": {**_figure("ms", family.figure(decode)), **_rate(family, rounds[0])},
         "published_plain": dataclasses.asdict(plain) if plain else None,
@@ -178,9 +213,10 @@ def build(options: argparse.Namespace, acceptance: Acceptance, counts: Counts, f
             }
             for lever in levers(times, acceptance, list(allowed), chosen)
         ],
+        "texts": overview.by_text(times) if pair.draft == HEAD else None,
         "memory": _memory(board, pair, chosen.k),
         "fit": fit,
-        "assumptions": describe.ASSUMPTIONS,
+        "assumptions": [*describe.ASSUMPTIONS, *(heads.ASSUMPTIONS if pair.draft == HEAD else [])],
     }
 
 
@@ -240,7 +276,7 @@ def recounted(options: argparse.Namespace) -> Counts:
     _needs_ttnn()
     found = capture.capture(
         [options.board],
-        list(dict.fromkeys((options.target, options.draft))),
+        list(dict.fromkeys(size for size in (options.target, options.draft) if size != HEAD)),
         list(dict.fromkeys((options.precision, options.draft_precision, LOWEST))),
         progress=lambda text: print(text, file=sys.stderr),
     )
@@ -252,21 +288,54 @@ def _needs_ttnn() -> None:
         raise UserError("counting needs ttnn (CPython 3.12 or 3.10 on x86-64 Linux): plan with the shipped counts")
 
 
+def circumstances(arguments: Sequence[str]) -> dict:
+    """What a results file says of its making."""
+    from models.cli.environment import date, versions
+
+    return {"date": date(), "versions": versions(), "command": ["scripts/plan.py", *arguments]}
+
+
+def show_heads(options: argparse.Namespace, arguments: Sequence[str], counts: Counts, family: Family) -> int:
+    """Heads of all targets on all boards."""
+    from models.cli.environment import write_json
+
+    def pair(target: str, draft: str, board: Board) -> Pair:
+        own = argparse.Namespace(**vars(options))
+        check_settings(own, target)
+        places = counting.places(board, False, board.chips)
+        settings = target, draft, own.precision, own.draft_precision, places, own.context
+        return Pair(*settings, attention_cores=own.attention_cores)
+
+    found = overview.heads(counts, family, pair, DEFAULT_ACCEPTANCE)
+    if options.json:
+        write_json(options.json, found | circumstances(arguments))
+    if options.markdown:
+        print(report.heads_markdown(found), end="")
+    else:
+        report.show_heads(found)
+    return 0
+
+
 def command(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse(arguments)
     if options.capture:
         return capture_all()
-    acceptance = check(options)
-    from models.cli.environment import check_writable, date, versions, write_json
+    if options.heads:
+        for size in SIZES:
+            check_settings(argparse.Namespace(**vars(options)), size)
+    else:
+        acceptance = check(options)
+    from models.cli.environment import check_writable, write_json
 
     if options.json:
         check_writable(options.json)
     shipped, family, fit = fitted()
+    if options.heads:
+        return show_heads(options, arguments, shipped, family)
     plan = build(options, acceptance, recounted(options) if options.recount else shipped, family, fit)
     if options.json:
-        circumstances = {"date": date(), "versions": versions(), "command": ["scripts/plan.py", *arguments]}
-        write_json(options.json, plan | circumstances)
+        write_json(options.json, plan | circumstances(arguments))
     if options.markdown:
         print(report.markdown(plan), end="")
     else:

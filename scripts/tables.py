@@ -19,6 +19,7 @@ from models.boards import BOARDS
 from models.cli.command import Parser, run_command
 from models.cli.tables import markdown_table
 from models.errors import UserError
+from scripts.planner import report as planned
 from scripts.suites.peers import peer_lines, same_text
 from scripts.suites.report import number, percent, ranged, times
 
@@ -286,6 +287,33 @@ def _lever(levers: Sequence[Results], name: str) -> str:
     return _banded(best["speedup"], best["speedup_band"], 2) + f",{detail}" * bool(detail)
 
 
+def plan_heads() -> str:
+    """Predicted speed-ups with draft heads, by kind of text."""
+    return _planned(planned.heads_table)
+
+
+def plan_one_pass() -> str:
+    """Predicted for heads that draft all tokens in one pass."""
+    return _planned(planned.one_pass_table)
+
+
+def plan_texts() -> str:
+    """Published acceptance of heads, and what is made of it."""
+    rows = []
+    for text in read("plan-heads")["acceptance"]:
+        lengths = ", ".join(f"{length:.2f} ({k})" for k, length in text["mean_acceptance_length"].items())
+        chances = " ".join(f".{100 * chance:.0f}" for chance in text["chances"])
+        rows.append((text["title"], text["kind"], lengths, chances))
+    return markdown_table(("text", "kind", "published: tokens a round (K)", "chance by position"), rows, left=2)
+
+
+def _planned(make: Callable[[Results], planned.Table]) -> str:
+    results = read("plan-heads")
+    table = make(results)
+    where = f"`scripts/plan.py --heads`; context {results['settings']['context']}, {results['date'][:10]}"
+    return f"{where}; all **predicted**\n\n{markdown_table(table.columns, table.rows, table.left)}"
+
+
 def plan_fit() -> str:
     """How well the planner's model explains published speeds."""
     fit = read(f"plan-8B-1B-{next(iter(BOARDS))}")["fit"]
@@ -333,6 +361,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "agreement-cpu": cpu_agreement,
     "plan-8B": lambda: plan("8B"),
     "plan-3B": lambda: plan("3B"),
+    "plan-heads": plan_heads,
+    "plan-one-pass": plan_one_pass,
+    "plan-texts": plan_texts,
 }
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from models.board_mock import cluster
 from models.cli.command import run_command
+from models.llama.config import LlamaConfig
+from models.tests.head_fixtures import head_config
 from models.tests.llama_fixtures import tiny_config
 from models.ttnn_llama.weights.precision import tile_bytes
 
@@ -117,6 +119,30 @@ def test_a_legal_pair_is_run_in_all_ways_and_exits_with_0(directory, tmp_path):
     assert planned <= kept <= 1.1 * planned
     assert all(check["l1_per_core"] > 0 for check in results["checks"][2:])
     assert all(check["dram_while_running"] > 0 for check in results["checks"][2:])
+
+
+@needs_ttnn
+def test_a_draft_head_is_run_in_all_ways(directory, tmp_path):
+    file, config = tmp_path / "check.json", LlamaConfig.from_json(Path(directory) / "config.json")
+    head = tmp_path / "head"
+    head.mkdir()
+    shape = head_config(config, config.vocab_size // 2)
+    (head / "config.json").write_text(json.dumps(shape.to_dict()), encoding="utf-8")
+    models = f"--model {directory} --draft-head {head} --mesh N150 --max-seq-len 256"
+    done = run(*models.split(), *f"--rows 1 4 --prompts 1 129 --num-draft-tokens 3 --json {file}".split())
+    assert done.returncode == 0, done.stdout
+    results = results_of(done, file)
+    assert [check["what"] for check in results["checks"] if check["what"].startswith("draft: ")] == [
+        "draft: weights and cache of 1 layers",
+        "draft: a prompt of 129 tokens, with the target's states",
+        "draft: rows of 4 verified tokens, read",
+        "draft: 3 tokens after 4 verified ones",
+        "draft: logits of rows, and of a step",
+        "draft: round of 3 tokens drafted by the head",
+    ]
+    planned = sum(plan["weights"] + plan["kv_cache"] for plan in results["planned_bytes_per_chip"].values())
+    kept = results["memory_in_use"]["target + draft"]["dram_kept"]
+    assert planned <= kept <= 1.1 * planned
 
 
 @needs_ttnn

@@ -12,6 +12,7 @@ Source: Li et al. 2025 (EAGLE-3); SpecForge's and speculators' files.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -247,6 +248,21 @@ class HeadConfig:
             "dtype": self.layer.dtype,
             "transformer_layer_config": layer,
         }
+
+
+def typical_head(target: LlamaConfig) -> HeadConfig:
+    """The shape of published heads for Llama 3: a layer of the target's sizes, its default taps, RoPE of base 10000,
+    and a draft vocabulary of 32000."""
+    layer = dataclasses.replace(
+        target,
+        num_hidden_layers=1,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_ids=(),
+    )
+    return HeadConfig(layer, 32000, target.hidden_size, default_taps(target.num_hidden_layers))
 
 
 def layout_of(values: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from models.errors import UserError
-from models.speculative.drafters import Budget, Draft
+from models.speculative.drafters import MAX_DRAFT_LENGTH, Budget, Draft
 from models.speculative.model import PROMPT, FusedRounds, LanguageModel, Rows
 from models.speculative.sequence import WAITING, Request, Sequence, Token
 from models.speculative.stats import GenerationStats, Round
@@ -210,8 +210,11 @@ def run_fused(sequence: Sequence, draft: Draft, rounds: FusedRounds, k: int) -> 
     Nothing is decided for a sequence that is sampled, or is to be verified token by token: the draft alone counts.
     """
     tokens = sequence.tokens
-    drafted, verified, accepted = rounds.run(tokens[-2:], len(tokens) - 2, k)
+    end = tokens[-(MAX_DRAFT_LENGTH + 1) :]
+    drafted, verified, accepted = rounds.run(end, len(tokens) - len(end), k)
     draft, request = draft._replace(tokens=drafted), sequence.request
     if not request.sampling.greedy or request.verification != "batched":
         return draft, None
-    return draft, Verified(list(range(accepted)), verified[accepted], len(tokens) + accepted, 0.0)
+    features = rounds.features
+    computed = () if features is None else ((features, range(accepted + 1), len(tokens) - 1),)
+    return draft, Verified(list(range(accepted)), verified[accepted], len(tokens) + accepted, 0.0, computed)

@@ -211,8 +211,9 @@ class EarlyExit(Protocol):
 class Tapped(Protocol):
     """A model that can keep hidden states on their way."""
 
-    def tap(self, layers: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
-        """While it is entered, keep the states [n, H] of the rows computed; filled at the end, one tensor a layer."""
+    def tap(self, layers: Sequence[int]) -> AbstractContextManager[list[Features]]:
+        """While it is entered, keep the states of the rows computed; filled at the end: one tensor [n, H] a layer, or
+        on a board one object for all."""
         ...
 
 
@@ -227,6 +228,7 @@ class DraftHead(Protocol):
     """
 
     taps: tuple[int, ...]  # layers of the target that it reads, as of `Want.taps`
+    lasting: bool  # whether states that it was given stay; else they are gone with the target's next forward
     target_ids: Tensor | None  # the target's id for each of its logits; None: they are the same
     target_vocab_size: int
 
@@ -238,12 +240,20 @@ class DraftHead(Protocol):
         """
         ...
 
-    def read(self, tokens: Sequence[int], position: int) -> Tensor:
+    def read(self, tokens: Sequence[int], position: int) -> Tensor | None:
         """Compute the rows of any number of tokens at position >= 1.., whose states before them were given.
 
-        Logits [V_d] of the last.
+        Logits [V_d] of the last; None where nothing but keys and values is computed.
         """
         ...
+
+    def warm_up(self, tokens: Sequence[int]) -> None:
+        """Prepare kernels for texts of this length, and overwrite the cache."""
+        ...
+
+
+class HeadChains(DraftHead, DraftModel, Protocol):
+    """What a draft head is asked for that drafts chains, in one slot."""
 
 
 class HeadModel(DraftHead, TreeModel, Protocol):
@@ -259,10 +269,16 @@ class FusedRounds(Protocol):
         """Those there is a program for, in rising order."""
         ...
 
-    def run(self, tokens: Sequence[int], position: int, k: int) -> tuple[list[int], list[int], int]:
-        """Feed the sequence's last two tokens, draft k, verify: (drafted [k], the target's ids [k + 1], accepted).
+    @property
+    def features(self) -> Features | None:
+        """Hidden states of the rows verified last, as `Step.features` gives them; None where nobody reads any."""
+        ...
 
-        k: up to the longest there is a program for.
+    def run(self, tokens: Sequence[int], position: int, k: int) -> tuple[list[int], list[int], int]:
+        """Feed what is needed of a sequence, draft k, verify: (drafted [k], the target's ids [k + 1], accepted).
+
+        tokens: the end of the sequence, the first of them at position, as many as a forward takes if there are so many;
+        at least two. k: up to the longest there is a program for.
         """
         ...
 
@@ -387,8 +403,10 @@ def _computed(model: SequenceModel, rows: Rows, want: Want) -> list[int] | Tenso
     return result[-1:] if want.last else result
 
 
-def _side_by_side(states: list[Tensor]) -> Tensor:
-    """Hidden states [n, H] of each layer -> [n, layers x H]."""
+def _side_by_side(states: list[Features]) -> Features:
+    """Hidden states [n, H] of each layer -> [n, layers x H]; a board keeps all layers as one."""
+    if len(states) == 1:
+        return states[0]
     import torch
 
     return torch.cat(states, -1)

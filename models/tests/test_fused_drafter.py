@@ -18,10 +18,12 @@ class ComposedRound:
 
     def __init__(self, target, draft, lengths=range(1, 32)):
         self.target, self.draft, self.draft_lengths = target, draft, lengths
+        self.features = None
         self.rounds = []
 
     def run(self, tokens, position, k):
-        assert len(tokens) == 2 and position >= 0 and 1 <= k <= max(self.draft_lengths)
+        assert len(tokens) >= 2 and position >= 0 and 1 <= k <= max(self.draft_lengths)
+        tokens, position = tokens[-2:], position + len(tokens) - 2
         self.rounds.append((position, k))
         drafted = self.draft.draft_greedy(tokens, position, k)
         verified = self.target.greedy([tokens[-1], *drafted], position + 1)

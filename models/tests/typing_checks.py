@@ -33,6 +33,7 @@ from models.torch_llama.model import TorchLlama
 from models.ttnn_llama.model import TtnnLlama
 from models.ttnn_llama.modules.first_layers import FirstLayers as TtnnFirstLayers
 from models.ttnn_llama.programs.fused import FusedRound
+from models.ttnn_llama.programs.head_round import HeadRound
 
 
 class Networks:
@@ -48,8 +49,7 @@ class Networks:
         self.tree_drafts: list[TreeModel] = [on_torch, on_board]
         self.measured: list[MeasuredModel] = [on_torch, on_board]
         self.whole: list[Network] = [on_torch, on_board]
-        self.tapped: Tapped = on_torch
-        self.not_tapped: Tapped = on_board  # type: ignore[assignment]
+        self.tapped: list[Tapped] = [on_torch, on_board]
 
 
 class Loaded:
@@ -95,6 +95,6 @@ class Policies:
 class Others:
     """Whole rounds as one program, and who reads along."""
 
-    def __init__(self, rounds: FusedRound, text: TextStream) -> None:
-        self.rounds: FusedRounds = rounds
+    def __init__(self, rounds: FusedRound, of_head: HeadRound, text: TextStream) -> None:
+        self.rounds: list[FusedRounds] = [rounds, of_head]
         self.watcher: Watcher = text

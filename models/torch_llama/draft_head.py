@@ -70,6 +70,7 @@ class TorchHead(SlotBySlot):
             raise UserError(f"torch {torch.__version__} has no int8 kernels for this CPU: use bf16")
         self.config = config
         self.taps = config.taps
+        self.lasting = True
         self.vocab_size = config.draft_vocab_size
         self.target_vocab_size = config.layer.vocab_size
         self.max_seq_len = max_seq_len

@@ -11,15 +11,19 @@ from loguru import logger
 from models.boards import Board
 from models.errors import UserError
 from models.llama.config import check_exit_layer
-from models.loading import LoadedModel, OpenedModel
+from models.loading import LoadedHead, LoadedModel, OpenedDraft, OpenedHead, OpenedModel
+from models.speculative.model import SequenceModel
 from models.ttnn_llama.device.mesh import detect_board, errors_passed_on, open_mesh, target_chips
 from models.ttnn_llama.device.runner import Runner
+from models.ttnn_llama.draft_head import TtnnHead
 from models.ttnn_llama.model import TtnnLlama
 from models.ttnn_llama.modules.decoder import Decoder
 from models.ttnn_llama.programs.fused import FusedRound
-from models.ttnn_llama.programs.needed import TREE, Program, programs, reads_late, trace_bytes, usable_lengths
+from models.ttnn_llama.programs.head_round import HeadRound
+from models.ttnn_llama.programs.needed import KEPT, TREE, Program, programs, reads_late, trace_bytes, usable_lengths
 from models.ttnn_llama.programs.options import BoardOptions
 from models.ttnn_llama.shapes import KV_BLOCK, padded_prompt, padded_rows
+from models.ttnn_llama.weights.head_tensors import HeadTensors, head_specs
 from models.ttnn_llama.weights.memory import MemoryPlan, check_fit, plan
 from models.ttnn_llama.weights.precision import precision_named
 from models.ttnn_llama.weights.tensors import CheckpointSource
@@ -29,7 +33,7 @@ Progress = Callable[[str, int, int, str], None]  # role, tensors done, tensors i
 
 
 def memory_plans(
-    board: Board, target: OpenedModel, draft: OpenedModel | None, max_seq_len: int, options: BoardOptions
+    board: Board, target: OpenedModel, draft: OpenedDraft | None, max_seq_len: int, options: BoardOptions
 ) -> dict[str, MemoryPlan]:
     """What "target" and "draft" take of each chip. Traces count with the target, and on a chip of its own with the
     draft too: every chip reserves the same for them. Raises UserError if the chips cannot share a model, or for an
@@ -61,17 +65,17 @@ def memory_plans(
     return plans
 
 
-def _on_own_chip(draft: OpenedModel | None, options: BoardOptions) -> bool:
+def _on_own_chip(draft: OpenedDraft | None, options: BoardOptions) -> bool:
     return draft is not None and options.placement == "own-chip"
 
 
-def _lengths(draft: OpenedModel | None, options: BoardOptions, chips: int, shared: bool) -> list[int]:
+def _lengths(draft: OpenedDraft | None, options: BoardOptions, chips: int, shared: bool) -> list[int]:
     """The draft lengths to prepare; none without the model that would draft."""
-    lacking = options.workload.drafts_with == "draft" and draft is None
+    lacking = options.workload.drafts_with in ("draft", "head") and draft is None
     return [] if lacking else usable_lengths(options, chips, shared)
 
 
-def _trace_bytes(target: OpenedModel, draft: OpenedModel | None, options: BoardOptions, chips: dict[str, int]) -> int:
+def _trace_bytes(target: OpenedModel, draft: OpenedDraft | None, options: BoardOptions, chips: dict[str, int]) -> int:
     shared = len(chips) == 1
     needed = programs(options, _lengths(draft, options, chips["target"], shared), shared)
     layers = target.checkpoint.config.num_hidden_layers
@@ -80,14 +84,14 @@ def _trace_bytes(target: OpenedModel, draft: OpenedModel | None, options: BoardO
 
 
 class BoardModels:
-    """A target and, if there is one, its draft on the board of this machine (or on the active mock).
+    """A target and, if there is one, its draft model or head on the board of this machine (or on the active mock).
 
     Nothing is opened before the memory is known to suffice; ``announce`` is told what is needed before that is
     decided. Close it when done; an error or Ctrl-C while loading or warming up closes the board too.
 
     Attributes:
-        target, draft: `LoadedModel`s; ``draft`` is None if there is none.
-        drafting: the model that drafts: the draft's, for early exit the target's first layers, or None.
+        target, draft: `LoadedModel`s, of a head a `LoadedHead`; ``draft`` is None if there is none.
+        drafting: what drafts: the draft's model, the head, for early exit the target's first layers, or None.
         fused: greedy rounds as one program, or None: sampling, sequential verification, a draft on its own chip, trees.
         lengths: what a controller may choose from, in rising order from 0: what programs are prepared for.
         board: which board it is.
@@ -101,7 +105,7 @@ class BoardModels:
     def __init__(
         self,
         target: OpenedModel,
-        draft: OpenedModel | None,
+        draft: OpenedDraft | None,
         *,
         max_seq_len: int,
         options: BoardOptions,
@@ -132,8 +136,12 @@ class BoardModels:
             for each in self._runners:
                 stack.callback(each.release)
             self.target = self._load("target", target, options.precision, runner, progress)
-            self.draft = self._load("draft", draft, options.draft_precision, draft_runner, progress) if draft else None
-            self.drafting: Decoder | None = self._drafting_model()
+            self.draft: LoadedModel[TtnnLlama] | LoadedHead | None = None
+            if isinstance(draft, OpenedHead):
+                self.draft = self._load_head(draft, progress)
+            elif draft:
+                self.draft = self._load("draft", draft, options.draft_precision, draft_runner, progress)
+            self.drafting: Decoder | TtnnHead | None = self._drafting_model()
             usable = replace(options, trace=self.trace)
             lengths = _lengths(draft, usable, meshes.target.get_num_devices(), shared)
             self.lengths = (0, *lengths)
@@ -177,25 +185,58 @@ class BoardModels:
             )
         return LoadedModel(opened, model, precision_name, opened.seconds + time.perf_counter() - start)
 
-    def _drafting_model(self) -> Decoder | None:
+    def _load_head(self, opened: OpenedHead, progress: Progress | None) -> LoadedHead:
+        """The head beside the target, which is there."""
+        start, name = time.perf_counter(), self.options.draft_precision
+        precision, target = precision_named(name), self.target.model
+        config = opened.checkpoint.config
+        tensors = HeadTensors(config, opened.checkpoint, self.target.opened.checkpoint)
+        source = CheckpointSource(
+            tensors,
+            target.mesh_device,
+            precision,
+            default_cache_dir() if self.options.weight_cache else None,
+            (lambda done, total, tensor: progress("draft", done, total, tensor)) if progress else None,
+            total=len(head_specs(config, target.layout.chips, precision)),
+        )
+        with errors_passed_on(f"{opened.source} could not be loaded"):
+            head = TtnnHead(
+                config,
+                target,
+                source,
+                target_ids=tensors.target_ids,
+                precision=precision,
+                max_seq_len=self.max_seq_len,
+                attention_cores=self.options.attention_cores,
+            )
+        return LoadedHead(opened, head, name, opened.seconds + time.perf_counter() - start)
+
+    def _drafting_model(self) -> Decoder | TtnnHead | None:
         if self.options.exits is not None:
             return self.target.model.first_layers(self.options.exits)
-        return self.draft.model if self.draft else None
+        draft = self.draft.model if self.draft else None
+        assert draft is None or isinstance(draft, (Decoder, TtnnHead))  # loaded here
+        return draft
 
-    def _prepare(self, needed: list[Program]) -> FusedRound | None:
+    def _prepare(self, needed: list[Program]) -> FusedRound | HeadRound | None:
         """Register all programs, note which one a path spends its time in, and return the rounds, if there are any."""
-        models: dict[str, Decoder] = {"target": self.target.model}
-        if self.drafting is not None:
-            models["draft"] = self.drafting
-        rounds = None
-        if any(program.what == "round" for program in needed):
-            rounds = FusedRound(self.target.model, models["draft"])
+        drafting = self.drafting
+        models: dict[str, Decoder | TtnnHead] = {"target": self.target.model}
+        if drafting is not None:
+            models["draft"] = drafting
+        rounds: FusedRound | HeadRound | None = None
+        if any(program.what == "round" for program in needed) and drafting is not None:
+            rounds = HeadRound(drafting) if isinstance(drafting, TtnnHead) else FusedRound(self.target.model, drafting)
         keys = []
         for program in needed:
             if program.what == "round" and rounds is not None:
                 keys.append(rounds.prepare(program.k))
             elif program.what == "chain":
-                keys.append(models[program.model].prepare_chain(program.n, program.k))
+                model = models[program.model]
+                if isinstance(model, TtnnHead):
+                    keys.append(model.prepare_chain(program.k))
+                else:
+                    keys.append(model.prepare_chain(program.n, program.k))
             else:
                 keys.append(models[program.model].prepare(program.what, program.n))
         self._paths = {"baseline": keys[0], "speculative": keys[-1]}
@@ -209,8 +250,10 @@ class BoardModels:
     def computed_rows(self, n: int) -> int:
         """Rows that the target computes to verify n of them: forwards that compute the same cost the same."""
         what = "ids" if self.options.greedy else "logits"
-        tree = TREE if self.options.workload.tree and n > 1 else ""
-        return self.target.model.computed_rows(tree + what, n)
+        prefix = TREE if self.options.workload.tree and n > 1 else ""
+        if isinstance(self.drafting, TtnnHead) and n > 1:
+            prefix = KEPT
+        return self.target.model.computed_rows(prefix + what, n)
 
     def warm_up(self, prompt_lengths: Iterable[int], max_new_tokens: int | None = None) -> float:
         """Compile what generation will run, for prompts of these lengths, and capture traces; returns seconds.
@@ -226,16 +269,24 @@ class BoardModels:
                 prompts = {self._padded(length) for length in prompt_lengths}
                 texts = self._texts(prompts, max_new_tokens) if reads_late(self.options) else prompts
                 self._warm |= texts
-                for loaded, lengths in ((self.target, prompts), (self.draft, texts)):
-                    if loaded is not None:
-                        for length in sorted(lengths):
-                            loaded.model.prefill([0] * length)
+                for length in sorted(prompts):
+                    self.target.model.prefill([0] * length)
+                if self.draft is not None:
+                    for length in sorted(texts):
+                        self._read(self.draft.model, length)
                 for runner in self._runners:
                     runner.capture()
         except BaseException:
             self._stack.__exit__(*sys.exc_info())  # closes, and only logs what goes wrong with that
             raise
         return time.perf_counter() - start
+
+    @staticmethod
+    def _read(drafting: SequenceModel, length: int) -> None:
+        if isinstance(drafting, TtnnHead):
+            drafting.warm_up([0] * length)
+        else:
+            drafting.prefill([0] * length)
 
     def prepare_prompt(self, length: int, max_new_tokens: int | None = None) -> float:
         """Compile what a prompt of this length needs, if nothing as long was compiled yet; returns seconds.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from models.ttnn_llama.device.runner import Runner
 from models.ttnn_llama.modules.attention import Attention
 from models.ttnn_llama.modules.decoder import Decoder
 from models.ttnn_llama.modules.first_layers import FirstLayers
+from models.ttnn_llama.modules.kept_states import Kept, KeptStates, NothingKept
 from models.ttnn_llama.modules.kv_cache import LayerCache, make_cache
 from models.ttnn_llama.modules.layout import Layout
 from models.ttnn_llama.modules.lm_head import LMHead
@@ -140,23 +142,31 @@ class TtnnLlama(Decoder):
         """In chunks of at most 1024 positions, the last one rounded up to a multiple of 128: what the padding writes
         lies beyond the prompt, where nothing is attended to before it is overwritten."""
         n = len(tokens)
+        kept = self.kept if self._keeping else None
+        if kept is not None:
+            kept.begin(prompt=True)
         for start in range(0, n, PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
-            x = self._prefill_chunk(chunk, start)
+            x = self._prefill_chunk(chunk, start, kept)
         # The last row by a lookup: cut out at its place, it would need programs of its own for every length.
         last = self._on_device([[(n - 1) % PREFILL_CHUNK]])
+        if kept is not None:
+            kept.keep_row(last)
         row = ttnn.embedding(last, ttnn.untilize(x, use_multicore=True), layout=ttnn.TILE_LAYOUT)
         logits = self.head.logits(ttnn.interleaved_to_sharded(ttnn.unsqueeze_to_4D(row), self.layout.residual))
         return self._logits_of(logits).view(-1)
 
-    def _prefill_chunk(self, tokens: Sequence[int], start: int) -> ttnn.Tensor:
+    def _prefill_chunk(self, tokens: Sequence[int], start: int, states: KeptStates | None = None) -> ttnn.Tensor:
         """Hidden states [1, 1, m, H] of tokens at positions start.., padded to m."""
+        kept = states or NothingKept()
         m = padded_prompt(len(tokens))
         ids = self._on_device([[*tokens, *[0] * (m - len(tokens))]])
         tables = self.rope.range(start, m)
         x = ttnn.unsqueeze_to_4D(ttnn.embedding(ids, self.embedding, layout=ttnn.TILE_LAYOUT))
-        for layer in self.layers:
+        kept.keep_chunk(0, x)
+        for i, layer in enumerate(self.layers, 1):
             x = layer.prefill_forward(x, tables, self.rope.rotation, start)
+            kept.keep_chunk(i, x)
         return x
 
     def _on_device(self, ids: list[list[int]]) -> ttnn.Tensor:
@@ -167,6 +177,38 @@ class TtnnLlama(Decoder):
             device=self.mesh_device,
             mesh_mapper=ttnn.ReplicateTensorToMesh(self.mesh_device),
         )
+
+    # ------------------------------------------------------------------------------------------- hidden states
+    def keep_states(self, taps: Sequence[int]) -> KeptStates:
+        """Make buffers for the hidden states after these layers, once, before programs are captured.
+
+        Raises UserError where prompts are read by decode forwards, whose states would not last.
+        """
+        if self._read_prompt == self._read_in_rows:
+            raise UserError(
+                "a draft head on a board reads prompts that prefill kernels have read: use --prefill chunks"
+            )
+        if self.kept is None:
+            self.kept = KeptStates(taps, self.layout)
+        if self.kept.taps != tuple(taps):
+            raise ValueError(f"states are kept after layers {self.kept.taps}, not {tuple(taps)}")
+        return self.kept
+
+    @contextlib.contextmanager
+    def tap(self, layers: Sequence[int]) -> Iterator[list[Kept]]:
+        """While it is entered, forwards keep their hidden states on the device; filled at the end: all layers as one.
+
+        layers: those of `keep_states`, which comes first.
+        """
+        if self.kept is None or self.kept.taps != tuple(layers):
+            raise ValueError(f"no states are kept after layers {tuple(layers)}: call keep_states")
+        found: list[Kept] = []
+        self._keeping = True
+        try:
+            yield found
+            found.append(self.kept.latest())
+        finally:
+            self._keeping = False
 
     # ---------------------------------------------------------------------------------------- trees, early exit
     def keep(self, position: int, rows: Sequence[int]) -> int:

@@ -6,6 +6,9 @@
     fit.py          step time from counts: non-negative least squares, leave-one-out errors
     predict.py      times of our own forwards, each with its band
     speculation.py  tokens per round, speed-up by draft length, break-even acceptance
+    heads.py        draft heads and one-pass heads: what a round of them does, from the design, and its time
+    texts.py        published acceptance of heads by kind of text, and what is made of it
+    overview.py     heads of all targets on all boards
     levers.py       what else would pay; memory
     describe.py     how well the fit holds and where not; what is assumed
     report.py       tables for people

@@ -16,6 +16,7 @@ from models.ttnn_llama.programs.options import BoardOptions
 from models.ttnn_llama.weights import memory
 from models.ttnn_llama.weights.precision import Precision, precision_named
 from scripts.planner import counts
+from scripts.planner.heads import HEAD, head_config, memory_plan, times_of
 from scripts.planner.predict import Figure, Pair, Times
 from scripts.planner.published import MERGED_US
 from scripts.planner.speculation import Acceptance, Round, best, chain, gain, speedup
@@ -59,17 +60,18 @@ class Memory:
 
 def memory_of(board: Board, pair: Pair, k: int, drafter: str = "model") -> Memory:
     """What a pair takes of each chip when k tokens are drafted, as `pair.memory_plans` has it, with a cache for the
-    pair's context. drafter: a name in `drafters.registry`."""
-    spec = spec_of(drafter)
+    pair's context. drafter: a name in `drafters.registry`, "model" also for a pair that drafts with a head."""
+    headed = pair.draft == HEAD
+    spec = spec_of(HEAD if headed and drafter == "model" else drafter)
     options = BoardOptions(
         workload=spec.workload, exit_layer=pair.draft_layers, tree_nodes=TREE_NODES, draft_lengths=(max(k, 1),)
     )
     models = {"target": (pair.target, pair.precision)}
-    if spec.needs_draft_model:
+    if spec.needs_draft_model and not headed:
         models["draft"] = (pair.draft, pair.draft_precision)
     chips = {name: pair.places[name].chips for name in (("target", "draft") if pair.own_chip else ("target",))}
     layers = named_config(pair.target).num_hidden_layers
-    drafting = pair.draft_layers or named_config(pair.draft).num_hidden_layers
+    drafting = pair.draft_layers or (1 if headed else named_config(pair.draft).num_hidden_layers)
     needed = programs(options, options.lengths, not pair.own_chip)
     traces = trace_bytes(needed, layers, drafting, chips)
     plans = {
@@ -83,6 +85,9 @@ def memory_of(board: Board, pair: Pair, k: int, drafter: str = "model") -> Memor
         )
         for name, (model, precision) in models.items()
     }
+    if spec.needs_draft_model and headed:
+        head, lower = head_config(named_config(pair.target)), precision_named(pair.draft_precision)
+        plans["draft"] = memory_plan(head, lower, board.chips, pair.context, 0, board.dram_banks)
     try:
         memory.check_fit(board, plans, "own-chip" if pair.own_chip else "shared")
     except UserError as error:
@@ -93,6 +98,7 @@ def memory_of(board: Board, pair: Pair, k: int, drafter: str = "model") -> Memor
 def levers(base: Times, acceptance: Acceptance, lengths: Sequence[int], chosen: Round) -> Iterator[Lever]:
     """Changes to the plan of ``base``, whose best round is ``chosen``; each at its own best draft length."""
     pair, family = base.pair, base.family
+    headed = pair.draft == HEAD
 
     def priced(
         name: str,
@@ -119,11 +125,11 @@ def levers(base: Times, acceptance: Acceptance, lengths: Sequence[int], chosen: 
         )
 
     def with_pair(**changes: object) -> Times:
-        return Times(family, base.counts, base.board, replace(pair, **changes))
+        return times_of(family, base.counts, base.board, replace(pair, **changes))
 
     if pair.draft_precision != LOWEST:
         yield priced(f"draft in {LOWEST}", "same acceptance", with_pair(draft_precision=LOWEST))
-    merged = Times(family.faster_layers(MERGED_US), base.counts, base.board, pair)
+    merged = times_of(family.faster_layers(MERGED_US), base.counts, base.board, pair)
     yield priced("one program for all layers", "saves of each layer what it saved of 8B's on P300x2", merged)
     precisions = [precision_named(name) for name in (pair.precision, pair.draft_precision)]
     lofi = "LoFi" if all(map(_may_be_lofi, precisions)) else None
@@ -145,7 +151,7 @@ def levers(base: Times, acceptance: Acceptance, lengths: Sequence[int], chosen: 
         f"{'LoFi, ' if lofi else ''}{fastest.pair.attention_cores} attention cores, draft in {LOWEST}; same acceptance"
     )
     yield priced(FASTEST, what, fastest)
-    if base.board.chips > 1:
+    if base.board.chips > 1 and not headed:  # a head reads its target's states where they are
         chips = target_chips(base.board, own_chip_for_draft=True)
         apart = with_pair(places=counts.places(base.board, True, chips), own_chip=True)
         what = f"target on {chips} chip{'s' * (chips > 1)}, two programs a round; over plain decoding on all chips"
@@ -155,16 +161,17 @@ def levers(base: Times, acceptance: Acceptance, lengths: Sequence[int], chosen: 
         early = with_pair(draft=pair.target, draft_precision=pair.precision, draft_layers=layers // part)
         text = f"draft: {layers // part} of the target's {layers} layers and its head; same acceptance"
         yield priced(f"early exit after {layers // part}", text, early, drafter="early-exit")
-    yield priced(
-        f"tree of {TREE_NODES} tokens",
-        f"where the first choice is wrong another one is right in {TREE_RESCUE:.0%}; {TREE_NODES + 1} rows verified; "
-        "the host grows the tree, a program for each level",
-        base,
-        lambda depth: tree(base, acceptance, depth),
-        range(1, max(max(lengths), 1) + 1),
-        drafter="tree",
-        rescue=TREE_RESCUE,
-    )
+    if not headed:  # on a board heads draft chains
+        yield priced(
+            f"tree of {TREE_NODES} tokens",
+            f"where the first choice is wrong another one is right in {TREE_RESCUE:.0%}; {TREE_NODES + 1} rows "
+            "verified; the host grows the tree, a program for each level",
+            base,
+            lambda depth: tree(base, acceptance, depth),
+            range(1, max(max(lengths), 1) + 1),
+            drafter="tree",
+            rescue=TREE_RESCUE,
+        )
     yield priced(
         "a draft that costs nothing",
         "prompt lookup, say; same acceptance: the most that any cheaper draft can give",

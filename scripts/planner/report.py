@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from models.cli.tables import markdown_table, terminal_table
+from scripts.planner.heads import HEAD
 from scripts.planner.levers import FASTEST
+from scripts.planner.texts import TEXTS
 
 Plan = dict  # what `plan.build` returns
 
@@ -23,13 +25,15 @@ class Table:
 
 
 def tables(plan: Plan) -> list[Table]:
-    return [_lengths(plan), _levers(plan), _memory(plan), _fit(plan)]
+    texts = [_texts(plan["texts"])] if plan["texts"] else []
+    return [_lengths(plan), *texts, _levers(plan), _memory(plan), _fit(plan)]
 
 
 def headline(plan: Plan) -> str:
     """The answer in a few lines."""
     settings, best = plan["settings"], plan["best"]
-    where = f"{settings['target']} with {settings['draft']} on {settings['board']}, context {settings['context']}"
+    draft = "an EAGLE-3 draft head" if settings["draft"] == HEAD else settings["draft"]
+    where = f"{settings['target']} with {draft} on {settings['board']}, context {settings['context']}"
     lines = [
         f"{where}: PREDICTED, nothing measured on a board.",
         f"Acceptance: {plan['acceptance']['source']}. Device programs and bytes: {plan['counts']}.",
@@ -153,10 +157,11 @@ def _terms(forms: list[dict]) -> str:
 
 def _lengths(plan: Plan) -> Table:
     known = plan["acceptance"]["known_positions"]
+    by_position = plan["acceptance"]["measured"] or plan["acceptance"]["text"] is not None
     rows = []
     for row in plan["table"]:
         k = row["k"]
-        mark = "*" * (plan["acceptance"]["measured"] and k > known) + " <" * (k == plan["best"]["k"])
+        mark = "*" * (by_position and k > known) + " <" * (k == plan["best"]["k"])
         rows.append(
             (
                 f"{k}{mark}",
@@ -173,10 +178,34 @@ def _lengths(plan: Plan) -> Table:
         "In brackets: band. 'rest': the host, and joining and comparing ids. Break-even: equal acceptance from "
         "which on K tokens pay."
     ]
-    if plan["acceptance"]["measured"] and known < plan["table"][-1]["k"]:
+    if by_position and known < plan["table"][-1]["k"]:
         notes.append(f"* acceptance beyond position {known} was not measured: taken to go on as at the last ones.")
     columns = ("K", "draft ms", "verify ms", "rest ms", "tokens/round", "tok/s", "speed-up", "break-even")
     return Table("Predicted, by number of drafted tokens K", columns, rows, notes)
+
+
+def _texts(texts: list[dict]) -> Table:
+    rows = []
+    for each in texts:
+        text = TEXTS[each["text"]]
+        lengths = ", ".join(f"{length:.2f} ({k})" for k, length in text.lengths.items())
+        k = f"{each['k']}{'*' * (each['k'] > each['known_positions'])}"
+        rates = _banded(each, "speedup", 2), _banded(each, "tok_s")
+        rows.append((text.title, lengths, k, f"{each['expected_tokens']:.2f}", *rates))
+    columns = ("text", "published: tokens (K)", "best K", "tokens/round", "speed-up", "tok/s")
+    return Table("Predicted, by kind of text", columns, rows, _sources())
+
+
+def _sources() -> list[str]:
+    titles: dict[str, list[str]] = {}
+    for text in TEXTS.values():
+        titles.setdefault(text.source, []).append(text.title)
+    return [
+        "Published: tokens a round gave chains of K, on GPUs. "
+        + "; ".join(f"{', '.join(names)}: {source}" for source, names in titles.items())
+        + ".",
+        "* longer than any chain that was measured: the chance of the last position goes on.",
+    ]
 
 
 def _levers(plan: Plan) -> Table:
@@ -207,15 +236,108 @@ def _memory(plan: Plan) -> Table:
 
 
 def markdown(plan: Plan) -> str:
-    parts = [headline(plan).replace("\n", "  \n")]
-    for table in tables(plan):
+    return _markdown(headline(plan), tables(plan))
+
+
+def _markdown(head: str, tables: list[Table]) -> str:
+    parts = [head.replace("\n", "  \n")]
+    for table in tables:
         notes = "\n".join(f"- {note}" for note in table.notes)
         parts.append(f"### {table.title}\n\n{markdown_table(table.columns, table.rows, table.left)}{notes}")
     return "\n\n".join(parts) + "\n"
 
 
+# ---- heads of all targets on all boards -----------------------------------------------------------------------------
+
+SHOWN = ("mt-bench", "humaneval", "math500", "financeqa", "mt-bench-t1")  # in the overview; its JSON has all
+
+
+def heads_tables(found: dict) -> list[Table]:
+    """The overview: speed-ups by kind of text, and one-pass heads beside the chain of 8B's."""
+    return [heads_table(found), one_pass_table(found)]
+
+
+def heads_table(found: dict) -> Table:
+    """Speed-ups with a head beside a draft of 1B."""
+    settings = found["settings"]
+    rows = []
+    for entry in found["entries"]:
+        texts = {each["text"]: each for each in entry["texts"]}
+        model = entry["draft_model"]
+        rows.append(
+            (
+                entry["target"],
+                entry["board"] + " (does not fit)" * (not entry["fits"]),
+                _number(entry["decode"]["tok_s"]),
+                _best_of(model) if model else "",
+                _best_of(entry["at_draft_acceptance"]),
+                *(_best_of(texts[name]) for name in SHOWN),
+            )
+        )
+    alike = f"{settings['draft_acceptance']:.0%}"
+    heads = (f"head, {TEXTS[name].title}" for name in SHOWN)
+    note = "Speed-up over our plain decoding, its band, and the best number K of drafted tokens."
+    columns = ("target", "board", "plain tok/s", f"{settings['draft']} draft at {alike}", f"head at {alike}", *heads)
+    return Table("Predicted: draft heads", columns, rows, [note, *_sources(), *found["assumptions"]], left=2)
+
+
+def one_pass_table(found: dict, target: str = "8B") -> Table:
+    """What a one-pass head must give to be worth it."""
+    rows = []
+    for entry in found["entries"]:
+        for each in entry["one_pass"] if entry["target"] == target else ():
+            cells = []
+            for text in each["texts"]:
+                chain = text["chain"]
+                cells += [
+                    f"{text['k']}: {text['speedup_if_alike']:.2f} / {chain['k']}: {chain['speedup']:.2f}",
+                    f"{text['tokens_to_equal']:.2f} / {chain['tokens']:.2f}",
+                ]
+            ms = f"{each['texts'][0]['draft_ms']:.1f} / {each['texts'][0]['chain']['draft_ms']:.1f}"
+            rows.append((entry["board"], f"{each['name']}, {each['layers']} layers", ms, *cells))
+    compared = [TEXTS[text["text"]].title for text in found["entries"][0]["one_pass"][0]["texts"]]
+    heads = (f"{title}: {what}" for title in compared for what in ("K: speed-up", "tokens to be equal"))
+    notes = [
+        "Each cell: the one-pass head / the EAGLE-3 chain at its best K. Speed-up: if the one-pass head were accepted "
+        "as often at each position, which is assumed. Tokens to be equal: a round must give so many to be as fast as "
+        "the chain, which gives the number behind the stroke.",
+        f"Drafting: ms of a round at {compared[0]}'s K.",
+    ]
+    columns = ("board", "one-pass head", "drafting ms", *heads)
+    return Table(f"Predicted: one-pass heads for {target}, beside the chain", columns, rows, notes, left=2)
+
+
+def _best_of(entry: dict) -> str:
+    if not entry["k"]:
+        return "1.00 (0)"
+    beyond = "*" * (entry["k"] > entry.get("known_positions", 0) > 1)
+    return f"{_banded(entry, 'speedup', 2)}, K {entry['k']}{beyond}"
+
+
+def _heads_headline(found: dict) -> str:
+    settings = found["settings"]
+    return (
+        f"Draft heads on boards, context {settings['context']}: PREDICTED, nothing measured on a board. "
+        f"Device programs and bytes: {found['counts']}."
+    )
+
+
+def heads_markdown(found: dict) -> str:
+    """The overview as Markdown."""
+    return _markdown(_heads_headline(found), heads_tables(found))
+
+
+def show_heads(found: dict) -> None:
+    """The overview on stdout; as of `show`."""
+    _show(_heads_headline(found), heads_tables(found))
+
+
 def show(plan: Plan) -> None:
     """On stdout, with rich. Raises BrokenPipeError when the reader has gone."""
+    _show(headline(plan), tables(plan))
+
+
+def _show(head: str, tables: list[Table]) -> None:
     import sys
 
     from rich import box
@@ -223,8 +345,8 @@ def show(plan: Plan) -> None:
     from models.cli.console import Terminal
 
     console = Terminal(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(headline(plan), markup=False)
-    for table in tables(plan):
+    console.print(head, markup=False)
+    for table in tables:
         look = {"title": table.title, "title_justify": "left", "box": box.SIMPLE, "collapse_padding": True}
         console.print()
         console.print(terminal_table(table.columns, table.rows, table.left, **look))

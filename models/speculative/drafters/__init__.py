@@ -103,6 +103,10 @@ class ReadsStates(Protocol):
         """The target has computed rows of the text, whoever drafted them: see `model.DraftHead.states`."""
         ...
 
+    def settle(self, tokens: list[int]) -> float:
+        """Somebody else drafts this round: read now what would be gone after it. Returns seconds."""
+        ...
+
 
 class Budget(NamedTuple):
     """What a step may draft. rows: of a target's forward, the tokens before the drafted ones included."""

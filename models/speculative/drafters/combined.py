@@ -27,6 +27,8 @@ class Combined:
             prefill_s += draft.prefill_s
             if draft.tokens or draft.fused:
                 self._proposer = drafter
+                others = [each for each in self._drafters if isinstance(each, ReadsStates) and each is not drafter]
+                prefill_s += sum(each.settle(tokens) for each in others)
                 return draft._replace(prefill_s=prefill_s)
         return nothing._replace(prefill_s=prefill_s)
 
@@ -40,6 +42,10 @@ class Combined:
         for drafter in self._drafters:
             if isinstance(drafter, ReadsStates):
                 drafter.states(features, rows, position)
+
+    def settle(self, tokens: list[int]) -> float:
+        """Of all that read states."""
+        return sum(drafter.settle(tokens) for drafter in self._drafters if isinstance(drafter, ReadsStates))
 
     def observe(self, accepted: int) -> None:
         """Tell the drafter whose tokens they were."""

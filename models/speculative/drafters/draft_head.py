@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from models.speculative.drafters import Draft, Limit
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.tree import TreeDrafter
 from models.speculative.model import Features, HeadModel
@@ -34,9 +35,31 @@ class _Head(ModelDrafter):
 
     def _last_logits(self, tokens: list[int], position: int) -> torch.Tensor:
         """Without those of the rows before, which nobody needs."""
-        if len(tokens) > 1:
-            return self.model.read(tokens, position)[None]
+        if len(tokens) > 1 and self.model.lasting:
+            logits = self.model.read(tokens, position)
+            assert logits is not None  # states are in the host's reach
+            return logits[None]
         return super()._last_logits(tokens, position)
+
+    def propose(self, tokens: list[int], limit: Limit) -> Draft:
+        """As of `ModelDrafter`. Where nothing is drafted, states that would not last are read."""
+        draft = super().propose(tokens, limit)
+        if draft.tokens or draft.fused:
+            return draft
+        return draft._replace(prefill_s=draft.prefill_s + self.settle(tokens), source=self.source)
+
+    def settle(self, tokens: list[int]) -> float:
+        """Before a forward of the target that this head drafts nothing for: compute the rows of all tokens, if the
+        states before them would be gone after it. Returns seconds."""
+        began, first = time.perf_counter(), self.cached or 1
+        if self.model.lasting or first >= len(tokens):
+            return 0.0
+        self.model.read(tokens[first:], first)
+        self.cached = len(tokens)
+        return time.perf_counter() - began
+
+    def read_before_round(self, tokens: list[int]) -> None:
+        """Nothing: a round feeds all rows whose states are known."""
 
     def observe(self, accepted: int) -> None:
         """Nothing to keep: rows of drafted tokens are computed again."""
@@ -50,7 +73,7 @@ class _Head(ModelDrafter):
             return 0.0
         if first < len(tokens) - 1:
             logits = self.model.read(tokens[first:-1], first)
-            if not self.cached:
+            if logits is not None and not self.cached:
                 self._broken = not math.isfinite(logits[0].item())
         self.cached = len(tokens) - 1
         return time.perf_counter() - began

@@ -97,11 +97,15 @@ class ModelDrafter:
             self.cached += rows
         return time.perf_counter() - began
 
+    def read_before_round(self, tokens: list[int]) -> None:
+        """Read all that a fused round does not feed itself: all but the last two tokens."""
+        if len(tokens) - self.cached > 2:
+            self.model.greedy(tokens[self.cached : -2], self.cached)
+
     def _fused(self, rounds: FusedRounds, tokens: list[int], k: int, prefill_s: float) -> Draft:
         """A round for the engine to run, of the longest length up to k that there is a program for, else of k."""
         k = max((length for length in rounds.draft_lengths if length <= k), default=k)
-        if len(tokens) - self.cached > 2:
-            self.model.greedy(tokens[self.cached : -2], self.cached)
+        self.read_before_round(tokens)
         self.fed(tokens, k)
         return Draft([], None, prefill_s, self.source, fused=(rounds, k))
 

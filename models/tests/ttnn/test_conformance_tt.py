@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from models.speculative.model import Tapped
+from models.speculative.model import Rows, Tapped, Want
 from models.tests.conformance import Conformance, Subject, TreeConformance
 from models.tests.ttnn.model_fixtures import Weights, board, hf_logits, reduced
 from models.ttnn_llama.shapes import PREFILL_CHUNK
@@ -61,8 +61,10 @@ class TestWholeModel(Conformance, TreeConformance):
     def subject(self, whole):
         return whole
 
-    def test_hidden_states_are_not_promised_yet(self, subject):
-        assert not isinstance(subject.model.slot(0), Tapped)
+    def test_hidden_states_are_kept_where_a_head_asked_for_them(self, subject):
+        assert isinstance(subject.model.slot(0), Tapped)
+        with pytest.raises(ValueError, match=r"no states are kept after layers \(1,\): call keep_states"):
+            subject.model.extend([Rows(0, [1], 0)], Want(taps=(1,)))
 
 
 class TestFirstLayers(Conformance):

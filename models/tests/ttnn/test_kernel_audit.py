@@ -7,14 +7,19 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import ttnn
 
 from models.board_mock import graph
 from models.llama.config import named_config
+from models.llama.head_config import HeadConfig
+from models.speculative.model import Rows, Want
 from models.ttnn_llama.device.runner import Runner
+from models.ttnn_llama.draft_head import TtnnHead
 from models.ttnn_llama.model import TtnnLlama
 from models.ttnn_llama.modules.rows import FusedRowPlan, SeparateRowPlan
 from models.ttnn_llama.programs.fused import FusedRound
+from models.ttnn_llama.programs.head_round import HeadRound
 from models.ttnn_llama.shapes import ROW_COUNTS
 from models.ttnn_llama.weights.precision import precision_named
 from models.ttnn_llama.weights.tensors import EmptySource
@@ -37,8 +42,11 @@ def ran(mesh_opener):
         precision = precision_named("performance")
         model = TtnnLlama(config, mesh, EmptySource(mesh), precision=precision, max_seq_len=CONTEXT, runner=runner)
         rounds = FusedRound(model, model.first_layers(1))
+        head = head_of(model, mesh)
+        head_rounds = HeadRound(head)
         for k in (4, 13):  # 13: rows are filled up
             rounds.prepare(k)
+            head_rounds.prepare(k)
 
         def everything():
             for length in (66, 1100):
@@ -50,9 +58,32 @@ def ran(mesh_opener):
                 model.draft_greedy([1] * given, POSITION, 4)
             for k in (4, 13):
                 rounds.run([1, 2], POSITION, k)
+            for length in (66, 1100):
+                head.warm_up([1] * length)
+            for rows in (1, 5, 14):
+                kept = model.extend([Rows(0, [1] * rows, POSITION)], Want(taps=head.taps)).features(0)
+                for k in (4, 13):
+                    head.states(kept, range(rows), POSITION)
+                    head.read([1] * rows, POSITION + 1)
+                    head.draft_greedy([1] * rows, POSITION + 1, k)
+                head.forward([1] * rows, POSITION + 1)
+                head.forward([1], POSITION + 1 + rows)
+            for k in (4, 13):
+                kept = model.extend([Rows(0, [1] * 3, POSITION)], Want(taps=head.taps)).features(0)
+                head.states(kept, range(3), POSITION)
+                head_rounds.run([1] * 4, POSITION, k)
 
         everything()  # makes buffers and programs
         return {(op.operation, op.factory) for op in graph.capture(everything)}
+
+
+def head_of(model, mesh):
+    """A head of the published shape, with every option that ops depend on."""
+    sizes = {"rope_scaling": None, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    layer = dataclasses.replace(model.config, bos_token_id=None, eos_token_ids=(), **sizes)
+    config = HeadConfig(layer, 32000, layer.hidden_size, (0, 1, 2), fc_norm=True)
+    ids, precision = torch.arange(32000), precision_named("performance")
+    return TtnnHead(config, model, EmptySource(mesh), target_ids=ids, precision=precision, max_seq_len=CONTEXT)
 
 
 def test_every_operation_of_every_program_is_on_the_page(ran):

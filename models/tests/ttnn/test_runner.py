@@ -4,18 +4,25 @@ A mock cannot record a trace, but ttnn's graph capture without dispatch runs eve
 """
 
 import contextlib
+import dataclasses
 import os
 
 import pytest
+import torch
 import ttnn
 
 from models.board_mock import cluster, graph
 from models.boards import SLOW_DISPATCH_VARIABLE
+from models.llama.head_config import HeadConfig
+from models.speculative.model import Rows, Want
 from models.tests.ttnn.model_fixtures import reduced
 from models.ttnn_llama.device.runner import Runner
+from models.ttnn_llama.draft_head import TtnnHead
 from models.ttnn_llama.model import TtnnLlama
 from models.ttnn_llama.modules import rows
+from models.ttnn_llama.modules.kept_states import Kept
 from models.ttnn_llama.programs.fused import FusedRound
+from models.ttnn_llama.programs.head_round import HeadRound
 from models.ttnn_llama.weights.precision import precision_named
 from models.ttnn_llama.weights.tensors import EmptySource
 
@@ -74,6 +81,24 @@ class TinyPair:
             "round": self.fused.prepare(4),
             "tree": self.target.prepare("tree-ids", 8),
             "exit": self.target.first_layers(1).prepare_chain(1, 4),
+        }
+        shape = dataclasses.replace(config, rope_scaling=None, num_hidden_layers=1, tie_word_embeddings=False)
+        self.head = TtnnHead(
+            HeadConfig(shape, 768, config.hidden_size, (1, 2)),
+            self.target,
+            EmptySource(mesh),
+            target_ids=torch.arange(768),
+            precision=precision_named("performance"),
+            max_seq_len=128,
+        )
+        self.head_rounds = HeadRound(self.head)
+        self.programs |= {
+            "kept": self.target.prepare("kept-ids", 5),
+            "head rows": self.head.prepare("logits", 5),
+            "head step": self.head.prepare("step", 1),
+            "head reading": self.head.prepare("read", 5),
+            "head chain": self.head.prepare_chain(4),
+            "head round": self.head_rounds.prepare(4),
         }
         self.keys = list(self.programs.values())
 
@@ -233,6 +258,25 @@ def test_what_was_prepared_is_replayed_with_the_inputs_that_it_was_captured_with
         "tree": [lambda n=n: pair.target.greedy([3] * n, 5, [-1, *[0] * (n - 1)]) for n in (1, 3, 8)],
         "exit": [lambda k=k: pair.target.first_layers(1).draft_greedy([3], 5, k) for k in (1, 3, 4)],
     }
+
+    def verified(call):
+        """The call, after a verification of two rows at position 5."""
+        pair.head.states(Kept(pair.head.kept, pair.head.kept.serial, None), range(2), 5)
+        call()
+
+    def stepped():
+        pair.head._last, pair.head._last_row = 7, 1
+        pair.head.forward([3], 8)
+
+    calls |= {
+        "kept": [lambda n=n: pair.target.extend([Rows(0, [3] * n, 5)], Want(taps=(1, 2))) for n in (1, 5)],
+        "head rows": [lambda n=n: verified(lambda: pair.head.forward([3] * n, 6)) for n in (1, 2)],
+        "head step": [lambda: verified(stepped)],
+        "head reading": [lambda: verified(lambda: pair.head.read([3, 4], 6))],
+        "head chain": [lambda k=k: verified(lambda: pair.head.draft_greedy([3, 4], 6, k)) for k in (1, 3, 4)],
+        "head round": [lambda k=k: verified(lambda: pair.head_rounds.run([3] * 4, 4, k)) for k in (1, 4)],
+    }
+    monkeypatch.setattr(TtnnHead, "_on_host", lambda self, logits: torch.zeros(8, 768))
     monkeypatch.setattr(TtnnLlama, "read", staticmethod(lambda ids: [0] * 40))  # outputs of a trace not recorded
     monkeypatch.setattr(TtnnLlama, "_logits_of", lambda self, logits: [0] * 40)
     for kind, functions in calls.items():
@@ -293,6 +337,12 @@ def test_preparing_again_makes_no_second_program_and_no_second_input(pair, monke
         pair.fused.prepare(4),
         pair.target.prepare("tree-ids", 8),
         pair.target.first_layers(1).prepare_chain(1, 4),
+        pair.target.prepare("kept-ids", 5),
+        pair.head.prepare("logits", 5),
+        pair.head.prepare("step", 1),
+        pair.head.prepare("read", 5),
+        pair.head.prepare_chain(4),
+        pair.head_rounds.prepare(4),
     ]
     assert again == pair.keys
     assert len(pair.runner._bodies) == count

@@ -18,8 +18,9 @@ import ttnn
 from models.errors import UserError
 from models.speculative.model import SlotBySlot
 from models.speculative.tree import tree_levels
+from models.ttnn_llama.modules.kept_states import KeptStates, NothingKept
 from models.ttnn_llama.modules.rows import RowInputs, RowPlan, TreeInputs, make_row_plan
-from models.ttnn_llama.programs.needed import TREE
+from models.ttnn_llama.programs.needed import KEPT, TREE
 from models.ttnn_llama.shapes import MAX_ROWS, padded_rows
 
 if TYPE_CHECKING:
@@ -46,9 +47,11 @@ class Decoder(SlotBySlot):
     layers: list[Layer]
     head: LMHead
     max_rows = MAX_ROWS
+    kept: KeptStates | None = None  # what forwards leave for a draft head, where there is one
 
     def __init__(self, plans: dict[tuple[int, bool], RowPlan]) -> None:
         self._plans = plans  # by rows, and whether they are a tree's
+        self._keeping = False  # whether the forwards asked for now keep their states
         # Of programs, by their keys: this model's id, what it gives, rows; of a chain also its length.
         self._inputs: dict[tuple, RowInputs] = {}
         self._tree_inputs: dict[tuple, TreeInputs] = {}
@@ -88,23 +91,24 @@ class Decoder(SlotBySlot):
         return self.read(self.runner.run(key))[:k]
 
     def prepare(self, what: str, n: int) -> tuple:
-        """Register the program that gives "logits" or "ids" of up to n rows, "tree-logits" or "tree-ids" of a tree's;
-        returns its key."""
+        """Register the program that gives "logits" or "ids" of up to n rows, "tree-logits" or "tree-ids" of a tree's,
+        "kept-logits" or "kept-ids" where their hidden states are kept; returns its key."""
         self._check_rows(n)
         rows = padded_rows(n)
         key = (id(self), what, rows)
         if key not in self.runner:
             tree = what.startswith(TREE)
             plan = self.plan(rows, tree=tree)
+            states = self.kept if what.startswith(KEPT) else None
             inputs: RowInputs
             if tree:
                 inputs = self._tree_inputs[key] = self._new_tree_inputs(rows)
             else:
                 inputs = self._inputs[key] = self.new_inputs(rows)
             if what.endswith("ids"):
-                self.runner.add(key, lambda: self.head.argmax(self.decode(inputs, plan)))
+                self.runner.add(key, lambda: self.head.argmax(self.decode(inputs, plan, states=states)))
             else:
-                self.runner.add(key, lambda: self.decode(inputs, plan))
+                self.runner.add(key, lambda: self.decode(inputs, plan, states=states))
         return key
 
     def prepare_chain(self, m: int, k: int) -> tuple:
@@ -137,13 +141,29 @@ class Decoder(SlotBySlot):
     def _new_tree_inputs(self, rows: int) -> TreeInputs:
         return TreeInputs(rows, self.plan(rows, tree=True).lookups, self.layout.cache_length, self.mesh_device)
 
-    def decode(self, inputs: RowInputs, plan: RowPlan, ids: ttnn.Tensor | None = None) -> ttnn.Tensor:
-        """Logits [1, 1, R, V] row-major of the rows in ``inputs``; ``ids`` [R, 1], if given, in place of theirs."""
-        embedded = self._embed(inputs.ids) if ids is None else self._embed_pages(ids)
+    def decode(
+        self,
+        inputs: RowInputs,
+        plan: RowPlan,
+        ids: ttnn.Tensor | None = None,
+        *,
+        embedded: ttnn.Tensor | None = None,
+        states: KeptStates | None = None,
+    ) -> ttnn.Tensor:
+        """Logits [1, 1, R, V] row-major of the rows in ``inputs``.
+
+        ids [R, 1], or what was looked up for them, embedded [1, 1, R, H]: in place of the inputs'. states: where hidden
+        states are kept.
+        """
+        if embedded is None:
+            embedded = self._embed(inputs.ids) if ids is None else self._embed_pages(ids)
+        kept = states or NothingKept()
         x = ttnn.interleaved_to_sharded(embedded, self.layout.residual)
+        kept.keep(0, x)
         tables = plan.rope_tables(inputs)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers, 1):
             x = layer.decode_forward(x, tables, inputs, plan)
+            kept.keep(i, x)
         return self.head.logits(x)
 
     def _embed(self, ids: ttnn.Tensor) -> ttnn.Tensor:
@@ -178,6 +198,11 @@ class Decoder(SlotBySlot):
     # ---------------------------------------------------------------------------------------------- internals
     def _run(self, what: str, tokens: Sequence[int], position: int, parents: Sequence[int] | None) -> ttnn.Tensor:
         n = len(tokens)
+        if self._keeping and self.kept is not None:
+            if parents is not None:
+                raise UserError("a draft head on a board drafts chains: use --drafter head or combined, not tree")
+            what = KEPT + what
+            self.kept.begin(prompt=False)
         if parents is None:
             self._check(n, position)
             key = self._program(what, n) or self.prepare(what, n)

@@ -1,5 +1,9 @@
 """A matmul with a weight that stays in DRAM, read once per call."""
 
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
 import ttnn
 
 from models.ttnn_llama.modules.layout import Layout, compute_config
@@ -61,3 +65,26 @@ class Linear:
             memory_config=ttnn.DRAM_MEMORY_CONFIG,
             dtype=ttnn.bfloat16,
         )
+
+
+class SplitLinear:
+    """x @ weight where x lies in parts side by side: a product for each part and its rows of the weight, summed.
+
+    Joined to one x, parts of the residual stream would have to be sharded anew. The weight's bytes are the same.
+
+    Args:
+        weights: of each part, as of `Linear`; the options are those of `Linear`.
+    """
+
+    def __init__(self, weights: Sequence[ttnn.Tensor], layout: Layout, **options: Any):
+        self.parts = [Linear(weight, layout, **options) for weight in weights]
+        self.output = self.parts[0].output
+
+    def decode_forward(self, xs: Sequence[ttnn.Tensor]) -> ttnn.Tensor:
+        """[1, 1, R, k] each -> [1, 1, R, n], width-sharded in L1."""
+        products = [part.decode_forward(x) for part, x in zip(self.parts, xs, strict=True)]
+        return reduce(lambda a, b: ttnn.add(a, b, memory_config=self.output), products)
+
+    def prefill_forward(self, xs: Sequence[ttnn.Tensor]) -> ttnn.Tensor:
+        """[1, 1, m, k] each -> [1, 1, m, n], interleaved in DRAM."""
+        return reduce(ttnn.add, [part.prefill_forward(x) for part, x in zip(self.parts, xs, strict=True)])

@@ -31,7 +31,10 @@ class LMHead:
 
     def logits(self, x: ttnn.Tensor) -> ttnn.Tensor:
         """Residual stream [1, 1, R, H] -> [1, 1, R, V] bf16 row-major in DRAM, whole on every chip."""
-        normed = self.norm.decode_forward(x)
+        return self.project(self.norm.decode_forward(x))
+
+    def project(self, normed: ttnn.Tensor) -> ttnn.Tensor:
+        """The logits of states that have gone through the norm."""
         parts = [
             ttnn.sharded_to_interleaved(piece.decode_forward(normed), ttnn.DRAM_MEMORY_CONFIG) for piece in self.pieces
         ]

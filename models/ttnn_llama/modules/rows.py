@@ -68,6 +68,27 @@ class RowInputs:
         return ttnn.to_device(host, mesh_device, memory_config=ttnn.DRAM_MEMORY_CONFIG)
 
 
+class HeadInputs(RowInputs):
+    """Inputs of R rows of a draft head: also which rows of kept states come before them.
+
+    picks [1, R] uint32 (rows of the buffers), last [1, 1] uint32 (of these rows, the last that is a token's).
+    """
+
+    def __init__(self, rows: int, lookups: int, mesh_device: ttnn.MeshDevice):
+        super().__init__(rows, lookups, mesh_device)
+        self.picks, self.last = (self._buffer(tensor, mesh_device) for tensor in self._choices([0]))
+
+    def fill_picked(self, tokens: Sequence[int], position: int, picks: Sequence[int]) -> None:
+        """Copy tokens [n <= R] standing at position.. to the device, and the rows of the states before them."""
+        self.fill(tokens, position)
+        for host, buffer in zip(self._choices(picks), (self.picks, self.last), strict=True):
+            ttnn.copy_host_to_device_tensor(host, buffer)
+
+    def _choices(self, picks: Sequence[int]) -> list[ttnn.Tensor]:
+        padded = [*picks, *[picks[0]] * (self.rows - len(picks))]
+        return [self._host([padded], ttnn.uint32), self._host([[len(picks) - 1]], ttnn.uint32)]
+
+
 class TreeInputs(RowInputs):
     """Inputs of R rows of a tree: also what each of them sees of the cache.
 

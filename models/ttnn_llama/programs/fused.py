@@ -39,6 +39,7 @@ class FusedRound:
         self.draft = draft
         self.runner = target.runner
         self.draft_lengths: list[int] = []  # prepared, in rising order
+        self.features = None  # nobody reads hidden states
         self._inputs: dict[int, tuple[RowInputs, RowInputs, RowInputs]] = {}  # by length: first, step, verify
         mapper = ttnn.ReplicateTensorToMesh(target.mesh_device)
         self._padding = ttnn.from_torch(
@@ -74,19 +75,20 @@ class FusedRound:
     def run(self, tokens: Sequence[int], position: int, k: int) -> tuple[list[int], list[int], int]:
         """Draft k tokens after the last two of the sequence and verify them.
 
-        tokens: the last two ids, at position and position + 1; the draft's cache holds all before them, the target's
-        all before the last. Returns (drafted ids [k], the target's ids [k + 1], accepted <= k). Both caches then hold
-        the drafted tokens too, except the draft's the last. Raises UserError where one of the caches has no room, or
-        no round of so many tokens was prepared.
+        tokens: its end at position.., of which the last two ids are fed; the draft's cache holds all before them, the
+        target's all before the last. Returns (drafted ids [k], the target's ids [k + 1], accepted <= k). Both caches
+        then hold the drafted tokens too, except the draft's the last. Raises UserError where one of the caches has no
+        room, or no round of so many tokens was prepared.
         """
         longest = self._prepared(k)
         first, step, verify = self._inputs[longest]
         context = min(self.target.max_seq_len, self.draft.max_seq_len + 1)  # the draft does not write the last one
-        if len(tokens) != 2 or position < 0 or position + 2 + k > context:
+        if len(tokens) < 2 or position < 0 or position + len(tokens) + k > context:
             raise UserError(
                 f"{len(tokens)} tokens and {k} drafted ones at position {position} do not fit a fused round in the "
                 f"context of {context}: draft fewer tokens or raise --max-seq-len"
             )
+        tokens, position = tokens[-2:], position + len(tokens) - 2
         first.fill(tokens, position)
         step.place(position + 2)
         verify.fill([tokens[-1]] * (longest + 1), position + 1)

@@ -10,6 +10,7 @@ from models.ttnn_llama.programs.options import BoardOptions
 from models.ttnn_llama.shapes import MAX_ROWS
 
 TREE = "tree-"  # before "ids" and "logits": of rows that are a tree
+KEPT = "kept-"  # before them: of a forward that keeps its hidden states for a draft head
 # Rows of a draft model's forwards while it grows a tree: what it has not read yet, then level by level.
 READING_ROWS = (1, 2, 8, MAX_ROWS)
 LEVEL_ROWS = (1, 2, 4, 8)
@@ -23,7 +24,8 @@ TRACE_BYTES_PER_LAYER = 800_000
 class Program:
     """One program of "target" or "draft" (or the target's first layers, where they draft), or a "round" of both.
 
-    what: "ids", "logits", with TREE before them, "chain" or "round". n: tokens that it is given, k: tokens it drafts.
+    what: "ids", "logits", with TREE or KEPT before them, "chain" or "round"; of a head also "read" and "step".
+    n: tokens that it is given, k: tokens it drafts.
     """
 
     model: str
@@ -62,6 +64,8 @@ def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> lis
     a speculative round spends its time in."""
     what = "ids" if options.greedy else "logits"
     plain = Program("target", what)
+    if options.workload.drafts_with == "head" and lengths:
+        return [plain, *_with_head(options, lengths, what, shared)]
     needed = [plain, *_reading(options, lengths)]
     if not lengths:
         return needed
@@ -78,6 +82,21 @@ def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> lis
     again = max(lengths) + 1
     rows = min(again + (options.tree_nodes or 0), MAX_ROWS)
     return [*needed, Program("target", what, again), Program("target", TREE + what, rows)]
+
+
+def _with_head(options: BoardOptions, lengths: Sequence[int], what: str, shared: bool) -> list[Program]:
+    """What a draft head and its target run: every forward of the target beside its rounds keeps its states."""
+    rows = max(lengths) + 1
+    needed = [Program("draft", "read", n) for n in (1, rows)] + [Program("target", KEPT + what)]
+    if is_fused(options, shared):
+        if options.workload.mixed:
+            needed += [Program("target", KEPT + what, k + 1) for k in lengths]
+        return needed + [Program("round", "round", k=k) for k in lengths]
+    if options.greedy:
+        needed += [Program("draft", "chain", k=k) for k in lengths]
+    else:
+        needed += [Program("draft", "logits", rows), Program("draft", "step")]
+    return needed + [Program("target", KEPT + what, k + 1) for k in lengths]
 
 
 def _reading(options: BoardOptions, lengths: Sequence[int]) -> list[Program]:

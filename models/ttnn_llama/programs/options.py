@@ -53,8 +53,20 @@ class BoardOptions:
             return
         if self.workload.drafts_with == "first-layers" and self.exit_layer is None:
             raise UserError("a board prepares early exit for one layer: name it with --exit-layer")
+        if self.workload.drafts_with == "head":
+            self._check_head()
         if self.workload.tree and not 1 <= (self.tree_nodes or 0) < MAX_ROWS:
             raise UserError(f"a tree of {self.tree_nodes} tokens: give --tree-nodes from 1 to {MAX_ROWS - 1}")
+
+    def _check_head(self) -> None:
+        for refused, words in (
+            (self.workload.tree, "drafts chains: use --drafter head or combined, not tree"),
+            (not self.batched, "needs batched verification: its target's states last for one forward"),
+            (self.placement != "shared", "lies on its target's chips: use --draft-placement shared"),
+            (self.prefill != "chunks", "reads prompts that prefill kernels have read: use --prefill chunks"),
+        ):
+            if refused:
+                raise UserError(f"a draft head on a board {words}")
 
     @property
     def exits(self) -> int | None:

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from models.boards import BOARDS, PLACEMENTS, Board
 from models.errors import UserError
 from models.llama.config import LlamaConfig
+from models.llama.head_config import HeadConfig
 from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, TILE, cache_length
+from models.ttnn_llama.weights.head_tensors import drafting_config, head_specs
 from models.ttnn_llama.weights.precision import PRECISIONS, Precision, tile_bytes
 from models.ttnn_llama.weights.tensors import MESH_SIZES, WeightSpec, weight_specs
 
@@ -30,7 +32,7 @@ class MemoryPlan:
     kv_cache: int
     activations: int  # an upper bound: rope tables, and the largest forward's tensors as if none were freed
     traces: int
-    config: LlamaConfig
+    config: LlamaConfig | HeadConfig
     precision: Precision
     chips: int
     max_seq_len: int
@@ -58,7 +60,7 @@ class MemoryPlan:
 
 
 def plan(
-    config: LlamaConfig,
+    config: LlamaConfig | HeadConfig,
     precision: Precision,
     board_chips: int,
     max_seq_len: int,
@@ -66,17 +68,22 @@ def plan(
     *,
     dram_banks: int = 12,
 ) -> MemoryPlan:
-    """What a model takes of each of ``board_chips`` chips that share it.
+    """What a model, or a draft head, takes of each of ``board_chips`` chips that share it.
 
     ``dram_banks`` is the board's (12 on Wormhole, 8 on Blackhole), ``trace_bytes`` the size of the trace region.
     Raises UserError if the model cannot be split over so many chips.
     """
-    specs = weight_specs(config, board_chips, precision)
     positions = cache_length(max_seq_len)
+    if isinstance(config, HeadConfig):
+        specs, layer = head_specs(config, board_chips, precision), drafting_config(config)
+        activations = _kept_states(config, positions) + _activations(layer, board_chips, positions)
+    else:
+        specs, layer = weight_specs(config, board_chips, precision), config
+        activations = _activations(config, board_chips, positions)
     return MemoryPlan(
         weights=sum(weight_bytes(spec, board_chips, dram_banks) for spec in specs),
-        kv_cache=kv_cache_bytes(config, precision, board_chips, max_seq_len, dram_banks),
-        activations=_activations(config, board_chips, positions),
+        kv_cache=kv_cache_bytes(layer, precision, board_chips, max_seq_len, dram_banks),
+        activations=activations,
         traces=trace_bytes,
         config=config,
         precision=precision,
@@ -123,6 +130,15 @@ def _activations(config: LlamaConfig, chips: int, positions: int) -> int:
     logits = TILE * (3 * config.vocab_size // chips + config.vocab_size)
     rope = 4 * positions * config.head_dim  # cos and sin, for lookups and for ranges
     return _BF16 * (max(prefill, logits) + rope)
+
+
+def _kept_states(config: HeadConfig, positions: int) -> int:
+    """What the target leaves for a head on each chip: a prompt's hidden states until they are read, the rows of a
+    forward; and what the head makes of a prompt's beside a layer's own tensors."""
+    width = len(config.taps) * config.target_hidden_size
+    rows = TILE * (width + config.hidden_size)
+    fused = min(PREFILL_CHUNK, positions) * (2 * width + 2 * len(config.taps) * config.hidden_size)
+    return _BF16 * (positions * width + rows + fused)
 
 
 # ---- does it fit? ---------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import ttnn
 
     from models.llama.gguf_checkpoint import AnyCheckpoint
+    from models.ttnn_llama.weights.head_tensors import HeadTensors
 
 # A wider piece of the head would not fit the matmul's buffers into L1.
 HEAD_TILES = 512
@@ -209,20 +210,25 @@ class CheckpointSource:
         precision: the one the specs were made with.
         cache_dir: directory of converted tensors (see `weight_cache`), or None to convert each time.
         progress: called after each tensor with how many are done, how many there are, and the tensor's name.
+        total: how many there are, where they are not a Llama's.
     """
 
     def __init__(
         self,
-        checkpoint: AnyCheckpoint,
+        checkpoint: AnyCheckpoint | HeadTensors,
         mesh_device: ttnn.MeshDevice,
         precision: Precision,
         cache_dir: Path | None = None,
         progress: Progress | None = None,
+        total: int = 0,
     ) -> None:
         self._checkpoint = checkpoint
         self._mesh_device = mesh_device
         self._progress = progress
-        self._total = len(weight_specs(checkpoint.config, mesh_device.get_num_devices(), precision))
+        config = checkpoint.config
+        if not total and isinstance(config, LlamaConfig):
+            total = len(weight_specs(config, mesh_device.get_num_devices(), precision))
+        self._total = total
         self._done = 0
         self._cache = None
         if cache_dir is not None:
