@@ -35,7 +35,7 @@ def test_layers_at_the_top_count_inputs():
 
 @pytest.mark.parametrize("size", ["1b", "3b", "8b"])
 def test_the_default_is_the_same_whichever_layout_says_it(size):
-    """SpecForge's default is the outputs of layers 1, n/2 - 1 and n - 4; speculators' the inputs of 2, n/2 and n - 3."""
+    """SpecForge names the outputs of layers 1, n/2 - 1 and n - 4, speculators the inputs of 2, n/2 and n - 3."""
     target = named_config(size)
     n = target.num_hidden_layers
     values = specforge(eagle_config={TAPS: [1, n // 2 - 1, n - 4]})
