@@ -7,6 +7,10 @@ vocabulary.
 Two layouts are public. SpecForge, SGLang and EAGLE itself name the tensors ``midlayer.*`` and write the layer's sizes
 at the top of config.json; speculators names them ``layers.0.*`` and has the sizes in ``transformer_layer_config``.
 
+They count the layers read differently, under the same key. Inside ``eagle_config`` (SpecForge, SGLang) a number is the
+index of the layer whose output is read: 1 is the second layer's, and -1 the embedding. At the top of the file
+(speculators, vLLM) it is the index of the layer whose input is read, which is how many layers were run: that is a tap.
+
 Source: Li et al. 2025 (EAGLE-3); SpecForge's and speculators' files.
 """
 
@@ -32,6 +36,7 @@ _ARCHITECTURES = {
 }
 _SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 TAPS = "eagle_aux_hidden_state_layer_ids"
+_EAGLE = "eagle_config"
 
 
 @dataclass(frozen=True)
@@ -197,10 +202,12 @@ class HeadConfig:
             if "sliding_attention" in (sizes.get("layer_types") or ()):
                 raise UserError("layer_types has sliding_attention: only heads of full attention are supported")
         else:
-            eagle = values.get("eagle_config") or {}
+            eagle = values.get(_EAGLE) or {}
             if not isinstance(eagle, Mapping):
-                raise UserError(f"eagle_config is {eagle!r}, not an object")
+                raise UserError(f"{_EAGLE} is {eagle!r}, not an object")
             top = {**values, **eagle}
+            if eagle.get(TAPS) is not None:
+                top[TAPS] = _after_outputs(eagle[TAPS])
         layer = LlamaConfig.from_dict(
             {**sizes, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
         )
@@ -236,8 +243,8 @@ class HeadConfig:
             **{name: getattr(self, name) for name in _SWITCHES},
         }
         if self.layout == SPECFORGE:
-            eagle = {TAPS: list(self.taps), "use_aux_hidden_state": True}
-            return {"architectures": ["LlamaForCausalLMEagle3"], **layer, **own, "eagle_config": eagle}
+            eagle = {TAPS: [tap - 1 for tap in self.taps], "use_aux_hidden_state": True}
+            return {"architectures": ["LlamaForCausalLMEagle3"], **layer, **own, _EAGLE: eagle}
         return {
             "architectures": ["Eagle3Speculator"],
             "model_type": "speculators",
@@ -282,6 +289,17 @@ def is_head(path: str | Path) -> bool:
         return layout_of(read_json(Path(path) / "config.json")) is not None
     except UserError:
         return False
+
+
+def _after_outputs(outputs: Any) -> list[int]:
+    """Taps of `eagle_config`, whose numbers are indices of the layers whose outputs are read."""
+    if not isinstance(outputs, (list, tuple)):
+        raise UserError(f"{TAPS} is {outputs!r}: it must be a list of layers")
+    if wrong := [each for each in outputs if not isinstance(each, int) or isinstance(each, bool) or each < -1]:
+        raise UserError(f"{TAPS} has {wrong[0]!r}: it must hold indices of the target's layers (-1: the embedding)")
+    if list(outputs) != sorted(set(outputs)):
+        raise UserError(f"{TAPS} is {list(outputs)!r}: give layers once, in rising order")
+    return [each + 1 for each in outputs]
 
 
 def default_taps(layers: int) -> tuple[int, ...]:

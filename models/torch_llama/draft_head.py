@@ -275,6 +275,7 @@ class TorchHead(SlotBySlot):
         if parents is not None:
             return self._tree_rows(tokens, position, parents)
         if position == self._last + 1 and len(tokens) == 1 and position > self._known_from + len(self._known):
+            self._check(1, position)
             self._outputs = self._rows(tokens, self._outputs[:1], position)
             self._last = position
             return self._outputs
