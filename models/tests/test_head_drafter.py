@@ -120,9 +120,6 @@ class Noted:
             self.fed[position + i] = features[row].clone()
         self.drafter.states(features, rows, position)
 
-    def settle(self, tokens):
-        return self.drafter.settle(tokens)
-
     def propose(self, tokens, limit):
         return self.drafter.propose(tokens, limit)
 

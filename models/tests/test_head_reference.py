@@ -36,7 +36,8 @@ def case(request, tmp_path):
     values = CONFIGS[name]
     if layout == SPECFORGE:
         layer = values["transformer_layer_config"]
-        taps = {"eagle_aux_hidden_state_layer_ids": values["eagle_aux_hidden_state_layer_ids"]}
+        outputs = [tap - 1 for tap in values["eagle_aux_hidden_state_layer_ids"]]  # as this layout counts
+        taps = {"eagle_aux_hidden_state_layer_ids": outputs}
         own = {key: value for key, value in values.items() if key.startswith(("norm", "fc", "draft"))}
         values = {**layer, **own, "architectures": ["LlamaForCausalLMEagle3"], "eagle_config": taps}
         tensors = {key.replace("layers.0.", "midlayer."): tensor for key, tensor in tensors.items()}
