@@ -15,7 +15,7 @@ from loguru import logger
 from models.device import check_device
 from models.errors import OptionError, UserError
 from models.fetch import PACKAGED, fetched
-from models.llama.checkpoint import Checkpoint
+from models.llama.checkpoint import Checkpoint, is_hub_id, locate
 from models.llama.config import LlamaConfig, check_exit_layer
 from models.llama.gguf_checkpoint import AnyCheckpoint, GgufCheckpoint, gguf_file
 from models.llama.head_checkpoint import HeadCheckpoint
@@ -134,7 +134,7 @@ def open_draft(source: str, target: OpenedModel) -> OpenedDraft:
     Raises UserError for whatever is wrong with its files, and for a draft that does not fit the target.
     """
     start = time.perf_counter()
-    if is_head(source):
+    if is_head(source) or (is_hub_id(source) and is_head(locate(source))):
         config = target.checkpoint.config
         checkpoint = HeadCheckpoint.open(source, config)
         return OpenedHead(source, checkpoint, time.perf_counter() - start)

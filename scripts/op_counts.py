@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.board_mock import cluster
 from models.boards import BOARDS, Board, board_named
@@ -26,13 +27,18 @@ from models.cli.console import Terminal
 from models.cli.tables import markdown_table, terminal_table
 from models.errors import UserError
 from models.llama.config import LlamaConfig, named_config
+from models.llama.head_config import typical_head
 from models.ttnn_llama.shapes import MAX_ROWS, padded_rows
 from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS, Precision, precision_named
+
+if TYPE_CHECKING:
+    from models.board_mock import graph
 
 SIZES = ("1B", "3B", "8B")
 ROWS = (1, 5, 32)
 TREES = (32,)
 POSITION = 1024
+HEAD_ROWS = 5  # verified before a head drafts
 COLUMNS = (
     "model",
     "board",
@@ -137,6 +143,70 @@ def each_in_its_process(boards: Sequence[str], options: argparse.Namespace) -> l
     return entries
 
 
+HEAD_COLUMNS = ("part", "ops", "collectives", "weights MB", "KV MB", "other MB", "all MB")
+
+
+def head_parts(board: Board, size: str, precision: Precision, position: int) -> list[tuple[str, "graph.Cost"]]:
+    """(what, Cost) of what a round with a draft head of a published shape adds to the target's verification; this
+    process must be on the board's mock. The target has two layers: the head's part does not depend on their number."""
+    import torch
+
+    from models.board_mock import graph
+    from models.speculative.model import Rows, Want
+    from models.ttnn_llama.device.mesh import open_mesh
+    from models.ttnn_llama.draft_head import TtnnHead
+    from models.ttnn_llama.model import TtnnLlama
+    from models.ttnn_llama.weights.tensors import EmptySource
+
+    full, found = named_config(size), []
+    config = dataclasses.replace(full, num_hidden_layers=2)
+    shape = dataclasses.replace(typical_head(full), taps=(0, 1, 2))
+    with open_mesh(board, trace_region_bytes=0) as meshes:
+        sources = [Recorder(EmptySource(meshes.target)) for _ in range(2)]
+        room = {"precision": precision, "max_seq_len": position + MAX_ROWS}
+        target = TtnnLlama(config, meshes.target, sources[0], **room)
+        head = TtnnHead(shape, target, sources[1], target_ids=torch.arange(shape.draft_vocab_size), **room)
+        weights = {tensor.buffer_address() for source in sources for tensor in source.tensors.values()}
+        layers = (*target.cache, head.cache)
+        cache = {tensor.buffer_address() for layer in layers for tensor in (layer.keys, layer.values)}
+        positions = list(range(position, position + HEAD_ROWS))
+
+        def verified() -> None:
+            kept = target.extend([Rows(0, [1] * HEAD_ROWS, position)], Want(taps=head.taps)).features(0)
+            head.states(kept, range(HEAD_ROWS), position)
+
+        def cost(body) -> graph.Cost:
+            verified()
+            body()  # makes the buffers that stay
+            verified()
+            return graph.cost(graph.capture(body, positions), weights, cache)
+
+        plain = cost(lambda: target.greedy([1] * HEAD_ROWS, position))
+        found.append(("keeping the states of a verification", cost(verified) + -1 * plain))
+        found.append(("reading verified rows", cost(lambda: head.read([1] * HEAD_ROWS, position + 1))))
+        for k in range(1, HEAD_ROWS):
+            key = head.prepare_chain(k)
+            inputs, given = head._chain_inputs[key], min(HEAD_ROWS, k + 1)
+
+            def chain(key=key, inputs=inputs, given=given) -> None:
+                head.fill_chain(*inputs, [1] * given, position + HEAD_ROWS + 1 - given)
+                head.runner.run(key)
+
+            found.append((f"rows of {given} verified tokens and a chain of {k}", cost(chain)))
+    return found
+
+
+def show_head(board: Board, options: argparse.Namespace, precision: Precision) -> None:
+    rows = []
+    for what, cost in head_parts(board, options.head, precision, options.position):
+        sizes = (cost.weights, cost.kv_cache, cost.other, cost.dram)
+        rows.append([what, str(cost.ops), str(cost.collectives), *(f"{size / 1e6:.1f}" for size in sizes)])
+    print(
+        f"Head of {options.head} on {board.name}, {options.precision}, {HEAD_ROWS} rows at {options.position}, per chip"
+    )
+    print(markdown_table(HEAD_COLUMNS, rows, left=1))
+
+
 def table_row(entry: dict) -> list[str]:
     layer, outside, forward = entry["layer"], entry["outside"], entry["forward"]
     megabytes = [f"{forward[part] / 1e6:.1f}" for part in ("weights", "kv_cache", "other")]
@@ -178,6 +248,7 @@ def command(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--position", type=int, default=POSITION, help="of the first row (default: %(default)s)")
     parser.add_argument("--precision", default=PRECISION, help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
+    parser.add_argument("--head", help="instead, on one board: a draft head of the published shape for 1B, 3B or 8B")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
     options = parser.parse_args(argv)
@@ -192,6 +263,13 @@ def command(argv: Sequence[str] | None) -> int:
 
     if options.json:
         check_writable(options.json)
+    if options.head:
+        named_config(options.head)
+        if len(boards) != 1:
+            raise UserError("--head counts on one board: name it with --boards")
+        cluster.activate(boards[0].name)
+        show_head(boards[0], options, precision)
+        return 0
     if len(boards) == 1:
         cluster.activate(boards[0].name)
         entries = measure(boards[0], options.sizes, precision, forms, options.position)

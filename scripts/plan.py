@@ -62,7 +62,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--draft", help=f"one of {sizes}, not larger than the target, or {HEAD}: an EAGLE-3 draft head")
     parser.add_argument("--board", help=f"one of {', '.join(BOARDS)}")
     parser.add_argument(
-        "--acceptance", type=float, help=f"chance of a drafted token, 0 to 1 (default: {DEFAULT_ACCEPTANCE})"
+        "--acceptance",
+        type=float,
+        help=f"chance of a drafted token, 0 to 1 (default: {DEFAULT_ACCEPTANCE}; of a head: --text)",
     )
     parser.add_argument("--acceptance-from", metavar="RUN.json", help="take it from a run of the demo, by position")
     parser.add_argument(

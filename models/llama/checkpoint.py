@@ -25,22 +25,68 @@ from models.llama.shards import INDEX, SINGLE, Shard, read_layout, read_ranges, 
 SHARD_BYTES = 2 * 10**9
 # safetensors' names of the dtypes a Llama is stored in -> torch's.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "model*.safetensors", "*.jinja"]
 
 
-class Checkpoint(Mapping[str, torch.Tensor]):
-    """An opened, checked Llama checkpoint: a mapping from Hugging Face tensor names to tensors, read on access.
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """Tensors of safetensors files that were checked, by name, read on access; `config` is what they belong to.
 
-    ``path`` is its directory, ``config`` its configuration: stop ids from generation_config.json where that has
-    them, dtype from the weights themselves.
+    ``path`` is their directory.
     """
 
-    def __init__(self, path: Path, config: LlamaConfig, shards: list[Shard], files: dict[str, Path]) -> None:
-        """Use `Checkpoint.open`. ``files``: tensor name -> file that holds it."""
+    def __init__(self, path: Path, config: Any, shards: list[Shard], files: dict[str, Path]) -> None:
+        """``files``: tensor name -> file that holds it."""
         self.path = path
         self.config = config
         self._shards = shards
         self._files = files
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor as stored, on the CPU. KeyError for other names.
+
+        It is backed by the file: pages are read when touched and given back when the tensor is dropped.
+        """
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def digest(self) -> str:
+        """16 hex digits that identify the content, wherever it lies: for caches of converted weights.
+
+        Hashes the configuration, headers, file lengths and 4 KiB out of the middle of each tensor, so that two
+        trainings of one architecture differ and 16 GB take milliseconds.
+        """
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for shard in self._shards:
+            header, ranges = read_ranges(shard.path)
+            digest.update(f"{shard.size}".encode() + header)
+            with shard.path.open("rb") as file:
+                for start, end in ranges:
+                    file.seek(8 + len(header) + max(start, (start + end) // 2 - 2048))
+                    digest.update(file.read(min(4096, end - start)))
+        return digest.hexdigest()[:16]
+
+
+class Checkpoint(StoredTensors):
+    """An opened, checked Llama checkpoint: a mapping from Hugging Face tensor names to tensors, read on access.
+
+    Made by `open`. ``path`` is its directory, ``config`` its configuration: stop ids from generation_config.json where
+    that has them, dtype from the weights themselves.
+    """
+
+    config: LlamaConfig
 
     @classmethod
     def open(cls, path_or_hub_id: str | Path) -> "Checkpoint":
@@ -49,7 +95,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         Raises UserError if it is missing or unreachable, not a Llama, incomplete, damaged, or if a tensor is missing
         or has another shape than config.json says. Reads no weights.
         """
-        path = _locate(path_or_hub_id)
+        path = locate(path_or_hub_id)
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a checkpoint: it has no config.json{what_else(path)}")
         config = LlamaConfig.from_json(path / "config.json")
@@ -90,42 +136,10 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return tuple(self._files)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as stored, on the CPU. A tied ``lm_head.weight`` is the embedding. KeyError for other names.
-
-        It is backed by the file: pages are read when touched and given back when the tensor is dropped.
-        """
+        """As of `StoredTensors`. A tied ``lm_head.weight`` is the embedding."""
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
             name = "model.embed_tokens.weight"
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def digest(self) -> str:
-        """16 hex digits that identify the content, wherever it lies: for caches of converted weights.
-
-        Hashes the configuration, headers, file lengths and 4 KiB out of the middle of each tensor, so that two
-        trainings of one architecture differ and 16 GB take milliseconds.
-        """
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
-        for shard in self._shards:
-            header, ranges = read_ranges(shard.path)
-            digest.update(f"{shard.size}".encode() + header)
-            with shard.path.open("rb") as file:
-                for start, end in ranges:
-                    file.seek(8 + len(header) + max(start, (start + end) // 2 - 2048))
-                    digest.update(file.read(min(4096, end - start)))
-        return digest.hexdigest()[:16]
+        return super().tensor(name)
 
 
 class CheckpointWriter:
@@ -215,7 +229,12 @@ def save_checkpoint(
             writer.add(name, tensors[name])
 
 
-def _locate(path_or_hub_id: str | Path) -> Path:
+def is_hub_id(source: str) -> bool:
+    """Whether a source may be a hub id: it looks like one, and nothing here has that name."""
+    return bool(_HUB_ID.fullmatch(source)) and not Path(source).expanduser().exists()
+
+
+def locate(path_or_hub_id: str | Path) -> Path:
     """The local directory of a checkpoint; hub ids are downloaded, or found in the cache."""
     given = str(path_or_hub_id)
     try:
@@ -227,7 +246,7 @@ def _locate(path_or_hub_id: str | Path) -> Path:
         return path
     if given and exists:
         raise UserError(f"{given} is a file: give the checkpoint's directory")
-    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", given):
+    if isinstance(path_or_hub_id, Path) or not _HUB_ID.fullmatch(given):
         raise UserError(
             f"no such directory: {given or repr(given)} (a checkpoint is a directory, or a hub id like owner/name)"
         )

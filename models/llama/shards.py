@@ -106,10 +106,14 @@ def _fault(path: Path, refusal: Exception) -> str:
     return f"{path} is damaged ({' '.join(str(refusal).split())}): download it again"
 
 
+def pickles_in(path: Path) -> list[str]:
+    """Names of pickled weights in a directory."""
+    return sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+
+
 def what_else(path: Path) -> str:
     """What a directory without a readable checkpoint holds instead, as the rest of an error message."""
-    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-    if pickles:
+    if pickles := pickles_in(path):
         return f" but {pickles[0]}: pickle can run code and is not read, convert it to safetensors"
     gguf = sorted(file.name for file in path.glob("*.gguf"))
     if gguf:

@@ -1,13 +1,12 @@
 """Helpers for tests: tiny random draft heads for tiny random Llamas."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from models.llama.config import LlamaConfig
+from models.llama.head_checkpoint import save_head
 from models.llama.head_config import HeadConfig
 from models.torch_llama.draft_head import TorchHead
 
@@ -17,8 +16,8 @@ def head_config(target: LlamaConfig, draft_vocab: int | None = None, **options) 
     layer = dataclasses.replace(
         target, num_hidden_layers=1, rope_scaling=None, bos_token_id=None, eos_token_ids=(), tie_word_embeddings=False
     )
-    chosen = {"taps": (1, target.num_hidden_layers), **options}
-    return HeadConfig(layer, draft_vocab or target.vocab_size, target.hidden_size, **chosen)
+    chosen = {"taps": (1, target.num_hidden_layers), "target_hidden_size": target.hidden_size, **options}
+    return HeadConfig(layer, draft_vocab or target.vocab_size, **chosen)
 
 
 def random_head_tensors(config: HeadConfig, seed: int) -> dict[str, torch.Tensor]:
@@ -44,9 +43,7 @@ def build_head(config: HeadConfig, target, seed: int = 0, **options) -> TorchHea
 def write_head(path: Path, target: Path, draft_vocab: int = 60) -> Path:
     """A directory with a random draft head for a target's, which reads it after its first and its last layer."""
     config = head_config(LlamaConfig.from_json(target / "config.json"), draft_vocab)
-    path.mkdir()
-    save_file(random_head_tensors(config, 0), path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    save_head(path, config, random_head_tensors(config, 0))
     return path
 
 

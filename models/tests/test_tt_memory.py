@@ -8,6 +8,7 @@ import pytest
 from models.boards import BOARDS, Board
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES
+from models.llama.head_config import typical_head
 from models.ttnn_llama.weights.memory import COLUMNS, MemoryPlan, check_fit, plan, rows, weight_bytes
 from models.ttnn_llama.weights.precision import PRECISIONS, precision_named
 from models.ttnn_llama.weights.tensors import weight_specs
@@ -32,6 +33,33 @@ def refusal(board: Board, plans: dict, placement: str = "shared") -> str:
 def bytes_of(config, name: str, chips: int, banks: int, precision: str = "accuracy") -> int:
     specs = weight_specs(config, chips, precision_named(precision))
     return weight_bytes(next(spec for spec in specs if spec.name == name), chips, banks)
+
+
+# ------------------------------------------------------------------------------------------------------------- heads
+def test_8b_with_a_head_fits_an_n150_and_takes_less_than_a_1b_draft():
+    board, head = BOARDS["N150"], typical_head(EIGHT_B)
+    for context in (2048, 16384):
+        plans = {
+            name: planned(config, "performance", board, context)
+            for name, config in (("target", EIGHT_B), ("draft", head))
+        }
+        check_fit(board, plans)
+        assert plans["draft"].total < planned(ONE_B, "performance", board, context).total
+        assert plans["draft"].changed(max_seq_len=1024).total < plans["draft"].total
+
+
+def test_a_heads_prompt_states_are_planned_with_the_context():
+    """bf16 states of three layers for each position of the cache."""
+    board, head = BOARDS["N150"], typical_head(EIGHT_B)
+    short, long = (planned(head, "performance", board, context).activations for context in (4064, 8160))
+    rope = 4 * 4096 * 128
+    assert long - short == 2 * (3 * 4096 * 4096 + rope)
+
+
+def test_a_head_that_the_chips_do_not_divide_is_refused():
+    head = dataclasses.replace(typical_head(EIGHT_B), draft_vocab_size=32032)
+    with pytest.raises(UserError, match="draft head: vocab_size 32032 cannot be split over 8 chips"):
+        planned(head, "performance", BOARDS["T3K"], 2048)
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes

@@ -49,6 +49,38 @@ def test_greedy_rounds_of_each_length_are_all_that_a_model_draft_runs():
     assert needed("early-exit", draft_lengths=(1, 3)) == [Program("target", "ids"), *rounds(1, 3)]
 
 
+def test_a_head_runs_rounds_reads_what_would_be_lost_and_keeps_states_in_every_other_forward():
+    plain, kept = (Program("target", what) for what in ("ids", "kept-ids"))
+    reading = [Program("draft", "read", n) for n in (1, 5)]
+    assert needed("head") == [plain, *reading, kept, *rounds(4)]
+    mixed = dataclasses.replace(spec_of("combined").workload, drafts_with="head")
+    found = programs(BoardOptions(workload=mixed, draft_lengths=(1, 4)), [1, 4], True)
+    assert found == [plain, *reading, kept, *(Program("target", "kept-ids", n) for n in (2, 5)), *rounds(1, 4)]
+    assert needed("head", greedy=False) == [
+        Program("target", "logits"),
+        *reading,
+        Program("target", "kept-logits"),
+        Program("draft", "logits", 5),
+        Program("draft", "step"),
+        Program("target", "kept-logits", 5),
+    ]
+    assert needed("head", draft_lengths=()) == [plain]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batched": False}, "needs batched verification"),
+        ({"placement": "own-chip"}, "use --draft-placement shared"),
+        ({"prefill": "rows"}, "use --prefill chunks"),
+        ({"workload": Workload("head", tree=True), "tree_nodes": 8}, "drafts chains: use --drafter head or combined"),
+    ],
+)
+def test_what_a_head_cannot_do_on_a_board_is_refused(changes, words):
+    with pytest.raises(UserError, match=f"a draft head on a board .*{words}"):
+        BoardOptions(**{"workload": spec_of("head").workload, "draft_lengths": (4,), **changes})
+
+
 def test_prompts_that_are_read_in_rows_have_a_program_for_it():
     target, draft = (Program(model, "logits", 32) for model in ("target", "draft"))
     assert needed(draft_lengths=(4,), prefill="rows") == [Program("target", "ids"), target, draft, *rounds(4)]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from models.errors import UserError
+from models.llama import head_checkpoint
 from models.llama.head_config import HeadConfig
 from models.training.evaluate import Evaluation
 from models.training.loss import DraftVocabulary
@@ -98,12 +96,7 @@ def save_head(
     """Write model.safetensors, config.json and README.md."""
     tensors = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
     tensors |= vocabulary.tensors()
-    partial = out / "model.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors makes it private
-    os.replace(partial, out / "model.safetensors")
-    values = config.to_dict() | {"torch_dtype": "bfloat16"}
-    (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    head_checkpoint.save_head(out, config, tensors)
     (out / "README.md").write_text(_card(config, vocabulary, result, facts))
 
 

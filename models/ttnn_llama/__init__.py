@@ -1,6 +1,7 @@
 """Llama 3.x in TT-NN: prefill, decode and the verification of several tokens in one forward, on Tenstorrent boards.
 
 model               a language model on one mesh: weights, cache, prefill
+draft_head          an EAGLE-3 head beside its target, reading the target's hidden states
 board_models        target and draft on one board: opened, loaded, prepared, closed
 shapes              sizes that all of the package agrees on
 
@@ -11,6 +12,7 @@ device/             the chips
 weights/            getting a model onto a board
   precision         named choices of number formats and of arithmetic fidelity
   tensors           checkpoint tensors -> the layout and the share of them that each chip holds
+  head_tensors      the same of a draft head
   weight_cache      converted tensors kept on disk
   memory            what a model takes of each chip's DRAM, whether that fits, and what would
 modules/            the forward
@@ -19,6 +21,7 @@ modules/            the forward
   first_layers      the first layers of a model as its own draft (early exit)
   rows              the inputs of a forward of R rows, and the ops that depend on R
   attend            how rows attend to the cache: causal rows, rows of a tree
+  kept_states       hidden states that a target's forwards leave for a head
   rope              rotary tables on the device
   kv_cache          one flat pair of tensors per layer
   attention         grouped-query attention of R rows over one cache
@@ -30,6 +33,7 @@ programs/           what runs as one program
   options           how models run on a board, as a user asks for it
   needed            which programs a generation runs, and what their traces take
   fused             a greedy round as one program: K drafted tokens and their verification
+  head_round        the same with a draft head
 
 `shapes`, `weights.precision`, `weights.memory`, `programs.options` and `programs.needed` are known without ttnn.
 
