@@ -126,9 +126,6 @@ class Noted:
     def observe(self, accepted):
         self.drafter.observe(accepted)
 
-    def settle(self, tokens):
-        return self.drafter.settle(tokens)
-
 
 @pytest.mark.parametrize("make", [chain, tree, combined])
 def test_every_position_of_the_text_is_fed_with_the_states_that_one_pass_over_it_computes(make):

@@ -147,11 +147,10 @@ def test_feeding_true_states_again_changes_the_rows_that_follow():
 
 def test_states_of_other_rejected_tokens_are_replaced():
     states, tokens = text()
-    head = build()
-    head.states(states, range(LENGTH), 0)
+    head, (other, _) = build(), text(seed=5)
+    head.states(states[:20], range(20), 0)
     head.read(tokens[1:21], 1)
-    other, _ = text(seed=5)
-    head.states(other[:5], range(5), 21)
+    head.states(other[:5], range(5), 20)
     head.states(states[20:], range(LENGTH - 20), 20)
     found = head.forward(tokens[21:], 21)
     torch.testing.assert_close(found, given(build(), states, tokens)[20:], **CLOSE)
