@@ -123,6 +123,9 @@ class Noted:
     def propose(self, tokens, limit):
         return self.drafter.propose(tokens, limit)
 
+    def settle(self, tokens):
+        return self.drafter.settle(tokens)
+
     def observe(self, accepted):
         self.drafter.observe(accepted)
 
