@@ -54,7 +54,9 @@ class ModelDrafter:
         self._confident = confident
         self._broken = False  # the model's logits were not finite
         self._rounds = rounds if rounds is not None and rounds.draft_lengths else None
-        self._head = model if isinstance(model, DraftHead) and model.target_ids is not None else None
+        self._target_ids: torch.Tensor | None = None  # of the model's ids, where it drafts a part of the vocabulary
+        if isinstance(model, DraftHead):
+            self._target_ids, self._target_vocab_size = model.target_ids, model.target_vocab_size
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """Draft as many tokens as allowed and as the model's own context has room for, after catching up."""
@@ -161,10 +163,10 @@ class ModelDrafter:
         """Distributions [n, V] over the target's vocabulary: 0 for ids that the model cannot draft."""
         params = self.sampling
         probs = distribution(logits, params.temperature, params.top_k, params.top_p)
-        if self._head is None or self._head.target_ids is None:
+        if self._target_ids is None:
             return probs
-        return probs.new_zeros(len(probs), self._head.target_vocab_size).index_copy_(1, self._head.target_ids, probs)
+        return probs.new_zeros(len(probs), self._target_vocab_size).index_copy_(1, self._target_ids, probs)
 
     def _ids(self, ids: torch.Tensor) -> torch.Tensor:
         """The target's ids for places in the model's logits."""
-        return ids if self._head is None or self._head.target_ids is None else self._head.target_ids[ids]
+        return ids if self._target_ids is None else self._target_ids[ids]
