@@ -2,10 +2,12 @@
 
 import os
 import random
+import sys
 
 import numpy
 import pytest
 import torch
+from loguru import logger
 
 from models.board_mock import cluster
 from models.boards import BOARDS, medium
@@ -52,6 +54,14 @@ def fixed_seeds():
     torch.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """A command sets where the log goes: the stream of one test, closed after it, is never the next one's."""
+    yield
+    logger.remove()
+    logger.add(sys.__stderr__)
 
 
 @pytest.fixture(scope="module")
