@@ -25,6 +25,10 @@ class DraftPolicy(Protocol):
     """One text's policy. Asked before every round, told about every round. It may learn from rounds and times, never
     from tokens ahead."""
 
+    def shares(self, sequences: int, context: int) -> None:
+        """A round begins: so many sequences share its forward, whose texts have so many tokens together."""
+        ...
+
     def draft_length(self, source: str) -> int:
         """Tokens that this source of drafts may propose now; 0: none, decode one token plainly."""
         ...
@@ -63,6 +67,9 @@ class FixedDraftLength:
     def begin(self, prompt_tokens: int, max_new_tokens: int) -> DraftPolicy:
         """Itself."""
         return self
+
+    def shares(self, sequences: int, context: int) -> None:
+        """Nothing that would change the number."""
 
     def draft_length(self, source: str) -> int:
         """The number."""
@@ -135,6 +142,10 @@ class AutoDraftLength:
     def chosen(self) -> list[int]:
         """Tokens drafted in the rounds of the text begun last."""
         return self.latest.chosen
+
+    def shares(self, sequences: int, context: int) -> None:
+        """As of the text begun last."""
+        self.latest.shares(sequences, context)
 
     def draft_length(self, source: str) -> int:
         """As of the text begun last."""
@@ -224,6 +235,9 @@ class AutoPolicy:
         self._wait, self._probing = 1, False
         self._asked = 0
         self._outlooks: dict[str, _Outlook] = {}  # by source, until a round changes them
+
+    def shares(self, sequences: int, context: int) -> None:
+        """The next round's company."""
 
     def draft_length(self, source: str) -> int:
         """The best length, 0 where plain decoding is better."""
