@@ -217,7 +217,7 @@ class Engine:
             if not sequence.finished:
                 groups.setdefault(sequence.request.drafter, []).append(sequence)
         mark = self._clock()
-        budget = Budget(self.target.limits.rows, len(sequences), context)
+        budget = Budget(self.target.limits.rows, len(sequences), context, self._scheduler.prompt_rows)
         drafts: dict[Sequence, Draft] = {}
         for drafter, members in groups.items():
             if drafter is None:

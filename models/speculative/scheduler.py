@@ -31,7 +31,7 @@ class Scheduler:
         self.running: list[TextSequence] = []
         self.waiting: deque[TextSequence] = deque()
         self._target = target
-        self._prompt_rows = prompt_rows
+        self.prompt_rows = prompt_rows
         self._free = list(range(target.limits.slots))
 
     def admit(self, chosen: Collection[TextSequence] | None = None) -> list[TextSequence]:
@@ -87,7 +87,7 @@ class Scheduler:
     def pieces(self, reading: Sequence[TextSequence], writing: int) -> list[tuple[TextSequence, Rows]]:
         """The pieces of prompts that a step reads beside so many texts that are being written."""
         pieces: list[tuple[TextSequence, Rows]] = []
-        left = self._prompt_rows
+        left = self.prompt_rows
         for sequence in reading:
             prompt, start = sequence.request.prompt, sequence.cached
             whole = not (writing or pieces)

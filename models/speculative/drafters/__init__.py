@@ -119,12 +119,14 @@ class Budget(NamedTuple):
     """What a step may draft.
 
     rows: of one sequence in a target's forward, the tokens before the drafted ones included. sequences: that share the
-    step. context: tokens of all their texts.
+    step. context: tokens of all their texts. prompt_rows: that drafters may read of texts, all together, where several
+    share the step.
     """
 
     rows: int
     sequences: int = 1
     context: int = 0
+    prompt_rows: int = 512
 
     def share(self, sequence: Sequence) -> Limit:
         """What is allowed to one sequence, by its policy, its end, and the rows that the text itself leaves."""
