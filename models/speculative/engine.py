@@ -109,12 +109,15 @@ class Engine:
 
         An error ends only the sequence that it happened in, which keeps it as `error`; it is among those returned.
 
-        chosen: these sequences alone; others stay where they are.
+        chosen: these sequences alone; others stay where they are. Raises UserError if none of them can do anything
+        before others end.
         """
         refused = self._scheduler.admit(chosen)
         for sequence in refused:
             self.abort(sequence)
         running = [each for each in self.running if chosen is None or each in chosen]
+        if not (running or refused) and any(chosen is None or each in chosen for each in self.waiting):
+            raise self._scheduler.no_room()
         return [Emission(sequence, []) for sequence in refused] + self._take(running)
 
     def advance(self, sequence: Sequence) -> list[Token]:
