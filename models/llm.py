@@ -460,6 +460,8 @@ class LLM:
             longest = 1
         rows = {n for n in (1, 2, 4, 7, 11) if n < longest} | {longest}
         controller.costs.measure(self.target.model, rows, greedy=greedy)
+        if self.target.model.limits.slots > 1 and not self.board:
+            controller.costs.measure_together(self.target.model, greedy=greedy)
 
     @property
     def head(self) -> DraftHead | None:

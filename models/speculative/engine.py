@@ -290,6 +290,7 @@ class Engine:
             verify_s=verify_s,
             drafting=0,
             draft_s=0.0,
+            draft_steps=0,
         )
 
     def _decided(self, turn: _Turn, shared: Joint | None, written: dict[Sequence, list[Token]]) -> None:
@@ -305,7 +306,7 @@ class Engine:
         accepted, drafted = len(verified.kept), len(draft.tokens)
         if shared is not None and drafted:
             seconds = turn.draft_s if draft.seconds is None else draft.seconds
-            shared = shared._replace(drafting=draft.together, draft_s=seconds)
+            shared = shared._replace(drafting=draft.together, draft_s=seconds, draft_steps=draft.forwards)
         turn.round = round_ = Round(
             drafted,
             accepted,

@@ -19,6 +19,7 @@ class Joint(NamedTuple):
     verify_s: float  # of that forward
     drafting: int  # sequences that were drafted for in the same forwards; 0: this one by itself
     draft_s: float  # of that drafting
+    draft_steps: int  # and how many forwards these were
 
 
 @dataclass

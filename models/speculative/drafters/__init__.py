@@ -60,9 +60,9 @@ class Draft(NamedTuple):
     path_probs: the draft's own probability of each token and all before it, where it is known; one number more than
     tokens if one was looked at and not proposed. fused: instead of tokens, a greedy round to run that drafts and
     verifies k of them: (rounds, k).
-    together: for how many sequences the forwards were that drafted it, 0 if it had its own; seconds: that drafting for
-    all of them took, prompts apart; None: what the call took. waits: nothing yet, the drafter is still reading the
-    prompt; the sequence has no round in this step.
+    together: for how many sequences the forwards were that drafted it, 0 if it had its own; forwards: their number;
+    seconds: that drafting for all of them took, prompts apart; None: what the call took. waits: nothing yet, the
+    drafter is still reading the prompt; the sequence has no round in this step.
     """
 
     tokens: list[int]
@@ -73,6 +73,7 @@ class Draft(NamedTuple):
     path_probs: Items[float] = ()
     fused: tuple[FusedRounds, int] | None = None
     together: int = 0
+    forwards: int = 0
     seconds: float | None = None
     waits: bool = False
 

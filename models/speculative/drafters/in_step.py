@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -127,11 +127,14 @@ class InStep(PerSequence):
                 own_s += time.perf_counter() - mark
         talks = [each for each in drafts if isinstance(each, _Talk)]
         self._read([each for each in talks if each.ask and each.ask.reads is Reads.NOTHING], budget.prompt_rows)
+        forwards = 0
         while asking := [each for each in talks if each.ask and each.ask.reads is not Reads.NOTHING]:
             self._hear(asking)
+            forwards += 1
         seconds = time.perf_counter() - began - own_s - sum(each.prefill_s for each in talks)
         together = sum(each.asked for each in talks)
-        return [self._told(each, together, seconds) if isinstance(each, _Talk) else each for each in drafts]
+        shared = {"together": together, "forwards": forwards, "seconds": seconds}
+        return [self._told(each, shared) if isinstance(each, _Talk) else each for each in drafts]
 
     def _begun(self, sequence: Sequence, budget: Budget) -> Draft | Exception | _Talk:
         """A dialogue with its first question, or what came of it without one."""
@@ -163,7 +166,7 @@ class InStep(PerSequence):
         except Exception as error:
             talk.result = error
 
-    def _told(self, talk: _Talk, together: int, seconds: float) -> Draft | Exception:
+    def _told(self, talk: _Talk, shared: dict[str, Any]) -> Draft | Exception:
         if talk.ask is not None:  # there is more to read
             talk.wanted = talk.sequence.wanted
             self._paused[talk.sequence] = talk
@@ -173,7 +176,7 @@ class InStep(PerSequence):
         if isinstance(draft, Exception):
             return draft
         prefill_s = draft.prefill_s + talk.prefill_s
-        return draft._replace(prefill_s=prefill_s, together=together if talk.asked else 0, seconds=seconds)
+        return draft._replace(prefill_s=prefill_s, **shared if talk.asked else {})
 
     # --------------------------------------------------------------------------------------------------- the model
     def _read(self, talks: list[_Talk], left: int) -> None:
