@@ -1,4 +1,4 @@
-"""The exceptions that stand for a user's mistake."""
+"""The exceptions that stand for a user's mistake, and what counts as text."""
 
 import re
 
@@ -10,6 +10,15 @@ class UserError(Exception):
 
     Command lines print it as ``error: ...`` on stderr and exit with code 2; it never shows a traceback.
     """
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is Unicode text. Half a surrogate pair, from bytes or JSON that hold none, is not."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class NotFinite(UserError):

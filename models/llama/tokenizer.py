@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders
 
-from models.errors import UserError
+from models.errors import UserError, is_text
 from models.llama.config import LlamaConfig, as_token_ids, read_json
 
 # The date a chat template prints into its system block: fixed, so that a prompt has the same ids on every day.
@@ -88,9 +88,18 @@ class LlamaTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, behind exactly one BOS where the model's own tokenizer puts one, also if the text spells it.
 
-        Special tokens that the text spells out ("<|eot_id|>") become those tokens.
+        Special tokens that the text spells out ("<|eot_id|>") become those tokens. Raises UserError for half a
+        surrogate pair, and for a character that the tokenizer has no token for.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not is_text(text):
+            raise UserError("the text holds half of a surrogate pair, which no tokenizer knows: decode it as UTF-8")
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(
+                f"{self.path / 'tokenizer.json'} cannot encode the text ({' '.join(str(error).split())}): use another "
+                "text, or the tokenizer of the original checkpoint"
+            ) from None
         if not self.begins_with_bos or self.bos_id is None:
             return ids
         start = next((i for i, id in enumerate(ids) if id != self.bos_id), len(ids))
