@@ -47,9 +47,9 @@ def integer(low: int, high: int | None = None):
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number: give one {bounds}") from None
+            raise argparse.ArgumentTypeError(f"{shown(text)!r} is not a whole number: give one {bounds}") from None
         if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{_shown(text)} is out of range: give a whole number {bounds}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is out of range: give a whole number {bounds}")
         return value
 
     return parse
@@ -68,14 +68,15 @@ def integer_or_auto(low: int, high: int | None = None):
     return parse
 
 
-def _shown(text: str) -> str:
-    return repr(text) if len(text) <= 40 else f"{text[:40]!r}.. ({len(text)} characters)"
+def shown(text: str) -> str:
+    """A value in a message: of a long one, the beginning."""
+    return text if len(text) <= 40 else f"{text[:40]}.. ({len(text)} characters)"
 
 
 def _count_by_length(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,17})x([1-9]\d{0,17})", text, re.ASCII)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is not COUNTxLENGTH: give two whole numbers, such as 10x64")
+        raise argparse.ArgumentTypeError(f"{shown(text)!r} is not COUNTxLENGTH: give two whole numbers, such as 10x64")
     return int(match[1]), int(match[2])
 
 

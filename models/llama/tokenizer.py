@@ -17,6 +17,10 @@ CHAT_DATE = "26 Jul 2024"
 _FIXED_CLOCK = "{%- macro strftime_now(format) -%}{{ date_string }}{%- endmacro -%}"
 
 
+# Files beside tokenizer.json that transformers reads.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
 class LlamaTokenizer:
     """Reads tokenizer.json and the files beside it; ids are those of the model in the same directory.
 
@@ -144,9 +148,7 @@ class LlamaTokenizer:
         """Whether there is a chat template beside the tokenizer."""
         settings = self.path / "tokenizer_config.json"
         in_settings = settings.is_file() and read_json(settings).get("chat_template")
-        return bool(in_settings) or any(
-            (self.path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")
-        )
+        return bool(in_settings) or (self.path / "chat_template.jinja").is_file()
 
     def detokenizer(self) -> "StreamingDetokenizer":
         """A new detokenizer for one stream of ids."""
@@ -159,7 +161,19 @@ class LlamaTokenizer:
             # Imported here: a second that only chat prompts need.
             from transformers import PreTrainedTokenizerFast
 
-            loaded = PreTrainedTokenizerFast.from_pretrained(str(self.path))
+            for file in self.path.glob("*.json"):  # the library would not say which file it cannot read
+                if file.name in _SETTINGS:
+                    read_json(file)
+            for file in [*self.path.glob("*.jinja"), *self.path.glob("additional_chat_templates/*.jinja")]:
+                _check_utf8(file)
+            try:
+                loaded = PreTrainedTokenizerFast.from_pretrained(str(self.path))
+            except Exception as error:  # whatever a setting of a wrong type leads the library to
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise UserError(
+                    f"{self.path / 'tokenizer_config.json'}, or a file beside it, has a setting that cannot be used "
+                    f"({reason}): copy the tokenizer's files from the original checkpoint"
+                ) from None
             if not loaded.chat_template:
                 raise UserError(
                     f"{self.path} has no chat template: use an Instruct checkpoint or leave --instruct away"
@@ -270,6 +284,14 @@ def check_pair(
 
 def _quoted(text: str | None) -> str:
     return "absent" if text is None else json.dumps(text, ensure_ascii=False)
+
+
+def _check_utf8(file: Path) -> None:
+    try:
+        file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise UserError(f"cannot read {file} ({reason}): copy it from the original checkpoint") from None
 
 
 def _id_of(tokenizer: Tokenizer, token: Any) -> int | None:
