@@ -28,8 +28,6 @@ from models.cli.environment import date, machine, versions, write_json
 from models.errors import UserError
 
 WARM_UP = 0.15  # of the time, which no slope counts: caches fill and threads start
-PROMPTS = 24  # distinct prompts with a known greedy text
-LONGEST = 96  # tokens of a text
 KINDS = ("none", "prompt-lookup", "model", "combined", "tree", "head", "early-exit")
 
 
@@ -88,18 +86,20 @@ class Soak:
     Args:
         llm: with several slots.
         seed: of everything that is drawn.
+        prompts: how many there are; each one's greedy text is known.
+        longest: tokens of a text.
     """
 
-    def __init__(self, llm: Any, seed: int) -> None:
-        self.llm, self.counts = llm, Counts()
+    def __init__(self, llm: Any, seed: int, prompts: int, longest: int) -> None:
+        self.llm, self.counts, self._longest = llm, Counts(), longest
         self._draw = random.Random(seed)
         self._expected: dict[Any, list[int]] = {}  # greedy texts under way
         positions = llm.engine.target.limits.positions
         self._known = []
-        for _ in range(PROMPTS):
+        for _ in range(prompts):
             length = min(int(2 ** self._draw.uniform(0, 9)), positions - 2)
             ids = [self._draw.randrange(llm.engine.target.limits.vocabulary) for _ in range(length)]
-            text = llm.generate(ids, max_new_tokens=LONGEST, stop_ids=(), speculate=False).token_ids
+            text = llm.generate(ids, max_new_tokens=longest, stop_ids=(), speculate=False).token_ids
             self._known.append(Known(ids, text))
         llm.choose_exit(self._known[0].ids)  # early exit asks for it, and it takes an idle engine
         self._configurations = self._drafters()
@@ -127,7 +127,7 @@ class Soak:
             sampling = SamplingParams(
                 temperature=draw.uniform(0.1, 2), top_k=draw.choice((0, 1, 20)), top_p=draw.uniform(0.1, 1), seed=1
             )
-        count = draw.randint(1, LONGEST)
+        count = draw.randint(1, self._longest)
         stop = draw.choice(known.text) if draw.random() < 0.3 else None
         request, _ = self.llm.request(
             known.ids,
@@ -195,18 +195,20 @@ def command(argv: Sequence[str] | None = None) -> int:
     add("--draft", help="as of the demo")
     add("--dtype", default="fp32", choices=("fp32", "bf16"), help="bf16 may differ at near-ties (default fp32)")
     add("--slots", type=int, default=8, help="texts under way at once (default %(default)s)")
+    add("--prompts", type=int, default=24, help="prompts, each with a known greedy text (default %(default)s)")
+    add("--max-new-tokens", type=int, default=96, help="tokens of a text at most (default %(default)s)")
     add("--seed", type=int, default=0)
     add("--window", type=float, default=5.0, help="seconds of a sample (default %(default)s)")
     add("--memory-mb-per-hour", type=float, default=50.0, help="growth that fails (default %(default)s)")
     add("--json", type=Path, help="where results are written")
     args = parser.parse_args(argv)
-    for name in ("minutes", "window"):
+    for name in ("minutes", "window", "prompts", "max_new_tokens"):
         if not 0 < getattr(args, name) < 1e6:
-            raise UserError(f"--{name} {getattr(args, name)} must be more than 0")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be more than 0")
     from models import LLM
 
     with LLM.load(args.target, args.draft, dtype=args.dtype, draft_dtype=args.dtype, slots=args.slots) as llm:
-        soak = Soak(llm, args.seed)
+        soak = Soak(llm, args.seed, args.prompts, args.max_new_tokens)
         samples = soak.run(60 * args.minutes, args.window)
     kept = [each for each in samples if each["seconds"] > 60 * args.minutes * WARM_UP]
     seconds = [each["seconds"] for each in kept]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ from models.cli.command import run_command
 ROOT = Path(__file__).resolve().parent.parent
 
 
+SMALL = "--prompts 4 --max-new-tokens 16 --window 0.3 --memory-mb-per-hour 1e9".split()
+
+
 @pytest.fixture(scope="module")
 def soak():
     spec = importlib.util.spec_from_file_location("soak", ROOT / "scripts" / "soak.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -28,7 +33,7 @@ def test_a_straight_line_is_found_in_noise(soak):
 
 def test_a_short_soak_finds_no_wrong_token(soak, tmp_path, capsys, one_thread):
     file = tmp_path / "soak.json"
-    argv = ["--minutes", "0.08", "--window", "0.5", "--slots", "3", "--memory-mb-per-hour", "1e9", "--json", str(file)]
+    argv = [*SMALL, "--minutes", "0.08", "--slots", "3", "--json", str(file)]
     assert soak.command(argv) == 0
     counts = json.loads(file.read_text())["counts"]
     assert counts["wrong"] == counts["errors"] == 0 < counts["compared"] < counts["tokens"]
@@ -42,7 +47,7 @@ def test_a_wrong_token_is_found(soak, tmp_path, monkeypatch, one_thread):
 
     monkeypatch.setattr(verify, "accept_greedy", lambda drafted, ids: (len(drafted), list(ids)[-1]))
     file = tmp_path / "soak.json"
-    argv = ["--minutes", "0.05", "--slots", "2", "--memory-mb-per-hour", "1e9", "--json", str(file)]
+    argv = [*SMALL, "--minutes", "0.05", "--slots", "2", "--json", str(file)]
     assert soak.command(argv) == 1
     assert json.loads(file.read_text())["counts"]["wrong"] > 0
 
