@@ -39,6 +39,8 @@ AUTO_LONGEST = 15  # where rows are computed as they come
 AUTO_LONGEST_FIXED = FREE_ROWS - 1  # where every forward computes all rows that the longest draft needs
 DRAFT_TOKENS = 4
 TREE_NODES = 15
+MAX_THREADS = 1024  # more than any machine has use for; torch would try to start them all
+MAX_SLOTS = 1024
 
 # Options that have a meaning on some devices only, and what to do about one of them on another device.
 TORCH_OPTIONS = {
@@ -233,8 +235,8 @@ class EngineOptions:
                 raise OptionError(f"[{name}] {getattr(self, name)!r}: choose one of {choices}")
         for name, low, high in (
             ("max_seq_len", 2, None),
-            ("threads", 1, None),
-            ("slots", 1, None),
+            ("threads", 1, MAX_THREADS),
+            ("slots", 1, MAX_SLOTS),
             ("num_draft_tokens", 0, MAX_DRAFT_LENGTH),
             ("tree_nodes", 1, MAX_DRAFT_LENGTH),
             ("exit_layer", 1, None),

@@ -12,6 +12,7 @@ from models.options import (
     DEVICES,
     DRAFT_TOKENS,
     DTYPES,
+    MAX_THREADS,
     NAMED,
     TREE_NODES,
     VERIFICATIONS,
@@ -46,9 +47,9 @@ def integer(low: int, high: int | None = None):
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: give one {bounds}") from None
+            raise argparse.ArgumentTypeError(f"{shown(text)!r} is not a whole number: give one {bounds}") from None
         if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{value} is out of range: give a whole number {bounds}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is out of range: give a whole number {bounds}")
         return value
 
     return parse
@@ -67,10 +68,15 @@ def integer_or_auto(low: int, high: int | None = None):
     return parse
 
 
+def shown(text: str) -> str:
+    """A value in a message: of a long one, the beginning."""
+    return text if len(text) <= 40 else f"{text[:40]}.. ({len(text)} characters)"
+
+
 def _count_by_length(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9]\d{0,17})x([1-9]\d{0,17})", text, re.ASCII)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not COUNTxLENGTH: give two whole numbers, such as 10x64")
+        raise argparse.ArgumentTypeError(f"{shown(text)!r} is not COUNTxLENGTH: give two whole numbers, such as 10x64")
     return int(match[1]), int(match[2])
 
 
@@ -109,7 +115,7 @@ def add_model_arguments(
     )
     group.add_argument(
         "--threads",
-        type=integer(1),
+        type=integer(1, MAX_THREADS),
         metavar="N",
         help="CPU threads of torch, which on a board converts weights and draws samples (default: torch's own)",
     )
