@@ -26,7 +26,7 @@ from models.speculative.control.costs import CostModel
 from models.speculative.control.policy import AutoDraftLength, Controller, FixedDraftLength
 from models.speculative.drafters import Drafter, PerSequence
 from models.speculative.drafters.in_step import InStep
-from models.speculative.drafters.registry import NONE, DrafterSpec, Parts, spec_of
+from models.speculative.drafters.registry import FORCED, NONE, DrafterSpec, Parts, spec_of
 from models.speculative.engine import Engine
 from models.speculative.generate import stream
 from models.speculative.model import DraftHead, Workload
@@ -134,6 +134,7 @@ class LLM:
         self.exit_s = 0.0  # that the choice took
         self._closed = False
         self._default: Drafting | None = None
+        self._recorded: dict[tuple[int, ...], list[int]] = {}  # plain texts by prompt, for forced acceptance
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
         if self.options.device == "tt":
@@ -534,7 +535,13 @@ class LLM:
                 slot=sequence.slot,
                 rounds=board.fused if board and one_program else None,
                 confident=board is None,  # on a board probabilities would have to leave the device, step by step
-                settings={"tree_nodes": self.options.tree_nodes, "exit_layer": self.exit_layer},
+                settings={
+                    "tree_nodes": self.options.tree_nodes,
+                    "exit_layer": self.exit_layer,
+                    "force_acceptance": self.options.force_acceptance,
+                    "recorded": self._recorded.get(tuple(request.prompt), []),
+                    "prompt_tokens": len(request.prompt),
+                },
             )
 
         if spec.drafter:
@@ -552,10 +559,20 @@ class LLM:
             return
         if "exit_layer" in spec_of(drafting.name).settings and self.exit_layer is None:
             self.choose_exit(request.prompt)
+        if drafting.name == FORCED:
+            self._record(request)
         controller = drafting.controller
         # Measuring overwrites the first slot's cache: while a text is under way its own rounds tell what they cost.
         if isinstance(controller, AutoDraftLength) and not controller.costs.known("verify") and not self.engine.running:
             self.measure_costs(controller, greedy=request.sampling.greedy)
+
+    def _record(self, request: Request) -> None:
+        """Write plainly what a forced draft is to repeat, if it is not known yet."""
+        known = self._recorded.get(tuple(request.prompt), [])
+        if len(known) < min(request.max_new_tokens, self.max_seq_len - len(request.prompt)):
+            plain = Request(request.prompt, max_new_tokens=request.max_new_tokens)
+            tokens = stream(self.engine, self.engine.add(plain))
+            self._recorded[tuple(request.prompt)] = [token.id for token in tokens]
 
     def _check_open(self) -> None:
         if self._closed:
