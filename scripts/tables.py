@@ -7,6 +7,7 @@ A table stands between `<!-- table NAME -->` and `<!-- /table -->`. What stands 
 """
 
 import argparse
+import functools
 import json
 import re
 import shlex
@@ -199,6 +200,25 @@ def expect() -> str:
     return f"{source(results)}\n\n" + markdown_table(head, rows)
 
 
+def batch(name: str = "batch") -> str:
+    """Plain and speculative decoding by number of texts at once."""
+    from scripts.suites.batch import SEQUENCES, sequence_rows
+
+    results = read(name)
+    table = markdown_table(SEQUENCES, sequence_rows(results))
+    forced = "**forced**; " if results["forced"] else ""
+    return f"{source(results)}; {results['repeats']} repetitions; {forced}{results['drafter']}\n\n{table}"
+
+
+def batch_arrivals(name: str = "batch") -> str:
+    """The same for requests that arrive at random."""
+    from scripts.suites.batch import ARRIVALS, arrival_rows
+
+    results = read(name)
+    table = markdown_table(ARRIVALS, arrival_rows(results))
+    return f"{source(results)}; load 1 is {results['plain_requests_s']:.2f} requests a second\n\n{table}"
+
+
 def bottleneck() -> str:
     """What bounds a forward, and from which acceptance drafting pays."""
     results = read("bottleneck")
@@ -354,6 +374,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "peers-smollm2": lambda: peers("peers-smollm2"),
     "expect": expect,
+    "batch": batch,
+    "batch-smollm2": functools.partial(batch, "batch-smollm2"),
+    "batch-arrivals": batch_arrivals,
     "bottleneck": bottleneck,
     "op-counts": op_counts,
     "plan-fit": plan_fit,
