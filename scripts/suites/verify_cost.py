@@ -58,7 +58,9 @@ class VerifyCost:
         )  # fmt: skip
         parser.add_argument("--fixed-rows", type=integer(1, MAX_ROWS), default=FREE_ROWS, help="(%(default)s)")
         parser.add_argument("--no-hf", action="store_true", help="leave transformers out, which doubles the memory")
-        parser.add_argument("--threads", type=integer(1, MAX_THREADS), metavar="N", help="CPU threads of torch (torch's own)")
+        parser.add_argument(
+            "--threads", type=integer(1, MAX_THREADS), metavar="N", help="CPU threads of torch (torch's own)"
+        )
 
     def __init__(self, options: argparse.Namespace, rest: Sequence[str]) -> None:
         if rest:
