@@ -1,10 +1,13 @@
 """Inputs, outputs and circumstances that nobody plans: one line, or results as always; never a traceback."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +23,7 @@ from models.cli.environment import check_outputs, check_writable, write_json, wr
 from models.cli.prompts import encode_prompts
 from models.errors import NotFinite, UserError
 from models.loading import open_pair
-from tests.demo_fixtures import make_tokenizer, refused, write_tokenizer
+from tests.demo_fixtures import refused
 from tests.test_demo import DEMO, change_config
 from tests.test_demo_units import prompts_of, settings
 
@@ -104,7 +107,7 @@ def test_names_and_texts_that_are_no_utf8_are_written(tmp_path):
     name = os.fsdecode(bytes(tmp_path) + b"/\xff.json")
     check_writable(name)
     write_json(name, {"command": [name]})
-    assert json.loads(open(name, encoding="utf-8").read()) == {"command": [name]}
+    assert json.loads(Path(name).read_text(encoding="utf-8")) == {"command": [name]}
 
 
 def test_a_file_whose_directory_allows_no_renaming_is_written_directly(tmp_path, monkeypatch):
@@ -229,10 +232,8 @@ def test_a_signal_outside_of_texts_is_raised_at_once_and_told_in_one_line(capsys
 
 def test_a_signal_that_something_swallows_is_not_lost():
     def command():
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # as an import does, or a destructor
             signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:  # as an import does, or a destructor
-            pass
         interrupts.check()
         raise AssertionError("the signal was lost")
 
@@ -326,8 +327,6 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
 
 def test_ids_outside_of_the_vocabulary_are_found_in_all_prompts_before_the_first_runs(pair, tmp_path, capsys):
     """A vocabulary with holes has fewer entries than its largest id: it passes where entries are counted."""
-    import shutil
-
     target = tmp_path / "target"
     shutil.copytree(pair[0], target)
     file = target / "tokenizer.json"
@@ -407,8 +406,6 @@ BROKEN = {
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_files_beside_a_tokenizer_that_cannot_be_used_are_one_line(fault, pair, tmp_path, capsys):
-    import shutil
-
     target = tmp_path / "target"
     shutil.copytree(pair[0], target)
     BROKEN[fault](target)
@@ -417,8 +414,6 @@ def test_files_beside_a_tokenizer_that_cannot_be_used_are_one_line(fault, pair, 
 
 
 def test_a_tokenizer_that_lacks_a_character_is_one_line(pair, tmp_path, capsys):
-    import shutil
-
     from tokenizers import Tokenizer, models
 
     target = tmp_path / "target"
@@ -437,8 +432,6 @@ def test_half_a_surrogate_is_no_text_for_a_tokenizer(pair):
 
 
 def test_another_architecture_and_a_key_that_is_there_twice_are_refused(pair, tmp_path, capsys):
-    import shutil
-
     target = tmp_path / "target"
     shutil.copytree(pair[0], target)
     change_config(target, architectures=["LlamaForSequenceClassification"])
@@ -447,4 +440,3 @@ def test_another_architecture_and_a_key_that_is_there_twice_are_refused(pair, tm
     text = (target / "config.json").read_text()
     (target / "config.json").write_text(text.replace("{", '{"hidden_size": 32, ', 1))
     refused(capsys, ["--target", str(target)], "config.json", "hidden_size", "twice")
-    write_tokenizer(target, make_tokenizer())
