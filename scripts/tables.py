@@ -7,7 +7,6 @@ A table stands between `<!-- table NAME -->` and `<!-- /table -->`. What stands 
 """
 
 import argparse
-import functools
 import json
 import re
 import shlex
@@ -374,9 +373,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "peers-smollm2": lambda: peers("peers-smollm2"),
     "expect": expect,
-    "batch": batch,
-    "batch-smollm2": functools.partial(batch, "batch-smollm2"),
-    "batch-arrivals": batch_arrivals,
     "bottleneck": bottleneck,
     "op-counts": op_counts,
     "plan-fit": plan_fit,
