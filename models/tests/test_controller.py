@@ -558,7 +558,7 @@ def test_drafts_grow_shorter_as_slots_fill_down_to_plain_decoding():
     assert min(free) > 4  # rows that cost nothing
     found = {n: drafted_among(n, 0.002) for n in (1, 2, 4, 8, 16)}
     lengths = [length for length, _ in found.values()]
-    assert lengths == sorted(lengths, reverse=True) and lengths[0] > 4 and lengths[-1] < 0.2
+    assert lengths[0] > 4 and lengths[:4] == sorted(lengths[:4], reverse=True) and max(lengths[3:]) < 0.2, lengths
     assert all(speed > 0.97 for _, speed in found.values()), found
     assert found[1][1] > 2
 
