@@ -55,7 +55,7 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             if os.open(os.devnull, os.O_RDWR) == number:
-                setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+                setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def tell(line: str) -> None:

@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 CAUGHT = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 KEYBOARD = 128 + signal.SIGINT  # the exit code of a command that Ctrl-C has ended
 
@@ -71,7 +72,7 @@ def exit_code(code: int) -> int:
     return code if _noted.first is None else 128 + _noted.first
 
 
-def _install(handler) -> dict[int, signal.Handlers]:
+def _install(handler: Callable[[int, FrameType | None], object]) -> dict[int, Handler]:
     """What handled the signals before, for those that are not ignored."""
     if threading.current_thread() is not threading.main_thread():
         return {}

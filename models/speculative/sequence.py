@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from models.errors import UserError
+from models.errors import NotFinite, UserError
 from models.speculative.control.policy import Controller, DraftPolicy, FixedDraftLength
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
@@ -165,9 +165,14 @@ class Sequence:
     def taken(self, block: list[Token]) -> list[Token]:
         """The part of a block that belongs to the text, which ends inside it at a stop; notes why it ends, if it does.
 
-        The block is at most as long as what may still be emitted.
+        The block is at most as long as what may still be emitted. Raises NotFinite for an id that logits did not give.
         """
         request, reason = self.request, ""
+        if block[-1].id < 0:
+            raise NotFinite(
+                f"the target's logits after {len(self.tokens) + len(block) - 1} tokens are not finite: its weights are "
+                "damaged, or its numbers too large for its data type"
+            )
         for sent, token in enumerate(block, 1):
             watched = request.watcher is not None and request.watcher.push(token)
             if watched or token.id in request.stop_ids:

@@ -67,10 +67,7 @@ def ranged(values: dict[str, Any] | None, show: Callable[[float | None], str] = 
 
 def check_outputs(options: Any) -> None:
     """UserError unless every file that was asked for can be written, found out before the run."""
-    named = {f"--{flag}": getattr(options, flag, None) for flag in (*FORMATS, *INPUTS)}
-    environment.check_outputs(
-        {f"--{flag}": named[f"--{flag}"] for flag in FORMATS}, {f"--{flag}": named[f"--{flag}"] for flag in INPUTS}
-    )
+    environment.check_outputs({f"--{name}": getattr(options, name) for name in FORMATS})
 
 
 def write_outputs(options: Any, results: dict[str, Any], text: str, draw: Callable) -> None:
