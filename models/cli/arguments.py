@@ -268,8 +268,8 @@ def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
         type=_forced,
         default=None,
         metavar="P|N,N,..",
-        help="for measurements: draft the target's own next tokens, known from a plain run of the same prompt, each right "
-        "with this chance, or as many right in each round in turn; what is reported is labelled as forced",
+        help="for measurements: draft the target's own next tokens, known from a plain run of the same prompt, each "
+        "right with this chance, or as many right in each round in turn; what is reported is labelled as forced",
     )
     group.add_argument(
         "--verification",
