@@ -56,6 +56,7 @@ class Company:
         tensors = random_tensors(config, 0)
         chosen = {"dtype": "fp32", "max_seq_len": 96, "slots": SLOTS, **options}
         self.target = Spy(config, tensors, **chosen)
+        chosen.pop("pool", None)
         self.draft = Spy(config, perturbed(tensors, noise, 1), **chosen)
         self.head = build_head(head_config(config), self.target, slots=self.target.slots)
         alone = build(config, tensors, max_seq_len=96)
