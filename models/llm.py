@@ -251,6 +251,7 @@ class LLM:
             drafting.drafter,
             drafting.controller,
             drafting.verification,
+            reuse=self.options.reuse,
         )
         request.check(self.engine.target.limits)
         try:

@@ -53,6 +53,7 @@ class Request:
         controller: how many; None: `FixedDraftLength()`, and none without a drafter.
         verification: "batched", or "sequential" for one token a forward up to the first rejection: the same text,
             slower, there to be compared.
+        reuse: whether keys and values may be taken over that another text, which began alike, has left in the cache.
     """
 
     prompt: list[int]
@@ -63,6 +64,7 @@ class Request:
     drafter: Drafter | None = None
     controller: Controller | None = None
     verification: str = "batched"
+    reuse: bool = True
 
     def check(self, limits: Limits) -> None:
         """Raise UserError for what no model, or none of these limits, can write."""
