@@ -364,7 +364,7 @@ class LLM:
             raise UserError(
                 f"{len(sampling)} sampling parameters for {len(prompts)} prompts: give one for each, or one"
             )
-        if self.board:  # which writes one text at a time, and prepares each prompt before it begins
+        if self.engine.target.limits.slots == 1:
             return [self._complete(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
         asked = [self.request(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
         sequences = [self.engine.add(request) for request, _ in asked]

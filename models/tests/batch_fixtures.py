@@ -22,7 +22,7 @@ from models.tests.head_fixtures import build_head, head_config
 from models.tests.llama_fixtures import random_tensors
 from models.torch_llama.model import TorchLlama
 
-KINDS = ("none", "model", "prompt-lookup", "combined", "tree", "head", "head-tree", "early-exit")
+KINDS = ("none", "model", "model-ids", "prompt-lookup", "combined", "tree", "head", "head-tree", "early-exit")
 VOCAB = 24
 SLOTS = 4
 LONGEST = 24  # new tokens of a text
@@ -80,6 +80,9 @@ class Company:
         def model(sequence):
             return ModelDrafter(draft.slot(sequence.slot), sequence.request.sampling)
 
+        def model_ids(sequence):
+            return ModelDrafter(draft.slot(sequence.slot), sequence.request.sampling, confident=False)
+
         def heads(sequence):
             return HeadDrafter(head.slot(sequence.slot), sequence.request.sampling)
 
@@ -96,6 +99,7 @@ class Company:
 
         makers = {
             "model": lambda: InStep(model, draft),
+            "model-ids": lambda: InStep(model_ids, draft),
             "prompt-lookup": lambda: PerSequence(lambda sequence: PromptLookup()),
             "combined": lambda: InStep(lambda sequence: Combined(PromptLookup(), model(sequence)), draft),
             "tree": lambda: InStep(trees, draft),
