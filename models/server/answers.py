@@ -40,7 +40,7 @@ class Shape:
 
     def chunk(self, delta: Delta) -> dict[str, Any] | None:
         """What a choice has got, as a chunk of a stream; None: nothing that has to be told now."""
-        index, written, reason = delta.index, delta.written, delta.finish_reason
+        index, written, reason = delta.choice, delta.written, delta.finish_reason
         text = "".join(each.text for each in written)
         told = self._extras(index, written)
         if not (text or told or reason):
@@ -85,12 +85,14 @@ class Shape:
         return told
 
     def _token(self, id: int) -> tuple[str, list[int]]:
-        """A token's text and bytes."""
+        """A token's text and bytes; a part of a character is written as OpenAI does, so that no two are alike."""
         if self._tokenizer is None:
             return str(id), list(str(id).encode())
-        data = self._tokenizer.token_bytes(id)
-        text = data.decode("utf-8", "replace") if data else self._tokenizer.token_text(id) or ""
-        return text, list(data or text.encode())
+        data = self._tokenizer.token_bytes(id) or (self._tokenizer.token_text(id) or "").encode()
+        try:
+            return data.decode(), list(data)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
 
     def _delta(self, text: str) -> dict[str, Any]:
         raise NotImplementedError

@@ -89,7 +89,8 @@ class EngineThread:
     ) -> None:
         self.state = "loading"  # then "ready", "draining", or "failing" after steps that raised
         self.llm: LLM | None = None
-        self.chats, self.drafters = False, ()
+        self.chats = False  # whether there is a chat template
+        self.drafters: tuple[str, ...] = ()  # that requests may ask for
         self.capacity = self.slots = 0
         self.open = 0  # choices that are under way or wait
         self._load, self._metrics, self._queued, self._failed = load, metrics, queued, failed
@@ -167,7 +168,6 @@ class EngineThread:
 
     def _ready(self, llm: LLM) -> None:
         self.chats = llm.tokenizer is not None and llm.tokenizer.has_chat_template
-        self.drafters = self._draftings.names
         self.slots = llm.engine.target.limits.slots
         self.capacity = self.slots + self._queued
         self.llm = llm
@@ -186,6 +186,7 @@ class EngineThread:
             self._llm = llm
             self._draftings = Draftings(llm, self._lost_drafter)
             self._warm_up()
+            self.drafters = self._draftings.names
         except Exception as error:
             self._loop.call_soon_threadsafe(self._failed, error)
             return

@@ -49,11 +49,11 @@ class Summary:
 class Delta(NamedTuple):
     """What a choice has got since the last one.
 
-    counts: its rounds, drafted and accepted tokens so far. finish_reason: "" while it goes on; summary: when it has
-    ended.
+    choice: its index. counts: its rounds, drafted and accepted tokens so far. finish_reason: "" while it goes on;
+    summary: when it has ended.
     """
 
-    index: int
+    choice: int
     written: list[Written]
     counts: tuple[int, int, int]
     finish_reason: str = ""

@@ -49,7 +49,7 @@ async def streamed(job: Job, shape: Shape, *, usage: bool) -> AsyncIterator[byte
         if not isinstance(came, Delta):
             continue
         if came.summary is not None:
-            summaries[came.index] = came.summary
+            summaries[came.choice] = came.summary
         chunk = shape.chunk(came)
         if chunk is None:
             continue
@@ -73,8 +73,8 @@ async def whole(job: Job, shape: Shape) -> dict[str, Any]:
         if isinstance(came, Gone):
             raise ClientGone
         if isinstance(came, Delta) and came.summary is not None:
-            texts[came.index] = came.written, came.finish_reason
-            summaries[came.index] = came.summary
+            texts[came.choice] = came.written, came.finish_reason
+            summaries[came.choice] = came.summary
     order = range(len(job.choices))
     return shape.whole(job, [texts[i] for i in order], [summaries[i] for i in order])
 
