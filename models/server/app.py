@@ -62,7 +62,18 @@ def create_app(settings: ServerSettings, load: Callable[[], LLM], failed: Callab
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
     add_page(app, PAGE)
+    _document(app)
     return app
+
+
+def _document(app: FastAPI) -> None:
+    """Leave out of the API's document what FastAPI says of every endpoint: here errors in a body are 400."""
+    made = app.openapi()
+    for path in made["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        made["components"]["schemas"].pop(name, None)
 
 
 def add_page(app: FastAPI, folder: Path) -> None:
