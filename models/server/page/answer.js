@@ -4,7 +4,13 @@ import { oneLine, plural } from "./text.js";
 export const SPECULATIVE = "speculative", PLAIN = "plain";
 
 // How an answer ended, where that has to be said.
-const ENDS = { length: "cut at the most tokens asked for", context: "no position is left in the context" };
+const ENDS = { length: "ended at max tokens", context: "no position is left in the context" };
+
+// What has to be said of a drafter, by its state at the end.
+const notesOn = ({ state, failure }) => {
+  if (state === "failed") return [oneLine(`the drafter failed, so that the rest is plain: ${failure}`)];
+  return state === "switched-off" ? ["drafting was switched off, as it did not pay"] : [];
+};
 
 // Tokens that end a round: the target's own.
 const OWN = new Set(["corrected", "bonus", "plain"]);
@@ -21,6 +27,7 @@ export class Answer {
     this.pieces = []; // [text, origin], one for each token
     this.arrivals = []; // [tokens so far, ms], one for each chunk; ms since the answer was asked for
     this.timings = null; // the server's own, as of its last chunk that had some
+    this.counted = null; // rounds, by the server
   }
 
   // An answer as `saved` kept it; one that was being written ends there. Raises TypeError for anything else.
@@ -33,8 +40,8 @@ export class Answer {
   }
 
   saved() {
-    const { kind, label, state, error, finish, notes, pieces, timings } = this;
-    return { kind, label, state, error, finish, notes, pieces, timings };
+    const { kind, label, state, error, finish, notes, pieces, timings, counted } = this;
+    return { kind, label, state, error, finish, notes, pieces, timings, counted };
   }
 
   get running() {
@@ -48,9 +55,13 @@ export class Answer {
   // Take a chunk that came `ms` after the answer was asked for.
   add(chunk, ms) {
     if (chunk.timings) this.timings = chunk.timings;
+    if (chunk.speculation) {
+      this.notes = notesOn(chunk.speculation);
+      this.counted = chunk.speculation.rounds;
+    }
     const choice = chunk.choices?.[0];
     if (!choice) return;
-    const content = choice.delta?.content ?? "", origins = choice.origins ?? [];
+    const content = choice.delta?.content ?? choice.text ?? "", origins = choice.tokens ?? choice.origins ?? [];
     const known = origins.map(({ text, origin }) => [text, origin]);
     // The text is what the content says; where the origins do not add up to it, their colours are left out.
     const agree = known.map(([text]) => text).join("") === content;
@@ -69,7 +80,7 @@ export class Answer {
   }
 
   get rounds() {
-    return this.timings?.rounds ?? this.pieces.filter(([, origin]) => OWN.has(origin)).length;
+    return this.counted ?? this.pieces.filter(([, origin]) => OWN.has(origin)).length;
   }
 
   get plainRounds() {
@@ -102,7 +113,9 @@ export class Answer {
     if (!this.tokens) return [this.state === "waiting" ? "reading the prompt ..." : ""].filter(Boolean);
     const parts = [this.pace === null ? "" : `${this.pace.toFixed(1)} tok/s`];
     if (this.acceptance !== null) parts.push(`${Math.round(100 * this.acceptance)}% accepted`);
-    parts.push(plural(this.rounds, "round"), plural(this.tokens, "token"));
+    const rounds = plural(this.rounds, "round"), each = (this.tokens - 1) / this.rounds;
+    parts.push(this.kind === SPECULATIVE && this.rounds ? `${rounds} of ${each.toFixed(1)} tokens` : rounds);
+    parts.push(plural(this.tokens, "token"));
     if (this.kind === SPECULATIVE && this.plainRounds) parts.push(plural(this.plainRounds, "plain round"));
     return parts.filter(Boolean);
   }

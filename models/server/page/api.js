@@ -48,9 +48,9 @@ export const model = async (key) => {
   return first;
 };
 
-// The chunks of one answer, as they come. Raises ServerError, or AbortError once `signal` says so.
-export async function* chunks(request, { key, signal }) {
-  const response = await call("v1/chat/completions", { key, signal, method: "POST", body: JSON.stringify(request) });
+// The chunks of the answer to a request, as they come. Raises ServerError, or AbortError once `signal` says so.
+export async function* chunks([path, body], { key, signal }) {
+  const response = await call(path, { key, signal, method: "POST", body: JSON.stringify(body) });
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     let chunk;
@@ -68,13 +68,15 @@ export async function* chunks(request, { key, signal }) {
 // The data of each server-sent event of a body; comments, such as pings, are left out.
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", data = [];
+  let rest = "", half = false; // whether the last character was a \r, which a \n may follow
+  const data = [];
   try {
     for (;;) {
       const { done, value } = await read(reader);
       if (done) return;
-      const lines = (rest + value).split(/\r\n|\n|\r(?=[^])/); // a last \r may be half of \r\n
+      const lines = (rest + (half ? value.replace(/^\n/, "") : value)).split(/\r\n|\n|\r/);
       rest = lines.pop();
+      half = value.endsWith("\r");
       for (const line of lines)
         if (line.startsWith("data:")) data.push(line.slice(5).replace(/^ /, ""));
         else if (line === "" && data.length) yield data.splice(0).join("\n");

@@ -1,6 +1,7 @@
 // The chat page: what is asked, what is running, and who is told of it.
 import { chunks, model, ServerError } from "./api.js";
 import { Answer, PLAIN, SPECULATIVE } from "./answer.js";
+import { requestFor } from "./request.js";
 import { OFF, Settings } from "./settings.js";
 import { load, save } from "./store.js";
 import { oneLine } from "./text.js";
@@ -10,36 +11,31 @@ const REDRAW_MS = 100; // as seldom as the terminal: the page may share its mach
 const RETRY_MS = 1000; // while a server loads
 const find = (id) => document.getElementById(id);
 const [conversation, message, error] = ["conversation", "message", "error"].map(find);
+const boxes = [conversation, conversation.parentElement]; // the one that scrolls: on wide screens, on narrow ones
 const settings = new Settings(find("settings"));
 
-let turns = []; // {question, greedy, answers, view}
+let turns = []; // {question, greedy, answers, expected, view}
 let running = null; // the AbortController of the request under way
-let modelId = null;
+let card = null; // what the server says of its model
 
 // ------------------------------------------------------------------------------------------------------------ writing
 // Ask a question and have it answered; `replaced` is the last turn, if it is asked again. Whatever fails, nothing that
 // was written is lost: a turn without a token is taken back, and what it replaced or its question returns.
 const ask = async (question, replaced = null) => {
   if (replaced) remove(replaced);
-  const turn = append({ question, greedy: settings.greedy, answers: [] });
-  const request = {
-    ...(modelId && { model: modelId }),
-    messages: messagesFor(turn),
-    ...settings.sampling(),
-    stream: true,
-    stream_options: { include_usage: true },
-  };
-  const drafting = settings.drafting();
-  const plan = [[SPECULATIVE, drafting.drafter === OFF ? "drafter off" : `speculative, drafter ${drafting.drafter}`]];
-  if (find("compare").checked) plan.push([PLAIN, PLAIN]);
+  const expected = find("compare").checked ? 2 : 1;
+  const turn = append({ question, greedy: settings.greedy, answers: [], expected });
+  const name = settings.drafter === OFF ? "drafter off" : `speculative, drafter ${settings.drafter}`;
+  const labels = [[SPECULATIVE, name], [PLAIN, PLAIN]].slice(0, expected);
+  const requests = labels.map(([kind]) => requestFor(kind, turn, turns.slice(0, -1), card, settings));
   begin();
-  for (const [kind, label] of plan) {
-    const answer = new Answer(kind, label);
-    turn.answers.push(answer);
-    const speculation = { ...(kind === PLAIN ? { drafter: OFF } : drafting), origins: true };
-    await write(answer, { ...request, speculation }, turn);
-    if (answer.state !== "done") break;
+  for (const [i, request] of requests.entries()) {
+    turn.answers.push(new Answer(...labels[i]));
+    await write(turn.answers[i], request, turn);
+    if (turn.answers[i].state !== "done") break;
   }
+  turn.expected = turn.answers.length;
+  turn.view.draw();
   const unanswered = !turn.answers[0].tokens && turn.answers[0].state !== "done";
   if (unanswered) takeBack(turn, replaced);
   end(unanswered ? null : turn);
@@ -71,14 +67,6 @@ const write = async (answer, request, turn) => {
   draw();
 };
 
-// The conversation so far and the turn's question, as a request has them.
-const messagesFor = (turn) => {
-  const messages = settings.system ? [{ role: "system", content: settings.system }] : [];
-  for (const { question, answers } of turns.slice(0, turns.indexOf(turn)))
-    messages.push({ role: "user", content: question }, { role: "assistant", content: answers[0].text });
-  return [...messages, { role: "user", content: turn.question }];
-};
-
 const takeBack = (turn, replaced) => {
   remove(turn);
   if (replaced) append(replaced);
@@ -108,7 +96,7 @@ const append = (turn) => {
   turn.view = new TurnView(turn, () => !running && usable() && ask(turn.question, turn));
   turns.push(turn);
   conversation.append(turn.view.element);
-  conversation.scrollTop = conversation.scrollHeight;
+  for (const box of boxes) box.scrollTop = box.scrollHeight;
   arrange();
   return turn;
 };
@@ -134,10 +122,9 @@ const switchButtons = () => {
 
 // Change something and stay at the end of the conversation, for a reader who is there.
 const follow = (change) => {
-  const scrolled = [conversation, conversation.parentElement];
-  const atEnd = scrolled.map((box) => box.scrollHeight - box.scrollTop - box.clientHeight < 60);
+  const atEnd = boxes.map((box) => box.scrollHeight - box.scrollTop - box.clientHeight < 60);
   change();
-  scrolled.forEach((box, i) => atEnd[i] && (box.scrollTop = box.scrollHeight));
+  boxes.forEach((box, i) => atEnd[i] && (box.scrollTop = box.scrollHeight));
 };
 
 const announce = (text) => (find("announcement").textContent = text);
@@ -173,6 +160,7 @@ const restore = () => {
       question: String(question),
       greedy: Boolean(greedy),
       answers: answers.map((answer) => Answer.from(answer)),
+      expected: answers.length,
     }));
     settings.restore(kept.settings);
     message.value = String(kept.message);
@@ -187,10 +175,11 @@ const restore = () => {
 const greet = async () => {
   const said = find("server");
   try {
-    const { id, speculation } = await model(settings.key);
-    modelId = id;
-    said.textContent = id;
-    settings.offer(speculation?.drafters ?? []);
+    card = await model(settings.key);
+    const chats = card.chat !== false;
+    said.textContent = chats ? card.id : `${card.id}: without a chat template, it goes on with your text`;
+    settings.fields.system.disabled = !chats;
+    settings.offer(card.speculation?.drafters ?? []);
   } catch (problem) {
     said.textContent = oneLine(problem.message);
     if (problem.status === 401) fail(problem.message, 401);
@@ -253,6 +242,7 @@ find("settings").addEventListener("submit", (event) => event.preventDefault());
 const colour = () => document.body.classList.toggle("coloured", settings.fields.colours.checked);
 settings.fields.colours.addEventListener("change", colour);
 settings.fields.key.addEventListener("change", greet);
+addEventListener("beforeunload", stop); // before the browser breaks the connection, which would look like a failure
 addEventListener("pagehide", keep);
 
 restore();

@@ -38,7 +38,7 @@ class AnswerView {
   }
 }
 
-// turn: {question, greedy, answers}. again: what its button does.
+// turn: {question, greedy, answers, expected}; expected: how many answers there will be. again: what its button does.
 export class TurnView {
   constructor(turn, again) {
     this.turn = turn;
@@ -59,7 +59,8 @@ export class TurnView {
   }
 
   draw() {
-    const { answers } = this.turn;
+    const { answers, expected } = this.turn;
+    this.answers.classList.toggle("two", expected > 1);
     for (const answer of answers.slice(this.views.length)) {
       this.views.push(new AnswerView(answer));
       this.answers.append(this.views.at(-1).element);
