@@ -74,6 +74,7 @@ async function* events(body) {
     for (;;) {
       const { done, value } = await read(reader);
       if (done) return;
+      if (!value) continue;
       const lines = (rest + (half ? value.replace(/^\n/, "") : value)).split(/\r\n|\n|\r/);
       rest = lines.pop();
       half = value.endsWith("\r");
