@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from demo.default import everyday_target
 from demo.settings import Settings, parse_settings
 from models.cli.command import BROKEN_PIPE, INTERRUPTED, discard_stdout, run_command
+from models.cli.default import everyday_target
 from models.cli.prompts import named_prompts
 
 if TYPE_CHECKING:

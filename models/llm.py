@@ -30,7 +30,7 @@ from models.speculative.engine import Engine
 from models.speculative.generate import stream
 from models.speculative.model import DraftHead, Workload
 from models.speculative.sampling import SamplingParams
-from models.speculative.sequence import Request
+from models.speculative.sequence import LogitsReader, Request
 from models.speculative.stats import GenerationStats
 from models.speculative.text import TextStream, checked_stops
 
@@ -228,10 +228,11 @@ class LLM:
         stop: str | Sequence[str] | None = None,
         stop_ids: Iterable[int] | None = None,
         speculate: bool | Drafting = True,
+        reader: LogitsReader | None = None,
     ) -> tuple[Request, TextStream]:
         """What `stream` asks the engine for, to be added by whoever takes its steps: `LLM.engine`.
 
-        Arguments and errors are those of `stream`.
+        Arguments and errors are those of `stream`; reader: sees what tokens are chosen from.
 
         Returns:
             The request, and its text: it is given every token by the engine, and gives out what is certain.
@@ -248,6 +249,7 @@ class LLM:
             drafting.drafter,
             drafting.controller,
             drafting.verification,
+            reader,
         )
         request.check(self.engine.target.limits)
         try:
@@ -453,7 +455,7 @@ class LLM:
     def _drafter(self, spec: DrafterSpec) -> Drafter:
         def parts(sequence) -> Parts:
             request, board = sequence.request, self.board
-            one_program = request.sampling.greedy and request.verification == "batched"
+            one_program = request.sampling.greedy and request.verification == "batched" and request.reader is None
             return Parts(
                 target=self.target.model,
                 draft=self.draft.model if self.draft else None,

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from models.llm import LLM
 
 NO_SETTINGS = ("quiet", "no_color", "json", "html", "greedy", "speculative", "slots")  # in no report
-Settings = TypeVar("Settings", bound="RunSettings")
+Settings = TypeVar("Settings", bound=EngineOptions)
+Run = TypeVar("Run", bound="RunSettings")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class RunSettings(EngineOptions):
         """The engine's options alone."""
         return EngineOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)})
 
-    def resolved_as(self: Settings, options: EngineOptions) -> Settings:
+    def resolved_as(self: Run, options: EngineOptions) -> Run:
         """The same run with the engine's options as they took effect."""
         settings = copy.copy(self)
         vars(settings).update(vars(options))

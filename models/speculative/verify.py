@@ -51,6 +51,7 @@ def first_token(sequence: TextSequence, step: Step) -> int:
             "the target's logits after the prompt are not finite: its weights are damaged, or its numbers too large "
             "for its data type"
         )
+    _show(sequence, logits[-1:])
     if params.greedy:
         return step.ids()[0][-1]
     return sample(_distribution(logits, params)[0], sequence.generator)
@@ -72,8 +73,9 @@ def verify(
     if draft.parents is not None:
         parents = [*range(-1, last), *(last + 1 + up for up in draft.parents)]
     rows = Rows(sequence.slot, [*again, *draft.tokens], position, parents)
+    reader = sequence.request.reader
     if sequence.request.sampling.greedy:
-        ids, step, seconds = _ids(target, rows, clock, taps)
+        ids, step, seconds = _ids(target, rows, clock, taps, logits=reader is not None)
         if draft.parents is None:
             accepted, next_id = accept_greedy(draft.tokens, ids[last:])
             kept = list(range(accepted))
@@ -87,6 +89,8 @@ def verify(
         else:
             kept, next_id = accept_tree_sampled(draft.tokens, draft.parents, p[last:], draft.probs, sequence.generator)
     text = [*range(last + 1), *(last + 1 + i for i in kept)]
+    if reader is not None:
+        _show(sequence, step.logits(0)[text[last:]])
     computed = ((step.features(0), text, position),) if taps else ()
     if draft.parents is None:
         return Verified(kept, next_id, len(sequence.tokens) + len(kept), seconds, computed)
@@ -113,8 +117,10 @@ def verify_sequentially(
     def ids() -> Iterator[int]:
         nonlocal seconds
         for each in rows:
-            (choice,), step, spent = _ids(target, each, clock, taps)
+            (choice,), step, spent = _ids(target, each, clock, taps, logits=sequence.request.reader is not None)
             seconds += spent
+            if sequence.request.reader is not None:
+                _show(sequence, step.logits(0))
             if taps:
                 computed.append((step.features(0), [0], each.position))
             yield choice
@@ -124,6 +130,8 @@ def verify_sequentially(
         for each in rows:
             p, step, spent = _distributions(target, each, params, clock, taps)
             seconds += spent
+            if sequence.request.reader is not None:
+                _show(sequence, step.logits(0))
             if taps:
                 computed.append((step.features(0), [0], each.position))
             yield p[0]
@@ -135,10 +143,18 @@ def verify_sequentially(
     return Verified(list(range(accepted)), next_id, len(sequence.tokens) + accepted, seconds, tuple(computed))
 
 
-def _ids(target: LanguageModel, rows: Rows, clock: Clock, taps: tuple[int, ...]) -> tuple[list[int], Step, float]:
-    """(the target's choice after each of the rows, the step, seconds)."""
+def _show(sequence: TextSequence, logits: Tensor) -> None:
+    """Hand the logits [m, V] of the next m tokens to who wants to see them."""
+    if sequence.request.reader is not None:
+        sequence.request.reader.read(logits)
+
+
+def _ids(
+    target: LanguageModel, rows: Rows, clock: Clock, taps: tuple[int, ...], *, logits: bool = False
+) -> tuple[list[int], Step, float]:
+    """(the target's choice after each of the rows, the step, seconds). logits: the step has them too."""
     began = clock()
-    step = target.extend([rows], Want(taps=taps) if taps else IDS)
+    step = target.extend([rows], Want(logits, taps) if taps or logits else IDS)
     ids = step.ids()[0]
     return ids, step, clock() - began
 
