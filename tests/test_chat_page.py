@@ -2,28 +2,40 @@
 
 import json
 import re
-import urllib.request
+import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 
 from demo.display import ORIGINS
+from models.options import NAMED
 from tests.browser import Browser, start_browser
-from tests.chat_server import KEY, chat_server
 
 PAGE = Path(__file__).parents[1] / "models" / "server" / "page"
 REPORT_STYLE = Path(__file__).parents[1] / "demo" / "html" / "style.css"
 
+KEY = "sesame"
+TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 QUESTION = "class Stack:"
 HOSTILE = "<script>alert(1)</script>\n<img src=x onerror=alert(2)>\n" + "<script>alert(1)</script>\n" * 5
 FOUR = {"num_draft_tokens": "4"}  # what auto, the default, drafts depends on times
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of a server whose model is the embedded target with a chat template."""
-    with chat_server(tmp_path_factory.mktemp("chat")) as address:
-        yield address
+def address(tmp_path_factory):
+    """Of a server that wants a key, whose model is the embedded pair with a chat template."""
+    pytest.importorskip("fastapi", reason="the extra server is not installed")
+    from tests.server_fixtures import ServerProcess
+
+    target = shutil.copytree(NAMED["tiny"][0], tmp_path_factory.mktemp("chat") / "tiny")
+    settings = json.loads((target / "tokenizer_config.json").read_text("utf-8"))
+    (target / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+    running = ServerProcess("--target", str(target), "--draft", str(NAMED["tiny"][1]), env={"SPECULATIVE_API_KEY": KEY})
+    try:
+        yield running.ready().url + "/"
+    finally:
+        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +89,25 @@ class Chat:
 
     def post(self, body: dict) -> dict:
         """What the server answers to somebody else."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-        request = urllib.request.Request(
-            self.address + "v1/chat/completions", json.dumps(body).encode(), headers=headers
+        response = httpx.post(
+            self.address + "v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
+        return response.raise_for_status().json()
 
 
 @pytest.fixture
-def chat(window, server):
+def chat(window, address):
     window.resize(1100)
     window.media()
-    return Chat(window, server)
+    return Chat(window, address)
 
 
 def test_an_answer_comes_token_by_token_with_origins_and_numbers(chat):
     chat.open(max_tokens="150", **FOUR)
     chat.ask(QUESTION)
-    seen = chat.browser.until("!document.querySelector('#stop').hidden && document.querySelectorAll('.token.drafted').length")
+    seen = chat.browser.until(
+        "!document.querySelector('#stop').hidden && document.querySelectorAll('.token.drafted').length"
+    )
     chat.answered()
     assert chat.browser.console() == []
     assert all(address.startswith(chat.address) for address in chat.browser.requests())
@@ -155,7 +167,9 @@ def test_compared_with_plain_the_same_request_runs_twice(chat):
     paces = [float(re.match(r"[\d.]+", chat.figures(kind)[0])[0]) for kind in (".speculative", ".plain")]
     speedup, same = re.fullmatch(r"speed-up ([\d.]+)x, (.*)", chat.browser.text(".verdict")).groups()
     assert float(speedup) == pytest.approx(paces[0] / paces[1], abs=0.02) and same == "same text"
-    left, right = chat.browser.run("return [...document.querySelectorAll('.answer')].map((e) => e.getBoundingClientRect())")
+    left, right = chat.browser.run(
+        "return [...document.querySelectorAll('.answer')].map((e) => e.getBoundingClientRect())"
+    )
     assert left["top"] == right["top"] and left["right"] < right["left"]
     assert chat.browser.console() == []
 
@@ -375,7 +389,9 @@ def test_a_phone_scrolls_in_one_direction_only(width, chat):
     chat.answered()
     chat.browser.run("document.getElementById('toggle').click()")
     assert chat.browser.run("return [document.documentElement.scrollWidth, innerWidth]") == [width, width]
-    upper, lower = chat.browser.run("return [...document.querySelectorAll('.answer')].map((e) => e.getBoundingClientRect())")
+    upper, lower = chat.browser.run(
+        "return [...document.querySelectorAll('.answer')].map((e) => e.getBoundingClientRect())"
+    )
     assert upper["bottom"] < lower["top"] and upper["left"] == lower["left"]
     inside = "return ['#send', '#message', '#toggle'].every((s) => { const r = document.querySelector(s)" + (
         ".getBoundingClientRect(); return r.top >= 0 && r.left >= 0 && r.right <= innerWidth && r.bottom <= innerHeight })"
@@ -438,7 +454,16 @@ def read_stream(chat, *parts: bytes, status: int = 200, headers: dict | None = N
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_events_are_read_wherever_they_are_cut(end, chat):
     chat.open()
-    lines = [b": ping", b"", 'data: {"a": "é\U0001f642"}'.encode(), b"", b'data:{"b":', b"data: 1}", b"", b"data: [DONE]"]
+    lines = [
+        b": ping",
+        b"",
+        'data: {"a": "é\U0001f642"}'.encode(),
+        b"",
+        b'data:{"b":',
+        b"data: 1}",
+        b"",
+        b"data: [DONE]",
+    ]
     stream = end.join([*lines, b"", b""])
     expected = [{"a": "é\U0001f642"}, {"b": 1}]
     assert read_stream(chat, stream) == expected
@@ -463,7 +488,7 @@ def test_a_text_that_its_origins_do_not_add_up_to_is_shown_without_them(chat):
     pieces = chat.browser.run(
         "const { Answer } = await import('./answer.js'); const answer = new Answer('plain', '');"
         "answer.add({choices: [arguments[0]]}, 1); return answer.pieces",
-        {"delta": {"content": "abc"}, "tokens": [{"text": "a", "origin": "plain"}, {"text": "b", "origin": "plain"}]},
+        {"delta": {"content": "abc"}, "origins": [{"text": "a", "origin": "plain"}, {"text": "b", "origin": "plain"}]},
     )
     assert pieces == [["abc", ""], ["", "plain"]]
 
@@ -491,7 +516,9 @@ def test_a_model_without_a_chat_template_goes_on_with_the_text(chat):
 # --------------------------------------------------------------------------------------------------------- the files
 def test_colours_are_those_of_the_report():
     def colours(style):
-        return [dict(re.findall(r"(--[\w-]+): (#\w+);", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)]
+        return [
+            dict(re.findall(r"(--[\w-]+): (#\w+);", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)
+        ]
 
     page, report = (colours(path.read_text("utf-8"))[:2] for path in (PAGE / "style.css", REPORT_STYLE))
     for ours, theirs in zip(page, report, strict=True):
@@ -512,5 +539,7 @@ def test_no_file_makes_markup_of_text_or_names_another_place():
     assert {path.suffix for path in files} == {".html", ".css", ".js"}
     for path in files:
         text = path.read_text("utf-8")
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|srcdoc", text), path
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|srcdoc", text
+        ), path
         assert not re.search(r"https?://|\bimport\(|url\(", text), path

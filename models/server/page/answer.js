@@ -27,7 +27,6 @@ export class Answer {
     this.pieces = []; // [text, origin], one for each token
     this.arrivals = []; // [tokens so far, ms], one for each chunk; ms since the answer was asked for
     this.timings = null; // the server's own, as of its last chunk that had some
-    this.counted = null; // rounds, by the server
   }
 
   // An answer as `saved` kept it; one that was being written ends there. Raises TypeError for anything else.
@@ -40,8 +39,8 @@ export class Answer {
   }
 
   saved() {
-    const { kind, label, state, error, finish, notes, pieces, timings, counted } = this;
-    return { kind, label, state, error, finish, notes, pieces, timings, counted };
+    const { kind, label, state, error, finish, notes, pieces, timings } = this;
+    return { kind, label, state, error, finish, notes, pieces, timings };
   }
 
   get running() {
@@ -55,13 +54,10 @@ export class Answer {
   // Take a chunk that came `ms` after the answer was asked for.
   add(chunk, ms) {
     if (chunk.timings) this.timings = chunk.timings;
-    if (chunk.speculation) {
-      this.notes = notesOn(chunk.speculation);
-      this.counted = chunk.speculation.rounds;
-    }
+    if (chunk.speculation) this.notes = notesOn(chunk.speculation);
     const choice = chunk.choices?.[0];
     if (!choice) return;
-    const content = choice.delta?.content ?? choice.text ?? "", origins = choice.tokens ?? choice.origins ?? [];
+    const content = choice.delta?.content ?? choice.text ?? "", origins = choice.origins ?? [];
     const known = origins.map(({ text, origin }) => [text, origin]);
     // The text is what the content says; where the origins do not add up to it, their colours are left out.
     const agree = known.map(([text]) => text).join("") === content;
@@ -80,7 +76,7 @@ export class Answer {
   }
 
   get rounds() {
-    return this.counted ?? this.pieces.filter(([, origin]) => OWN.has(origin)).length;
+    return this.timings?.rounds ?? this.pieces.filter(([, origin]) => OWN.has(origin)).length;
   }
 
   get plainRounds() {

@@ -179,7 +179,7 @@ const greet = async () => {
     const chats = card.chat !== false;
     said.textContent = chats ? card.id : `${card.id}: without a chat template, it goes on with your text`;
     settings.fields.system.disabled = !chats;
-    settings.offer(card.speculation?.drafters ?? []);
+    settings.offer(card.speculation);
   } catch (problem) {
     said.textContent = oneLine(problem.message);
     if (problem.status === 401) fail(problem.message, 401);

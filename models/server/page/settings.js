@@ -18,12 +18,14 @@ export class Settings {
     return this.form.checkValidity();
   }
 
-  // Fill the list of drafters with what the server has; a choice that it does not have becomes its default.
-  offer(drafters) {
+  // Show what the server has: its drafters, and what it does where a request leaves the choice to it. A chosen drafter
+  // that it does not have becomes "auto".
+  offer({ drafters = [], default: usual, num_draft_tokens: length = AUTO } = {}) {
     const select = this.fields.drafter, chosen = select.value;
-    const names = [...new Set([AUTO, ...drafters, OFF])];
-    select.replaceChildren(...names.map((name) => new Option(name)));
+    const names = [AUTO, ...drafters, OFF];
+    select.replaceChildren(...names.map((name) => new Option(name === AUTO && usual ? `auto: ${usual}` : name, name)));
     select.value = names.includes(chosen) ? chosen : AUTO;
+    this.fields.num_draft_tokens.placeholder = length;
   }
 
   get drafter() {
@@ -51,7 +53,8 @@ export class Settings {
   // The fields of a request about who drafts how much.
   drafting() {
     const length = this.fields.num_draft_tokens.value;
-    return { drafter: this.drafter, num_draft_tokens: length === "" ? AUTO : Number(length) };
+    if (length === "") return { drafter: this.drafter };
+    return { drafter: this.drafter, num_draft_tokens: length === AUTO ? AUTO : Number(length) };
   }
 
   // All fields by name, to be kept; and back. Names that there are not are passed over.
