@@ -26,7 +26,8 @@ export class Answer {
     this.notes = []; // what the server said about its drafting
     this.pieces = []; // [text, origin], one for each token
     this.arrivals = []; // [tokens so far, ms], one for each chunk; ms since the answer was asked for
-    this.timings = null; // the server's own, as of its last chunk that had some
+    this.timings = {}; // the server's own counts and times, as of its last chunk that had some
+    this.rate = 0; // acceptance, by the server at the end: over the rounds that no limit cut, of trees by level
   }
 
   // An answer as `saved` kept it; one that was being written ends there. Raises TypeError for anything else.
@@ -39,8 +40,8 @@ export class Answer {
   }
 
   saved() {
-    const { kind, label, state, error, finish, notes, pieces, timings } = this;
-    return { kind, label, state, error, finish, notes, pieces, timings };
+    const { kind, label, state, error, finish, notes, pieces, timings, rate } = this;
+    return { kind, label, state, error, finish, notes, pieces, timings, rate };
   }
 
   get running() {
@@ -54,7 +55,10 @@ export class Answer {
   // Take a chunk that came `ms` after the answer was asked for.
   add(chunk, ms) {
     if (chunk.timings) this.timings = chunk.timings;
-    if (chunk.speculation) this.notes = notesOn(chunk.speculation);
+    if (chunk.speculation) {
+      this.notes = notesOn(chunk.speculation);
+      this.rate = chunk.speculation.acceptance_rate;
+    }
     const choice = chunk.choices?.[0];
     if (!choice) return;
     const content = choice.delta?.content ?? choice.text ?? "", origins = choice.origins ?? [];
@@ -76,22 +80,22 @@ export class Answer {
   }
 
   get rounds() {
-    return this.timings?.rounds ?? this.pieces.filter(([, origin]) => OWN.has(origin)).length;
+    return this.timings.rounds ?? this.pieces.filter(([, origin]) => OWN.has(origin)).length;
   }
 
   get plainRounds() {
     return this.pieces.filter(([, origin]) => origin === "plain").length;
   }
 
-  // Accepted / drafted tokens, null before the server has counted any.
+  // Accepted / drafted tokens, null where nothing was drafted.
   get acceptance() {
-    const { draft_n: drafted, draft_n_accepted: accepted } = this.timings ?? {};
-    return drafted ? accepted / drafted : null;
+    const { draft_n: drafted, draft_n_accepted: accepted } = this.timings;
+    return drafted ? this.rate || accepted / drafted : null;
   }
 
   // Tokens after the first a second: the server's own once the answer is complete, before that as they arrive.
   get pace() {
-    if (this.state === "done" && this.timings?.predicted_per_second) return this.timings.predicted_per_second;
+    if (this.state === "done" && this.timings.predicted_per_second) return this.timings.predicted_per_second;
     const first = this.arrivals[0], last = this.arrivals.at(-1);
     if (!first || last[1] <= first[1]) return null;
     return (1000 * (last[0] - first[0])) / (last[1] - first[1]);

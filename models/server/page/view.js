@@ -2,6 +2,10 @@
 import { compare, divergence, PLAIN, SPECULATIVE } from "./answer.js";
 import { make, ORIGINS, show } from "./text.js";
 
+const NEAR_TIE =
+  "In bf16 a row is rounded otherwise when other rows are computed with it, so that a near-tie can fall the other way: " +
+  "a server with --row-invariant rules that out.";
+
 // One answer; `draw` adds what has come since it was last called.
 class AnswerView {
   constructor(answer) {
@@ -51,7 +55,8 @@ export class TurnView {
     this.again.title = "the same question, with the settings of now";
     this.again.addEventListener("click", again);
     const under = make("div", "under");
-    under.append(this.verdict, this.again);
+    this.why = make("p", "soft");
+    under.append(this.verdict, this.again, this.why);
     const question = show(make("p", "question"), turn.question);
     question.dir = "auto";
     this.element.append(make("h2", "unseen", "You"), question, make("h2", "unseen", "Answer"), this.answers, under);
@@ -77,6 +82,7 @@ export class TurnView {
       const soFar = done ? "" : " so far";
       if (speedup !== null) parts.push(`speed-up ${speedup.toFixed(2)}x${soFar}`);
       if (same !== null) parts.push((same ? "same text" : "other text") + soFar);
+      this.why.textContent = same === false ? NEAR_TIE : "";
       if (!this.turn.greedy) parts.push("sampled: texts are not compared");
       this.verdict.classList.toggle("good", speedup >= 1);
       if (done && same === false) this.views[this.turn.answers.indexOf(plain)].mark(divergence(plain, speculative));
