@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -104,9 +104,10 @@ def add_handlers(app: FastAPI) -> None:
 
 def _described(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body."""
-    first = error.errors()[0]
-    place = [part for part in first["loc"] if part != "body"]
-    param = _path(place) or None
+    errors = error.errors()
+    of_field = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(of_field, key=lambda each: len(each["loc"]))  # of several types the one that came furthest
+    param = _path(first["loc"][1:], error.body, missing=first["type"] == "missing") or None
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "extra_forbidden":
@@ -120,15 +121,17 @@ def _described(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{param} {_shown(first['input'])}: {first['msg']}", param=param, code="invalid_value")
 
 
-def _path(place: list[Any]) -> str:
-    """Fields as people write them: messages[0].content."""
+def _path(place: Sequence[Any], body: Any, *, missing: bool) -> str:
+    """Fields as people write them: messages[0].content. What is not in the body is a type that was tried."""
     text = ""
-    for part in place:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif part.isidentifier():  # else the name of a type that a union has tried
-            text += f".{part}" if text else part
-    return text
+    for i, part in enumerate(place):
+        if isinstance(body, list) and isinstance(part, int) and part < len(body):
+            text, body = f"{text}[{part}]", body[part]
+        elif isinstance(body, dict) and part in body:
+            text, body = f"{text}.{part}" if text else part, body[part]
+        elif missing and i == len(place) - 1:
+            text = f"{text}.{part}" if text else part
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
 def _shown(value: Any) -> str:

@@ -61,6 +61,12 @@ async def encoded(llm: LLM, prompt: Prompt, param: str) -> list[int]:
     """A prompt's token ids. Raises ApiError."""
     texts = [prompt] if isinstance(prompt, str) else [part["content"] for part in prompt if isinstance(part, dict)]
     try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        message = f"{param} has half a character: a surrogate without its other half"
+        raise ApiError(400, message, param=param, code="invalid_value") from None
+    try:
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return llm.encode(prompt)
         return await asyncio.to_thread(llm.encode, prompt)
