@@ -9,8 +9,10 @@ import httpx
 import pytest
 
 from demo.display import ORIGINS
+from models.errors import UserError
 from models.options import NAMED
 from tests.browser import Browser, start_browser
+from tests.chat_picture import command, take
 
 PAGE = Path(__file__).parents[1] / "models" / "server" / "page"
 REPORT_STYLE = Path(__file__).parents[1] / "demo" / "html" / "style.css"
@@ -547,3 +549,31 @@ def test_no_file_makes_markup_of_text_or_names_another_place():
             r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|srcdoc", text
         ), path
         assert not re.search(r"https?://|\bimport\(|url\(", text), path
+
+
+# ------------------------------------------------------------------------------------------------------- its picture
+def test_a_picture_is_taken_of_a_real_answer(chat, tmp_path):
+    chat.open(max_tokens="20")
+    take(chat.browser, tmp_path / "chat.png", QUESTION)
+    assert is_small_png(tmp_path / "chat.png")
+    assert "speed-up" in chat.browser.text(".verdict") and len(chat.tokens()) == 40
+    chat.browser.run("document.getElementById('message').value = 'x = 1\\n'.repeat(2000)")
+    with pytest.raises(UserError, match="no answer: "):
+        take(chat.browser, tmp_path / "other.png", "more")
+    assert not (tmp_path / "other.png").exists()
+
+
+def test_the_picture_of_the_docs_is_small():
+    assert is_small_png(PAGE.parents[2] / "docs" / "chat.png")
+
+
+@pytest.mark.parametrize("arguments", [[], ["chat.svg"], ["missing/chat.png"]])
+def test_a_picture_needs_a_file_to_write(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="picture|write"):
+        command(arguments)
+
+
+def is_small_png(path):
+    data = path.read_bytes()
+    return data.startswith(b"\x89PNG") and len(data) < 150_000
