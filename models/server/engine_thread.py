@@ -244,7 +244,8 @@ class EngineThread:
         except Exception as error:  # the engine itself: nobody knows what its texts are worth
             logger.exception("a step of the engine failed: the texts under way are given up")
             failing, emissions = True, []
-            for job in {text.job for sequence, text in self._texts.items() if sequence in self._engine.running}:
+            given_up = self._engine.running or list(self._texts)[:1]
+            for job in {text.job for sequence, text in self._texts.items() if sequence in given_up}:
                 self._end(job, self._told(error))
         if failing or self._raised:
             self._raised = self._raised + 1 if failing else 0

@@ -14,28 +14,40 @@ MAX_STOPS, MAX_STOP_LENGTH = 16, 512  # strings, characters
 MAX_TOP_LOGPROBS = 20
 INT64 = 2**63
 
-# Fields that other servers know, and the values with which they change nothing; null never does.
+# Fields that other servers know, and the values with which they change nothing; null never does. vllm-router adds some
+# of them to every request.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
     "audio": (),
     "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "include_reasoning": (True, False),
+    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
+    "no_stop_trim": (False,),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "presence_penalty": (0,),
+    "priority": (0,),
     "reasoning_effort": ("none",),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "return_hidden_states": (False,),
+    "separate_reasoning": (True, False),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
     "store": (False,),
+    "stream_reasoning": (True, False),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),

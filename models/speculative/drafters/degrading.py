@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from models.speculative.drafters import Budget, Draft, Drafter
 
 if TYPE_CHECKING:
-    from models.speculative.model import Features, Step
+    from models.speculative.model import Features
     from models.speculative.sequence import Sequence
 
 
@@ -34,22 +34,30 @@ class Degrading:
         """What has ended the drafting for a sequence; "": nothing has."""
         return self._failed.get(sequence, "")
 
-    def begin(self, sequence: Sequence, prompt: Step) -> None:
+    def begin(self, sequence: Sequence) -> None:
         """As of `Drafter`."""
-        self._guard(sequence, lambda: self._drafter.begin(sequence, prompt))
+        self._guard(sequence, lambda: self._drafter.begin(sequence))
 
-    def propose(self, sequences: Items[Sequence], budget: Budget) -> list[Draft]:
-        """As of `Drafter`; nothing for sequences that have lost their drafter."""
+    def propose(self, sequences: Items[Sequence], budget: Budget) -> list[Draft | Exception]:
+        """As of `Drafter`; nothing for sequences that have lost their drafter.
+
+        What is raised while several are asked for is passed on: the engine then asks one by one.
+        """
         sound = [each for each in sequences if each not in self._failed]
-        drafts: dict[Sequence, Draft] = {}
+        given: Items[Draft | Exception] = []
         if sound:
             try:
-                drafts = dict(zip(sound, self._drafter.propose(sound, budget), strict=True))
+                given = self._drafter.propose(sound, budget)
             except Exception as error:
-                if len(sound) == 1:
-                    self._lose(sound[0], error)
-                else:  # whose fault it is shows when each is asked alone
-                    drafts = dict(zip(sound, (self.propose([each], budget)[0] for each in sound), strict=True))
+                if len(sequences) > 1:
+                    raise
+                given = [error]
+        drafts = {}
+        for sequence, draft in zip(sound, given, strict=True):
+            if isinstance(draft, Exception):
+                self._lose(sequence, draft)
+            else:
+                drafts[sequence] = draft
         return [drafts.get(each, Draft([])) for each in sequences]
 
     def verified(self, sequence: Sequence, features: Features, rows: Items[int], position: int) -> None:
