@@ -484,6 +484,8 @@ def test_what_goes_wrong_in_a_stream_is_said_in_one_line(chat):
     assert read_stream(chat, b"data: <b>\n\n") == ["the server sent no JSON: <b>"]
     busy = b'{"error": {"message": "the queue is full"}}'
     assert read_stream(chat, busy, status=429, headers={"Retry-After": "3"}) == ["the queue is full (try again in 3 s)"]
+    full = b'{"error": {"message": "full: try again in 3 s"}}'
+    assert read_stream(chat, full, status=429, headers={"Retry-After": "3"}) == ["full: try again in 3 s"]
     assert read_stream(chat, b"<html>", status=502)[0].startswith("the server answered 502")
     (long,) = read_stream(chat, json.dumps({"error": {"message": "x " * 1000}}).encode(), status=400)
     assert len(long) == 300
@@ -517,6 +519,18 @@ def test_a_model_without_a_chat_template_goes_on_with_the_text(chat):
     assert "without a chat template" in chat.browser.text("#server")
     assert [body["prompt"] for body in chat.browser.bodies()] == ["def add(a, b):", f"def add(a, b):{first} # more"]
     assert len(chat.tokens()) == 12 and chat.browser.console() == []
+
+
+def test_a_page_that_comes_before_the_models_waits_for_them(chat):
+    undo = chat.browser.before_pages(
+        "const real = fetch; let early = 1; window.fetch = async (...all) => early-- > 0 ?"
+        "new Response(JSON.stringify({error: {message: 'loading'}}), {status: 503}) : real(...all)"
+    )
+    try:
+        chat.open(max_tokens="4")  # waits for what the server offers
+        assert chat.browser.text("#server") == "tiny"
+    finally:
+        undo()
 
 
 # --------------------------------------------------------------------------------------------------------- the files

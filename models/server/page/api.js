@@ -36,7 +36,7 @@ const refusal = async (response) => {
   }
   said ||= `the server answered ${status} ${response.statusText}`;
   const wait = response.headers.get("Retry-After");
-  if (wait && [429, 503].includes(status)) said += ` (try again in ${wait} s)`;
+  if (wait && [429, 503].includes(status) && !said.includes("try again")) said += ` (try again in ${wait} s)`;
   return new ServerError(said, status);
 };
 
