@@ -578,7 +578,8 @@ def test_a_picture_is_taken_of_a_real_answer(chat, tmp_path):
 
 
 def test_the_picture_of_the_docs_is_small():
-    assert is_small_png(PAGE.parents[2] / "docs" / "chat.png")
+    docs = PAGE.parents[2] / "docs"
+    assert is_small_png(docs / "chat.png") and "](chat.png)" in (docs / "server.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("arguments", [[], ["chat.svg"], ["missing/chat.png"]])
