@@ -25,7 +25,7 @@ from models.speculative.sampling import SamplingParams
 if TYPE_CHECKING:
     from models.llm import LLM
 
-NO_SETTINGS = ("quiet", "no_color", "json", "html", "greedy", "speculative", "slots")  # in no report
+NO_SETTINGS = ("quiet", "no_color", "json", "html", "audit", "greedy", "speculative", "slots")  # in no report
 Settings = TypeVar("Settings", bound="RunSettings")
 
 
