@@ -13,7 +13,8 @@ from typing import Any
 from models.boards import PLACEMENTS
 from models.errors import OptionError, UserError
 from models.speculative.drafters import MAX_DRAFT_LENGTH
-from models.speculative.drafters.registry import NONE, DrafterSpec, drafts_trees, spec_of
+from models.speculative.drafters.forced import check_forced
+from models.speculative.drafters.registry import FORCED, NONE, DrafterSpec, drafts_trees, spec_of
 from models.ttnn_llama.shapes import MAX_ATTENTION_CORES, PREFILLS
 from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS
 
@@ -87,6 +88,8 @@ class EngineOptions:
             with sequential verification).
         tree_nodes: tokens of a tree at most, 1 to 31.
         exit_layer: layers of the target that draft, or "auto" (default), for early exit.
+        force_acceptance: of the drafter "forced", for measurements: the chance of each drafted token to be right, or
+            the right tokens of each round in turn.
         verification: "batched" (default), or "sequential" for one token a forward.
         greedy: whether a board prepares programs for greedy texts or for sampled ones; the others run too, slower.
         speculative: False loads nothing that drafts; rows are computed as if something did.
@@ -116,6 +119,7 @@ class EngineOptions:
     num_draft_tokens: int | str | None = None
     tree_nodes: int | None = None
     exit_layer: int | str | None = None
+    force_acceptance: float | tuple[int, ...] | None = None
     verification: str = "batched"
     greedy: bool = True
     speculative: bool = True
@@ -254,6 +258,8 @@ class EngineOptions:
             raise OptionError(f"[free_rows] {self.free_rows!r}: give numbers from 1 to {MAX_DRAFT_LENGTH + 1}")
         if self.drafter not in (None, NONE):
             spec_of(self.drafter)
+        if self.force_acceptance is not None:
+            check_forced(self.force_acceptance)
 
     def _check_device(self) -> None:
         on_board = self.device == "tt"
@@ -277,7 +283,12 @@ class EngineOptions:
             raise OptionError(
                 f"[{given[0]}] has no meaning with [drafter] {drafter}: leave it out or use [drafter] model"
             )
-        for name, owner in (("tree_nodes", "tree"), ("exit_layer", "early-exit")):
+        if drafter == FORCED and (self.force_acceptance is None or not self.greedy):
+            raise OptionError(
+                f"[drafter] {FORCED} repeats a greedy text as often as [force_acceptance] says: give that, such as "
+                "[force_acceptance] 0.8, and no temperature"
+            )
+        for name, owner in (("tree_nodes", "tree"), ("exit_layer", "early-exit"), ("force_acceptance", FORCED)):
             if getattr(self, name) is not None and not (spec and name in spec.settings):
                 raise OptionError(
                     f"[{name}] has no meaning with [drafter] {drafter or 'combined'}: leave it out or use [drafter] "

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 from models.boards import PLACEMENTS
+from models.errors import UserError
 from models.fetch import PACKAGED
 from models.options import (
     AUTO,
@@ -18,6 +19,7 @@ from models.options import (
     VERIFICATIONS,
 )
 from models.speculative.drafters import MAX_DRAFT_LENGTH, registry
+from models.speculative.drafters.forced import Forced, parsed_forced
 from models.ttnn_llama.shapes import MAX_ATTENTION_CORES, PREFILLS
 from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS, SMALL_HIDDEN_SIZE
 
@@ -79,6 +81,13 @@ def _count_by_length(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"{shown(text)!r} is not COUNTxLENGTH: give two whole numbers, such as 10x64")
     return int(match[1]), int(match[2])
+
+
+def _forced(text: str) -> Forced:
+    try:
+        return parsed_forced(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_model_arguments(
@@ -254,6 +263,14 @@ def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=f"{AUTO}|E",
         help=f"layers of the target that draft (--drafter early-exit), below the number it has; {AUTO}: by what each "
         f"number costs and gets accepted, measured on the first prompt (default: {AUTO}; a board needs a number)",
+    )
+    group.add_argument(
+        "--force-acceptance",
+        type=_forced,
+        default=None,
+        metavar="P|N,N,..",
+        help="for measurements: draft the target's own next tokens, known from a plain run of the same prompt, each "
+        "right with this chance, or as many right in each round in turn; what is reported is labelled as forced",
     )
     group.add_argument(
         "--verification",
