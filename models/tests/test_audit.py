@@ -128,7 +128,7 @@ def sampled(llm, texts=40, tokens=10, **changed):
     for seed in range(texts):
         prompt = random_prompt(6, seed=seed)
         sampling = SamplingParams(**{"temperature": 1.0, "top_k": 20, "top_p": 0.95, "seed": seed, **changed})
-        written = llm.generate(prompt, sampling, max_new_tokens=tokens)
+        written = llm.generate(prompt, sampling, max_new_tokens=tokens, stop_ids=())
         found.append(llm.audit(prompt, written, WARM))
     return report(found)
 
@@ -187,7 +187,7 @@ def test_the_transform_of_tokens_drawn_from_the_distributions_is_uniform(llm):
     plain = []
     for seed in range(30):
         sampling = SamplingParams(1.0, 20, 0.95, seed)
-        text = llm.generate(PROMPT, sampling, max_new_tokens=10, speculate=False).token_ids
+        text = llm.generate(PROMPT, sampling, max_new_tokens=10, stop_ids=(), speculate=False).token_ids
         plain.append(llm.audit(PROMPT, text, sampling).uniforms)
     values = torch.tensor([each for text in plain for each in text])
     assert len(values) == 300 and 0 <= values.min() < 0.02 and 0.98 < values.max() <= 1
