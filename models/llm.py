@@ -37,6 +37,7 @@ from models.speculative.stats import GenerationStats
 from models.speculative.text import TextStream, checked_stops
 
 if TYPE_CHECKING:
+    from models.audit import TextAudit
     from models.llama.tokenizer import LlamaTokenizer
     from models.speculative.drafters.early_exit import ExitChoice
     from models.ttnn_llama.board_models import BoardModels
@@ -332,6 +333,34 @@ class LLM:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         return self.tokenizer.chat(cast("Sequence[Mapping[str, str]]", prompt))
+
+    def audit(
+        self,
+        prompt: Prompt,
+        text: Completion | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Iterable[int] | None = None,
+    ) -> TextAudit:
+        """Replay a text against plain decoding: whether it is the target's own, token by token.
+
+        Args:
+            prompt, sampling, stop, stop_ids: those that the text was written with.
+            text: what was written; of token ids alone it is not asked whether plain decoding stops there too.
+
+        Raises:
+            UserError: while another text is under way, whose cache it needs.
+        """
+        from models.audit import Auditor
+
+        ids, sampling = self.encode(prompt), sampling or SamplingParams()
+        tokens, reason = (text.token_ids, text.finish_reason) if isinstance(text, Completion) else (list(text), "")
+        auditor = Auditor(self)
+        if not sampling.greedy:
+            return auditor.sampled(ids, tokens, sampling)
+        stops = None if stop_ids is None else list(stop_ids)
+        return auditor.greedy(ids, tokens, finish_reason=reason, stop=stop, stop_ids=stops)
 
     def close(self) -> None:
         """Give the device back. A second call does nothing."""

@@ -25,7 +25,10 @@ from models.speculative.sampling import SamplingParams
 if TYPE_CHECKING:
     from models.llm import LLM
 
-NO_SETTINGS = ("quiet", "no_color", "json", "html", "greedy", "speculative", "slots", "reuse")  # in no report
+NO_SETTINGS = (  # in no report
+    *("quiet", "no_color", "json", "html", "audit"),
+    *("greedy", "speculative", "slots", "reuse"),
+)
 Settings = TypeVar("Settings", bound=EngineOptions)
 Run = TypeVar("Run", bound="RunSettings")
 
