@@ -531,7 +531,7 @@ def drafted_among(n, row_s, chance=0.8, step_s=0.001, steps=150):
         policy.read("model", 0.0)
 
     def forward_s(rows):
-        return PLAIN_S + row_s * max(0, rows - 8) + rows * 1e-9  # no two alike
+        return PLAIN_S + row_s * max(0, rows - 8)
 
     for rows in (1, 2, 4, 7, 11, *(n * each for each in (1, 2, 4, 7))):  # as `LLM.measure_costs` does
         controller.costs.add("verify", rows, forward_s(rows))
@@ -541,7 +541,8 @@ def drafted_among(n, row_s, chance=0.8, step_s=0.001, steps=150):
         for policy in policies:
             policy.shares(n, 10 * n)
             asked.append(policy.draft_length("model"))
-        verify_s, draft_s = forward_s(sum(k + 1 for k in asked)), step_s * max(asked) + step * 1e-12
+        verify_s = forward_s(sum(k + 1 for k in asked)) + step * 1e-12  # no two alike
+        draft_s = step_s * max(asked) + step * 1e-12
         going = sum(k > 0 for k in asked)
         for policy, k in zip(policies, asked, strict=True):
             accepted = 0
@@ -593,3 +594,23 @@ def test_costs_go_by_context_and_are_scaled_where_they_are_not_known():
     assert [costs.verify_s(rows, 4500) for rows in (1, 4, 8)] == [2.0, 3.0, 6.0]
     costs.add("verify", 8, 10.0, 5000)
     assert costs.verify_s(8, 8000) == 10.0 and costs.verify_s(8, 10) == 3.0
+
+
+def test_texts_that_draft_look_now_and_then_at_what_plain_steps_cost_now():
+    """Rows seemed free because the machine was busy while plain steps were timed."""
+    controller = AutoDraftLength()
+    policies = [controller.begin(10, 10_000) for _ in range(4)]
+    for rows in (4, 8, 16, 28):
+        controller.costs.add("verify", rows, 0.020)
+    plain = []
+    for step in range(120):
+        asked = []
+        for policy in policies:
+            policy.shares(4, 40)
+            asked.append(policy.draft_length("lookup"))
+        plain.append(not any(asked))
+        verify_s = (0.010 if plain[-1] else 0.020) + step * 1e-9
+        for policy, k in zip(policies, asked, strict=True):
+            joint = Joint(4, 4 + sum(asked), 40, 0, verify_s, 0, 0.0, 0)
+            policy.update(Round(k, 0, 1, 0.0, verify_s, source="lookup", joint=joint))
+    assert not any(plain[:5]) and sum(plain[60:]) > 50
