@@ -189,8 +189,8 @@ def show(results: dict[str, dict[str, float]], options) -> None:
     """A line for each kind of drafting."""
     for name, each in results.items():
         print(
-            f"drafting {name}: one client {each['server_tok_s']:.1f} tok/s, the engine {each['engine_tok_s']:.1f} (ratio "
-            f"{each['tok_s_ratio']:.3f}); first token {each['server_ttft_ms']:.1f} ms, the engine's "
+            f"drafting {name}: one client {each['server_tok_s']:.1f} tok/s, the engine {each['engine_tok_s']:.1f} "
+            f"(ratio {each['tok_s_ratio']:.3f}); first token {each['server_ttft_ms']:.1f} ms, the engine's "
             f"{each['engine_ttft_ms']:.1f}; {options.clients} clients {each['many_clients_tok_s']:.1f} tok/s, "
             f"{each['many_clients_tok_s'] / each['one_client_tok_s']:.2f}x one's"
         )
