@@ -252,7 +252,8 @@ class LLM:
             drafting.drafter,
             drafting.controller,
             drafting.verification,
-            reader,
+            reuse=self.options.reuse,
+            reader=reader,
         )
         request.check(self.engine.target.limits)
         try:
@@ -365,8 +366,10 @@ class LLM:
             raise UserError(
                 f"{len(sampling)} sampling parameters for {len(prompts)} prompts: give one for each, or one"
             )
-        if self.board:  # which writes one text at a time, and prepares each prompt before it begins
-            return [self._complete(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
+        if self.board and self.options.slots == 1:  # each prompt may need programs of its own
+            written = [self._complete(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
+            self.stats = GenerationStats.merge(each.stats for each in written)
+            return written
         asked = [self.request(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
         sequences = [self.engine.add(request) for request, _ in asked]
         left = set(sequences)

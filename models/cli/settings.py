@@ -25,7 +25,7 @@ from models.speculative.sampling import SamplingParams
 if TYPE_CHECKING:
     from models.llm import LLM
 
-NO_SETTINGS = ("quiet", "no_color", "json", "html", "greedy", "speculative", "slots")  # in no report
+NO_SETTINGS = ("quiet", "no_color", "json", "html", "greedy", "speculative", "slots", "reuse")  # in no report
 Settings = TypeVar("Settings", bound=EngineOptions)
 Run = TypeVar("Run", bound="RunSettings")
 
@@ -44,6 +44,7 @@ class RunSettings(EngineOptions):
         UserError: for what has no meaning.
     """
 
+    reuse: bool = False  # what is measured begins afresh
     prompts: str | None = None
     prompt: list[str] | None = None
     random_prompts: tuple[int, int] | None = None

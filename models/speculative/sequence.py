@@ -63,6 +63,7 @@ class Request:
         controller: how many; None: `FixedDraftLength()`, and none without a drafter.
         verification: "batched", or "sequential" for one token a forward up to the first rejection: the same text,
             slower, there to be compared.
+        reuse: whether keys and values may be taken over that another text, which began alike, has left in the cache.
         reader: sees the logits of every token, so that greedy texts compute them too; None: nobody does.
     """
 
@@ -74,6 +75,7 @@ class Request:
     drafter: Drafter | None = None
     controller: Controller | None = None
     verification: str = "batched"
+    reuse: bool = True
     reader: LogitsReader | None = None
 
     def check(self, limits: Limits) -> None:

@@ -22,7 +22,7 @@ from models.speculative.acceptance import (
     sample,
 )
 from models.speculative.drafters import Draft
-from models.speculative.model import Features, LanguageModel, Rows, Step, Trees, Want
+from models.speculative.model import IDS, Features, LanguageModel, Rows, Step, Trees, Want
 from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import Sequence as TextSequence
 
@@ -80,19 +80,33 @@ def compute(target: LanguageModel, parts: Sequence[Part]) -> list[Result]:
 
     The device has done its work when this returns.
     """
-    taps = {part.taps for part in parts if part.taps}
-    if len(taps) > 1:
-        results: dict[int, Result] = {}
-        for layers in sorted(taps):
-            mine = [i for i, part in enumerate(parts) if (part.taps or min(taps)) == layers]
-            results.update(zip(mine, compute(target, [parts[i] for i in mine]), strict=True))
-        return [results[i] for i in range(len(parts))]
-    logits = any(part.logits for part in parts)
-    step = target.extend([part.rows for part in parts], Want(logits, taps.pop() if taps else ()))
+    rows: list[Rows] = []
+    taps: tuple[int, ...] = ()
+    ids: list[list[int]] | None = None
+    logits = 0  # parts that want them
+    for part in parts:
+        rows.append(part.rows)
+        logits += part.logits
+        if part.taps and part.taps != taps:
+            if taps:
+                return _by_layers(target, parts)
+            taps = part.taps
+    step = target.extend(rows, Want(logits > 0, taps) if taps or logits else IDS)
     if logits:
         step.logits(0)[-1, -1].item()  # waits for the device, whose time this is
-    ids = None if all(part.logits for part in parts) else step.ids()
-    return [Result(step, place, ids) for place in range(len(parts))]
+    if logits < len(rows):
+        ids = step.ids()
+    return [Result(step, place, ids) for place in range(len(rows))]
+
+
+def _by_layers(target: LanguageModel, parts: Sequence[Part]) -> list[Result]:
+    """A forward for each set of layers; parts that want none go with the first."""
+    sets = sorted({part.taps for part in parts if part.taps})
+    results: dict[int, Result] = {}
+    for layers in sets:
+        mine = [i for i, part in enumerate(parts) if (part.taps or sets[0]) == layers]
+        results.update(zip(mine, compute(target, [parts[i] for i in mine]), strict=True))
+    return [results[i] for i in range(len(parts))]
 
 
 def compute_each(target: LanguageModel, parts: Sequence[Part]) -> list[Result | Exception]:

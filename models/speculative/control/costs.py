@@ -139,10 +139,10 @@ class CostModel:
     def verify_s(self, rows: int, context: int = 0) -> float:
         """A target forward of so many rows: measured, or between the nearest measured; 0 if nothing is known."""
         rows, level = self._computed_rows(rows), self._level(context)
-        if level not in self._curves:
-            self._curves[level] = self._curve(level)
+        if (curve := self._curves.get(level)) is None:
+            curve = self._curves[level] = self._curve(level)
         above = None
-        for known, seconds in self._curves[level]:  # from many rows to few
+        for known, seconds in curve:  # from many rows to few
             if known <= rows:
                 if known == rows or above is None:
                     return seconds
@@ -152,7 +152,7 @@ class CostModel:
 
     def _level(self, context: int) -> int:
         """Doublings above CONTEXT."""
-        return (context // self.CONTEXT).bit_length()
+        return (context // self.CONTEXT).bit_length() if context >= self.CONTEXT else 0
 
     def _curve(self, level: int) -> list[tuple[int, float]]:
         """(rows, seconds) from many rows to few at a context. What was measured at others only is scaled by what was

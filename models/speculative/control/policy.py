@@ -214,7 +214,7 @@ class AutoDraftLength:
     def draft_s(self, source: str, k: float, sequences: int = 1) -> float:
         """One sequence's share of drafting k tokens. Until it is known whether a source drafts for several at once, it
         is taken to: that shows with the first draft."""
-        together = min(self._together.get(source, sequences), sequences)
+        together = 1 if sequences == 1 else min(self._together.get(source, sequences), sequences)
         if together <= 1:
             return self.costs.draft_s(source, k)
         return self.costs.draft_s(source, k, together) / together
