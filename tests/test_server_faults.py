@@ -195,3 +195,39 @@ def test_a_page_is_served_where_there_is_one(tmp_path):
     missing = asyncio.run(answers(tmp_path / "none"))
     assert [each.status_code for each in missing] == [404, 404, 200, 404, 404]
     assert "no chat page" in missing[0].json()["error"]["message"]
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_stream_is_kept_open_while_nothing_comes_and_ended_where_nobody_reads(monkeypatch, reads):
+    from models.server import responses
+
+    monkeypatch.setattr(responses, "LOOK_S", 0.01)
+    monkeypatch.setattr(responses, "PING_S", 0.05)
+    monkeypatch.setattr(responses, "WRITE_TIMEOUT_S", 0.1)
+
+    async def test():
+        waiting, sent, gone = asyncio.Queue(), [], []
+
+        async def chunks():
+            yield b"first"
+            yield await waiting.get()
+
+        async def send(message):
+            sent.append(message.get("body"))
+            if message.get("body") == b"first" and not reads:
+                await asyncio.sleep(60)
+
+        stream = responses.EventStream(chunks(), lambda: gone.append(1), lambda: waiting.put_nowait(b": ping"))
+        never = asyncio.Event()
+
+        async def receive():
+            await never.wait()
+
+        try:
+            await asyncio.wait_for(stream({"type": "http"}, receive, send), 10)
+        except asyncio.CancelledError:
+            sent.append("cancelled")
+        return sent, bool(gone)
+
+    expected = [None, b"first", b": ping", b""] if reads else [None, b"first", "cancelled"]
+    assert asyncio.run(test()) == (expected, True)

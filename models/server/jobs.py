@@ -86,7 +86,11 @@ class Gone(NamedTuple):
     """The client has."""
 
 
-Event = Accepted | Delta | ApiError | Gone
+class Ping(NamedTuple):
+    """Nothing has come for a while."""
+
+
+Event = Accepted | Delta | ApiError | Gone | Ping
 
 
 @dataclass(eq=False)

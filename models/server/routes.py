@@ -11,7 +11,7 @@ from starlette.responses import Response
 from models.server.answers import ChatShape, CompletionShape, Shape
 from models.server.context import Context, context_of
 from models.server.errors import ApiError
-from models.server.jobs import Job, clock
+from models.server.jobs import Job, Ping, clock
 from models.server.planning import chat_job, completion_job, wants_origins
 from models.server.responses import EventStream, JsonResponse, until_gone
 from models.server.schemas import ChatBody, CompletionBody, GenerationBody
@@ -77,7 +77,8 @@ async def _answer(context: Context, request: Request, body: GenerationBody, job:
         if job.stream:
             await job.accepted()
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            return EventStream(streamed(job, shape, usage=usage), lambda: engine.cancel(job))
+            chunks = streamed(job, shape, usage=usage)
+            return EventStream(chunks, lambda: engine.cancel(job), lambda: job.events.put_nowait(Ping()))
         watch = asyncio.ensure_future(until_gone(request.receive))
         watch.add_done_callback(lambda task: None if task.cancelled() else engine.cancel(job))
         try:

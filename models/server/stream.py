@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 from models.server.answers import Shape
 from models.server.errors import ApiError
-from models.server.jobs import Delta, Gone, Job, Summary, Written
+from models.server.jobs import Delta, Gone, Job, Ping, Summary, Written
 from models.server.responses import to_json
 
-PING_S = 15.0  # without an event, after which a comment keeps the connection open
 PING = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -36,9 +34,8 @@ async def streamed(job: Job, shape: Shape, *, usage: bool) -> AsyncIterator[byte
     if chunks:
         yield b"".join(chunks)
     while len(summaries) < len(job.choices):
-        try:
-            came = job.events.get_nowait() if not job.events.empty() else await _next(job)
-        except asyncio.TimeoutError:
+        came = await job.events.get()
+        if isinstance(came, Ping):
             yield PING
             continue
         if isinstance(came, Gone):
@@ -77,7 +74,3 @@ async def whole(job: Job, shape: Shape) -> dict[str, Any]:
             summaries[came.choice] = came.summary
     order = range(len(job.choices))
     return shape.whole(job, [texts[i] for i in order], [summaries[i] for i in order])
-
-
-async def _next(job: Job):
-    return await asyncio.wait_for(job.events.get(), PING_S)
