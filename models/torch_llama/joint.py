@@ -9,9 +9,9 @@ from models.speculative.model import Rows
 
 
 class Piece(NamedTuple):
-    """Tokens first..end-1 of one `Rows`, computed in one forward; index: which `Rows`."""
+    """Tokens first..end-1 of one `Rows`, computed in one forward; owner: which `Rows`."""
 
-    index: int
+    owner: int
     rows: Rows
     first: int
     end: int

@@ -284,6 +284,7 @@ class KVCache:
         It is where the beginning is, if there is room behind it; else another run: the slot's own if that is free, else
         the one whose contents have been unused for longest. None: there is no run.
         """
+        best: list[int] | None
         home = range(slot * self.home, slot * self.home + count)
         if home.stop <= len(self._owners) and not any(self._owners[b] or self._left[b] for b in home):
             best, age = list(home), 0

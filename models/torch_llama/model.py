@@ -325,18 +325,17 @@ class TorchLlama(SlotBySlot):
             self._check_rows(each)
         # What first layers have computed is gone on from one by one.
         early = [] if want.taps else [i for i, each in enumerate(rows) if self.slot(each.slot)._early and not each.last]
-        if not early:
-            return self._extend(rows, want)
         others = [i for i in range(len(rows)) if i not in early]
-        joint = self._extend([rows[i] for i in others], want)
-        found = {i: (joint.logits(k) if want.logits else joint.ids()[k]) for k, i in enumerate(others)}
-        found |= {i: _computed(self.slot(rows[i].slot), rows[i], want) for i in early}
-        choosers = {i: joint.chooser(k) for k, i in enumerate(others)}
-        choosers |= {i: self.slot(rows[i].slot).chooser() for i in early}
-        return Step([found[i] for i in range(len(rows))], (), [choosers[i] for i in range(len(rows))])
+        results, features, choosers = self._extend([rows[i] for i in others], want)
+        for i in early:  # in rising order, so that each is put into its place
+            results.insert(i, _computed(self.slot(rows[i].slot), rows[i], want))
+            choosers.insert(i, self.slot(rows[i].slot).chooser())
+        return Step(results, features, choosers if want.logits else ())
 
-    def _extend(self, rows: Sequence[Rows], want: Want) -> Step:
-        """The same, checked; slots are those of the cache."""
+    def _extend(
+        self, rows: Sequence[Rows], want: Want
+    ) -> tuple[list[list[int] | torch.Tensor], list[torch.Tensor], list[Chooser]]:
+        """(Results, features, choosers) of rows that were checked; slots are those of the cache."""
         taps = want.taps or self._taps
         if wrong := [count for count in taps if not 0 <= count <= len(self.layers)]:
             raise UserError(f"tap after layer {wrong[0]}: the model has layers 0 (embedding) to {len(self.layers)}")
@@ -350,7 +349,7 @@ class TorchLlama(SlotBySlot):
             row = 0
             for piece in pieces:
                 n = piece.end - piece.first
-                for mine, (state,) in zip(states[piece.index], kept, strict=True):
+                for mine, (state,) in zip(states[piece.owner], kept, strict=True):
                     mine.append(state[row : row + n])
                 row += n
             self._take_results(pieces, hidden, want, results, choosers)
@@ -359,13 +358,13 @@ class TorchLlama(SlotBySlot):
                 for tapped, pieces_of in zip(self._tapped, each, strict=True):
                     tapped += pieces_of
         features = [torch.cat([torch.cat(layer) for layer in each], -1) for each in states] if want.taps else []
-        return Step(results, features, choosers if want.logits else ())
+        return results, features, choosers
 
     def _neighbours(self, piece: Piece) -> tuple[int, ...]:
         """Pieces of an order by this can be read together, where they lie evenly in the pool."""
         table = self.cache.tables[piece.rows.slot]
         length = block_end(piece.position + piece.end - piece.first)
-        return piece.rows.parents is not None, piece.end - piece.first, length, table.start or 0, piece.index
+        return piece.rows.parents is not None, piece.end - piece.first, length, table.start or 0, piece.owner
 
     def _together(self, pieces: Sequence[Piece], taps: tuple[int, ...], kept: list[list[torch.Tensor]]) -> torch.Tensor:
         """Hidden states [n, H] of all rows of these pieces; puts those after some layers into `kept`."""
@@ -397,7 +396,7 @@ class TorchLlama(SlotBySlot):
             if piece.end == len(piece.rows.tokens):
                 n = 1 if piece.rows.last else piece.end - piece.first
                 wanted.append(hidden[row - n : row])
-                places.append((piece.index, n))
+                places.append((piece.owner, n))
         if not wanted:
             return
         count = sum(n for _, n in places)
@@ -427,7 +426,7 @@ class TorchLlama(SlotBySlot):
         self._early = None
         self._check(n, [0] * batch)
         rows = [Rows(self._slot + i, each, 0, last=True) for i, each in enumerate(ids.tolist())]
-        step = self._extend(rows, LOGITS)
+        step = Step(self._extend(rows, LOGITS)[0])
         logits = torch.cat([step.logits(i) for i in range(batch)])
         return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
 
@@ -451,7 +450,7 @@ class TorchLlama(SlotBySlot):
             rows = [
                 Rows(self._slot + i, each, p) for i, (each, p) in enumerate(zip(ids.tolist(), positions, strict=True))
             ]
-            step = self._extend(rows, LOGITS)
+            step = Step(self._extend(rows, LOGITS)[0])
             return torch.stack([step.logits(i) for i in range(batch)])
         start = position if isinstance(position, int) else int(position[0])
         if parents is None:
