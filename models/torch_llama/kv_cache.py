@@ -81,7 +81,7 @@ class Table:
     def index(self, device: torch.device) -> torch.Tensor:
         """The blocks as a tensor."""
         if self._index is None:
-            self._index = torch.tensor(self.blocks, device=device)
+            self._index = torch.tensor(self.blocks, dtype=torch.long, device=device)
         return self._index
 
     def at(self, position: int) -> int:
@@ -233,6 +233,11 @@ class KVCache:
         if start < len(table.tokens):
             del table.tokens[start:]
         return table
+
+    def fill(self, value: float) -> None:
+        """Write all of the pool, for measurements: memory that was never written is read faster than any other."""
+        self.pool.fill_(value)
+        self._written = bytearray(b"\1") * len(self._written)
 
     def note(self, slot: int, position: int, tokens: Sequence[int]) -> None:
         """Tokens have been written at a position, with the bits of a prompt read anew."""

@@ -58,7 +58,7 @@ class Bottleneck:
         if self.options.context > longest:
             raise UserError(f"--context {self.options.context} is more than {longest}: lower it or raise --max-seq-len")
         model = self.bench.target.model
-        model.kv.fill_(0.01)  # memory that was never written is read faster than any other
+        model.cache.fill(0.01)  # memory that was never written is read faster than any other
         self.computed_rows = model.fixed_rows or 1
 
     # -------------------------------------------------------------------------------------------------- measuring
