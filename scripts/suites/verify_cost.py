@@ -154,7 +154,7 @@ class VerifyCost:
             "random_weights": opened is None,
             "parameters": config.parameter_count,
             "weight_bytes": model.weight_bytes,
-            "kv_bytes_per_position": position * model.kv.element_size(),
+            "kv_bytes_per_position": position * model.dtype.itemsize,
             "load_s": load_s,
             "seconds": seconds,
         }
