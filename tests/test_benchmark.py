@@ -216,7 +216,7 @@ def test_what_bounds_a_forward_of_one_second(matmuls, reading, arithmetic, expec
 def test_parts_of_a_forward_are_those_of_the_model(dtype):
     config = tiny_config(dtype="float32")
     model = TorchLlama(config, RandomWeights(config), dtype=dtype, max_seq_len=64)
-    weights = sum(linear.bytes for linear in model.linears) // model.kv.element_size()
+    weights = sum(linear.bytes for linear in model.linears) // model.dtype.itemsize
     assert parts.matmul_flops(model, 3) == 2 * 3 * weights
     called = []
 

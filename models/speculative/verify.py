@@ -130,6 +130,7 @@ def first_token(sequence: TextSequence, result: Result) -> int:
             "the target's logits after the prompt are not finite: its weights are damaged, or its numbers too large "
             "for its data type"
         )
+    _show(sequence, result, [-1])
     if params.greedy:
         return result.ids[-1]
     return sample(_distribution(logits, params)[-1], sequence.generator)
@@ -145,7 +146,7 @@ def verification(sequence: TextSequence, draft: Draft, taps: tuple[int, ...] = (
         last = len(again) - 1
         parents = [*range(-1, last), *(last + 1 + up for up in draft.parents)]
     rows = Rows(sequence.slot, [*again, *draft.tokens], sequence.cached, parents)
-    return Part(rows, not sequence.request.sampling.greedy, taps)
+    return Part(rows, _needs_logits(sequence), taps)
 
 
 def decide(
@@ -169,6 +170,7 @@ def decide(
         else:
             kept, next_id = accept_tree_sampled(draft.tokens, draft.parents, p, draft.probs, sequence.generator)
     text = [*range(last + 1), *(last + 1 + i for i in kept)]
+    _show(sequence, result, text[last:])
     computed = ((result.features, text, position),) if part.taps else ()
     if draft.parents is None:
         return Verified(kept, next_id, len(sequence.tokens) + len(kept), 0.0, computed)
@@ -196,8 +198,9 @@ def verify_sequentially(
         nonlocal seconds
         for each in rows:
             began = clock()
-            (result,) = compute(target, [Part(each, not params.greedy, taps)])
+            (result,) = compute(target, [Part(each, _needs_logits(sequence), taps)])
             seconds += clock() - began
+            _show(sequence, result, [0])
             if taps:
                 computed.append((result.features, [0], each.position))
             yield result
@@ -208,6 +211,16 @@ def verify_sequentially(
         distributions = (_distribution(result.logits, params)[0] for result in results())
         accepted, next_id = accept_sampled(draft.tokens, distributions, draft.probs, sequence.generator)
     return Verified(list(range(accepted)), next_id, len(sequence.tokens) + accepted, seconds, tuple(computed))
+
+
+def _needs_logits(sequence: TextSequence) -> bool:
+    return not sequence.request.sampling.greedy or sequence.request.reader is not None
+
+
+def _show(sequence: TextSequence, result: Result, rows: list[int]) -> None:
+    """Hand the logits of these rows, which the next tokens are chosen from, to who wants to see them."""
+    if sequence.request.reader is not None:
+        sequence.request.reader.read(result.logits[rows])
 
 
 def _distribution(logits: Tensor, params: SamplingParams) -> Tensor:
