@@ -148,6 +148,7 @@ class LLM:
                 dtype=options.dtype,
                 max_seq_len=self.max_seq_len,
                 slots=options.slots,
+                pool=pair.pool,
                 fixed_rows=options.fixed_rows,
                 typical_rows=options.verify_rows,
             )

@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from loguru import logger
 
+from models.cache_size import choose_pool, position_bytes, weight_bytes
 from models.device import check_device
 from models.errors import OptionError, UserError
 from models.fetch import PACKAGED, fetched
@@ -39,8 +40,6 @@ from models.torch_llama.model import TorchLlama
 from models.ttnn_llama.weights.precision import default_precision
 
 DEFAULT_CONTEXT = 2048
-# Bytes of one weight and of one number in the KV cache.
-VALUE_BYTES = {"fp32": (4, 4), "bf16": (2, 2), "fp16": (2, 2), "int8": (1, 4)}
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,8 @@ class OpenedPair:
     Args:
         options: with every default filled in.
         target, draft: draft is a draft model, a draft head, or None where neither is used.
-        max_seq_len: positions of the target's cache.
+        max_seq_len: positions of a text.
+        pool: positions of the target's cache, of all texts together; None: as many as all slots may have.
         note: what a user should know of the choices made; "" if nothing.
         calibration: what padding costs on this machine; None where it was not asked.
     """
@@ -159,6 +159,7 @@ class OpenedPair:
     target: OpenedModel
     draft: OpenedDraft | None
     max_seq_len: int
+    pool: int | None = None
     note: str = ""
     calibration: Calibration | None = None
 
@@ -173,8 +174,8 @@ class OpenedPair:
 def open_pair(options: EngineOptions) -> OpenedPair:
     """Open the models that options name, choose the drafter where that is left open, and check all of it.
 
-    Raises UserError for a device that is not there, whatever is wrong with the files, a pair that does not fit, and
-    options that these models cannot have.
+    Raises UserError for a device that is not there, whatever is wrong with the files, a pair that does not fit, options
+    that these models cannot have, and a context that the memory that is free cannot hold.
     """
     check_device(options.device)
     target = open_model(named_target(options.target))
@@ -212,7 +213,11 @@ def open_pair(options: EngineOptions) -> OpenedPair:
             )
         if isinstance(resolved.exit_layer, int):
             check_exit_layer(resolved.exit_layer, layers)
-    return OpenedPair(resolved, target, draft, max_seq_len, note, calibration)
+    pool = None
+    if options.device != "tt":
+        drafts = draft.checkpoint.config if draft else None
+        pool = choose_pool(resolved, target.source, target.checkpoint.config, drafts, max_seq_len)
+    return OpenedPair(resolved, target, draft, max_seq_len, pool, note, calibration)
 
 
 def _calibration(options: EngineOptions, target: OpenedModel) -> Calibration | None:
@@ -284,12 +289,13 @@ def load_model(
     fixed_rows: int | None = None,
     typical_rows: int | None = None,
     slots: int = 1,
+    pool: int | None = None,
 ) -> LoadedModel[TorchLlama]:
     """Put a model's weights on ``device`` ("cpu" or "cuda"; boards by `ttnn_llama.board_models.BoardModels`).
 
     ``dtype`` is "bf16", "fp32", "fp16", or "int8" (8-bit matrices, the rest in fp32). ``max_seq_len`` is the context
     to reserve in tokens (default: `default_context`); ``fixed_rows`` pads every forward to that many rows,
-    ``typical_rows`` says how many most forwards have (see `TorchLlama`). Raises UserError if the device is not there,
+    ``typical_rows`` says how many most forwards have, ``pool`` bounds what ``slots`` hold (see `TorchLlama`). Raises UserError if the device is not there,
     or cannot hold the model.
     """
     if device == "tt":
@@ -306,6 +312,7 @@ def load_model(
             fixed_rows=fixed_rows,
             typical_rows=typical_rows,
             slots=slots,
+            pool=pool,
             quantize="int8" if dtype == "int8" else None,
         )
     except (MemoryError, RuntimeError) as error:
@@ -355,9 +362,7 @@ def default_context(*models: OpenedModel) -> int:
 def estimate_bytes(opened: OpenedDraft, dtype: str, max_seq_len: int) -> tuple[int, int]:
     """Bytes of weights and of KV cache that loading will take, from the configuration alone."""
     config: LlamaConfig | HeadConfig = opened.checkpoint.config
-    weight, kv = VALUE_BYTES[dtype]
-    kv_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * max_seq_len
-    return config.parameter_count * weight, kv_values * kv
+    return weight_bytes(config, dtype), position_bytes(config, dtype) * max_seq_len
 
 
 def check_opened_pair(target: OpenedModel, draft: OpenedModel) -> None:

@@ -17,11 +17,13 @@ PAGE = mmap.PAGESIZE
 def free_bytes(device: torch.device | str = "cpu", cgroup: Path = CGROUP) -> int | None:
     """Bytes that a process could still take on a device; None where that cannot be told.
 
-    On the CPU what the kernel calls available, or what is left of a container's limit if that is less.
+    On the CPU what the kernel calls available, or what is left of a container's limit if that is less; pages of files
+    count as free in both. On CUDA what torch keeps for itself without using it is free.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type != "cpu":
         return None
     free = None
@@ -34,6 +36,8 @@ def free_bytes(device: torch.device | str = "cpu", cgroup: Path = CGROUP) -> int
     try:
         limit = int((cgroup / "memory.max").read_text())
         left = limit - int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        left += int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
     except (OSError, ValueError):  # no container, or "max"
         return free
     return max(0, left) if free is None else max(0, min(free, left))

@@ -49,6 +49,7 @@ TORCH_OPTIONS = {
     "draft_dtype": "use [draft_precision] or leave it out",
     "row_invariant": "leave it out, on a board all rows are computed alike",
     "free_rows": "leave it out, on a board all rows are computed alike",
+    "pool_size": "leave it out, a board's cache holds one text of [max_seq_len]",
 }
 BOARD_OPTIONS = (
     *("precision", "draft_precision", "draft_placement"),
@@ -69,6 +70,8 @@ class EngineOptions:
         max_seq_len: positions to reserve, in tokens (default: the models' own, at most 2048).
         threads: CPU threads of torch, which on a board converts weights and draws samples (default: torch's own).
         slots: texts that may be under way at once (CPU and CUDA).
+        pool_size: positions of the target's KV cache, of all texts together, at least max_seq_len (CPU and CUDA;
+            default: slots times max_seq_len, or what the memory that is free holds, if that is less).
         dtype, draft_dtype: "bf16" (default), "fp32", "fp16", or "int8" on CPU: 8-bit matrices; of the draft by default
             the target's.
         row_invariant: compute every target forward on as many rows as the longest verification has, so that greedy text
@@ -105,6 +108,7 @@ class EngineOptions:
     max_seq_len: int | None = None
     threads: int | None = None
     slots: int = 1
+    pool_size: int | None = None
     dtype: str | None = None
     draft_dtype: str | None = None
     row_invariant: bool | None = None
@@ -243,6 +247,7 @@ class EngineOptions:
             ("max_seq_len", 2, None),
             ("threads", 1, MAX_THREADS),
             ("slots", 1, MAX_SLOTS),
+            ("pool_size", 2, None),
             ("num_draft_tokens", 0, MAX_DRAFT_LENGTH),
             ("tree_nodes", 1, MAX_DRAFT_LENGTH),
             ("exit_layer", 1, None),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NO_SETTINGS = (  # in no report
     *("quiet", "no_color", "json", "html", "audit"),
-    *("greedy", "speculative", "slots", "reuse"),
+    *("greedy", "speculative", "slots", "pool_size", "reuse"),
 )
 Settings = TypeVar("Settings", bound=EngineOptions)
 Run = TypeVar("Run", bound="RunSettings")

@@ -105,6 +105,13 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         help=f"texts that are written at once, each with a cache (default: {SLOTS}; on a board {BOARD_SLOTS})",
     )
     group.add_argument(
+        "--pool-size",
+        type=integer(2),
+        metavar="N",
+        help="tokens that the KV cache holds of all texts together, on cpu and cuda (default: --slots times "
+        "--max-seq-len, or what the free memory holds, if that is less)",
+    )
+    group.add_argument(
         "--queue",
         type=integer(0),
         default=64,

@@ -96,6 +96,12 @@ class Batch:
             metavar="N,N,..",
             help="numbers of texts that are written at once (1,2,4,8,16,32)",
         )
+        parser.add_argument(
+            "--pool-size",
+            type=integer(2),
+            metavar="N",
+            help="tokens that the KV cache holds of all texts together (as many as they may have, if they fit)",
+        )
         parser.add_argument("--new-tokens", type=integer(2), default=64, metavar="N", help="of each (%(default)s)")
         parser.add_argument(
             "--loads",
@@ -111,7 +117,12 @@ class Batch:
     def __init__(self, options: argparse.Namespace, rest: Sequence[str]) -> None:
         self.options = options
         self.settings = model_settings(
-            "batch", rest, REFUSED, slots=max(options.sequences), max_new_tokens=options.new_tokens
+            "batch",
+            rest,
+            REFUSED,
+            slots=max(options.sequences),
+            pool_size=options.pool_size,
+            max_new_tokens=options.new_tokens,
         )
         self.device = self.settings.device
         self.runs: dict[int, list[dict[str, Run]]] = {n: [] for n in options.sequences}

@@ -8,7 +8,7 @@ import torch
 
 from models.errors import UserError
 from models.llama.config import LlamaConfig
-from models.loading import VALUE_BYTES
+from models.cache_size import VALUE_BYTES
 from scripts.suites.hardware import available_bytes
 
 if TYPE_CHECKING:

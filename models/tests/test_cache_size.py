@@ -1,0 +1,151 @@
+"""How large the caches are made: what is asked for, what fits into the memory that is free, and what is refused."""
+
+import re
+
+import pytest
+
+import models.cache_size
+from models import LLM, UserError
+from models.cache_size import CachePlan
+from models.loading import open_pair
+from models.memory import free_bytes
+from models.options import EngineOptions
+from models.server.settings import parse_settings
+from models.torch_llama.kv_cache import KV_BLOCK
+
+PROMPT = "def add(a, b):"
+LENGTH = 512
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Say how much memory is free."""
+
+    def say(count: int | None) -> None:
+        monkeypatch.setattr(models.cache_size, "free_bytes", lambda device: count)
+
+    say(10**12)
+    return say
+
+
+def opened(**options):
+    return open_pair(EngineOptions(**{"max_seq_len": LENGTH, "slots": 4, "free_rows": (7,), **options}))
+
+
+def plan_of(**options) -> CachePlan:
+    pair = opened(**options)
+    draft = pair.draft.checkpoint.config if pair.draft else None
+    return CachePlan(pair.options, pair.target.checkpoint.config, draft)
+
+
+def numbers(error: pytest.ExceptionInfo) -> list[int]:
+    return [int(number) for number in re.findall(r"\b\d+\b(?!\.)", str(error.value))]
+
+
+DRAFTS = [{"drafter": "prompt-lookup"}, {"drafter": "model"}, {"drafter": "head"}]
+
+
+@pytest.mark.parametrize("options", DRAFTS, ids=lambda options: options["drafter"])
+def test_a_plan_is_what_loading_takes(options, memory):
+    plan = plan_of(**options)
+    for pool in (None, 700):
+        with LLM.load(max_seq_len=LENGTH, slots=4, pool_size=pool, free_rows=(7,), **options) as llm:
+            caches = [each.model.kv_cache_bytes for each in (llm.target, llm.draft) if each]
+            assert llm.target.model.limits.pool == (pool or 4 * LENGTH)
+        assert (
+            sum(caches) <= plan.bytes(LENGTH, pool) < 1.35 * sum(caches)
+        )  # of a head's cache whole blocks are counted
+        weights = sum(each.model.weight_bytes for each in (llm.target, llm.draft) if each)
+        assert weights == pytest.approx(plan.weights, rel=0.2)
+
+
+@pytest.mark.parametrize("options", DRAFTS, ids=lambda options: options["drafter"])
+def test_the_default_pool_is_what_memory_holds(options, memory):
+    plan = plan_of(**options)
+    whole = plan.weights + plan.bytes(LENGTH)
+    memory(2 * whole)
+    assert opened(**options).pool is None
+    memory(whole)  # nothing would be left to work with
+    pool = opened(**options).pool
+    assert LENGTH <= pool < 4 * LENGTH
+    assert plan.weights + plan.bytes(LENGTH, pool) <= whole * 0.9 or pool == LENGTH
+    memory(plan.weights + plan.bytes(LENGTH, LENGTH))
+    assert opened(**options).pool == LENGTH
+    memory(None)
+    assert opened(**options).pool is None
+
+
+@pytest.mark.parametrize("options", DRAFTS, ids=lambda options: options["drafter"])
+def test_a_context_that_memory_cannot_hold_is_refused_with_the_longest_that_fits(options, memory):
+    plan = plan_of(**options)
+    memory(plan.weights + plan.bytes(300, 300) + 7)
+    with pytest.raises(UserError, match="max_seq_len 512 needs") as error:
+        opened(**options)
+    fits = next(number for number in numbers(error)[1:] if number >= 300)
+    assert opened(**options, **{"max_seq_len": fits}).pool == fits
+    with pytest.raises(UserError, match=f"lower max_seq_len to {fits}"):
+        opened(**{**options, "max_seq_len": fits + 1})
+    memory(plan.weights - 1)
+    with pytest.raises(UserError, match="smaller model"):
+        opened(**options)
+
+
+def test_a_pool_that_makes_no_sense_is_refused(memory):
+    assert opened(pool_size=LENGTH).pool == LENGTH
+    assert opened(pool_size=10**6).pool is None
+    with pytest.raises(UserError, match="pool_size 511 cannot hold one text of max_seq_len 512"):
+        opened(pool_size=LENGTH - 1)
+    with pytest.raises(UserError, match="pool_size 0"):
+        opened(pool_size=0)
+    with pytest.raises(UserError, match="pool_size has no meaning with device tt"):
+        EngineOptions(device="tt", pool_size=4096)
+    plan = plan_of()
+    memory(plan.weights + plan.bytes(LENGTH, 1000))
+    with pytest.raises(UserError, match="pool_size 1900 needs") as error:
+        opened(pool_size=1900)
+    fits = int(re.search(r"lower it to (\d+)", str(error.value))[1])
+    assert 1000 <= fits < 1000 + KV_BLOCK and opened(pool_size=fits).pool == fits
+    with pytest.raises(UserError, match=f"lower it to {fits}"):
+        opened(pool_size=fits + 1)
+
+
+def test_texts_in_a_small_pool_wait_and_are_those_written_alone(memory):
+    """Whatever they share: the draft's cache is never full."""
+    prompts = [PROMPT * 40 + end for end in ("\n    ret", "\n    if", "\n    x =", "")]
+    options = {"max_seq_len": LENGTH, "drafter": "model", "num_draft_tokens": 3}
+    with LLM.load(**options, reuse=False) as alone:
+        expected = [alone.generate(prompt, max_new_tokens=40).token_ids for prompt in prompts]
+        tokens = len(alone.encode(prompts[0]))
+    assert 200 < tokens < LENGTH - 50
+    with LLM.load(**options, slots=4, pool_size=LENGTH) as llm:
+        first = llm.generate(prompts[0], max_new_tokens=40)  # the others find its beginning
+        sequences = [llm.engine.add(llm.request(prompt, max_new_tokens=40)[0]) for prompt in prompts]
+        together = 0
+        while not llm.engine.idle:
+            llm.engine.step()
+            together = max(together, len(llm.engine.running))
+            assert llm.target.model.cache.usage.live <= llm.target.model.kv_cache_bytes
+        assert all(each.error is None for each in sequences)
+    assert first.token_ids == expected[0]
+    assert [each.tokens[len(each.request.prompt) :] for each in sequences] == expected
+    assert 1 < together < 4  # more than the pool holds one by one, fewer than all
+    assert sum(each.stats.acceptance_rate > 0 for each in sequences) == 4
+
+
+def test_the_servers_command_line_has_the_option():
+    assert parse_settings(["--pool-size", "4096"], {}).engine.pool_size == 4096
+    with pytest.raises(UserError, match="--pool-size has no meaning with --device tt"):
+        parse_settings(["--pool-size", "4096", "--device", "tt"], {})
+
+
+def test_what_is_left_of_a_containers_limit_counts_as_free(tmp_path):
+    machine = free_bytes(cgroup=tmp_path)
+    assert machine is None or machine > 0
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 600000\ninactive_file 100000\nactive_file 50000\n")
+    assert free_bytes(cgroup=tmp_path) == (None if machine is None else 250000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(cgroup=tmp_path) == pytest.approx(machine, rel=0.2)
