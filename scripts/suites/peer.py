@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from models.cache_size import VALUE_BYTES
 from models.errors import UserError
 from models.llama.config import LlamaConfig
-from models.cache_size import VALUE_BYTES
 from scripts.suites.hardware import available_bytes
 
 if TYPE_CHECKING:
