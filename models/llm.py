@@ -498,4 +498,5 @@ def _board_options(options: ResolvedOptions, of_head: bool) -> BoardOptions:
         draft_lengths=lengths,
         greedy=options.greedy,
         batched=options.verification == "batched",
+        slots=options.slots,
     )

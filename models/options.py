@@ -65,7 +65,7 @@ class EngineOptions:
         device: "cpu", "cuda" or "tt", a Tenstorrent board.
         max_seq_len: positions to reserve, in tokens (default: the models' own, at most 2048).
         threads: CPU threads of torch, which on a board converts weights and draws samples (default: torch's own).
-        slots: texts that may be under way at once (CPU and CUDA).
+        slots: texts that may be under way at once.
         dtype, draft_dtype: "bf16" (default), "fp32", "fp16", or "int8" on CPU: 8-bit matrices; of the draft by default
             the target's.
         row_invariant: compute every target forward on as many rows as the longest verification has, so that greedy text
@@ -260,8 +260,6 @@ class EngineOptions:
             option = f"[{given[0]}{'=False' * (getattr(self, given[0]) is False)}]"
             remedy = TORCH_OPTIONS[given[0]] if on_board else "add [device] tt or leave it out"
             raise OptionError(f"{option} has no meaning with [device] {self.device}: {remedy}")
-        if on_board and self.slots > 1:
-            raise OptionError(f"[slots] {self.slots}: a board writes one text at a time: leave it out")
 
     def _check_drafter(self) -> None:
         drafter, length = self.drafter, self.num_draft_tokens

@@ -10,7 +10,7 @@ import ttnn
 
 from models.errors import UserError
 from models.speculative.model import IDS, Rows, Step, Want
-from models.ttnn_llama.model import Network
+from models.ttnn_llama.model import BoardLlama
 from models.ttnn_llama.modules.batch_rows import BatchInputs, Share, make_batch_plan
 from models.ttnn_llama.modules.decoder import Decoder
 from models.ttnn_llama.modules.kv_cache import PagedCache, PromptPages
@@ -29,8 +29,8 @@ class UserRows(NamedTuple):
     position: int
 
 
-class BatchLlama(Network):
-    """A Llama on all chips of a mesh, for several sequences; its arguments and errors are those of `Network`.
+class BatchLlama(BoardLlama):
+    """A Llama on all chips of a mesh, for several sequences; its arguments and errors are those of `BoardLlama`.
 
     Implements `models.speculative.model.LanguageModel`. `extend` computes the rows of all sequences in one forward, or
     in as few as they fit in with 32 each; prompts are read one after the other. A row's arithmetic is its own whatever
@@ -48,7 +48,7 @@ class BatchLlama(Network):
         return [PagedCache(self.layout, self.pages.count, self._prompt) for _ in layers]
 
     # ---------------------------------------------------------------------------------------------- all slots
-    def slot(self, index: int) -> Slot:  # type: ignore[override]
+    def slot(self, index: int) -> Slot:
         """One slot as a model of one sequence, which chains greedy steps too."""
         if not 0 <= index < self.slots:
             raise IndexError(f"slot {index} of a model with {self.slots}")
@@ -114,6 +114,21 @@ class BatchLlama(Network):
         starts = [sum(counts[:i]) for i in range(len(counts))]
         return [ids[start : start + n] for start, n in zip(starts, counts, strict=True)]
 
+    def warm_up(self, length: int) -> None:
+        """Compile what a prompt of this length needs, while texts are under way: it is written to no page."""
+        if self._prompts_in_rows:
+            return  # by the programs that `prepare` has made
+        for start in range(0, length, PREFILL_CHUNK):
+            self._prompt.place([], start)
+            x = self._prefill_chunk([0] * min(PREFILL_CHUNK, length - start), start)
+        self._last_logits(x, self._on_device([[0]]))
+
+    def rest(self) -> None:
+        """Leave nothing in the inputs of programs that a run would write: before they are compiled or captured."""
+        chains = (each for pair in self._chain_inputs.values() for each in pair)
+        for inputs in (*self._inputs.values(), *chains):
+            cast("BatchInputs", inputs).place_shares([])
+
     # ---------------------------------------------------------------------------------------------- programs
     def prepare(self, what: str, n: int, turns: int | None = None) -> tuple:
         """Register the program that gives "logits" or "ids" of up to n rows, up to turns (default: all) of one user;
@@ -141,6 +156,11 @@ class BatchLlama(Network):
     def new_inputs(self, rows: int, turns: int | None = None) -> BatchInputs:
         """Buffers for the inputs of R rows, up to turns (default: all) of one user."""
         return BatchInputs(rows, self.plan(rows).lookups, turns or rows, self.layout)
+
+    @staticmethod
+    def _step_on(step: RowInputs) -> None:
+        ttnn.plus_one(step.positions, skip_negative_entries=True)  # where it rests, it stays
+        ttnn.plus_one(step.lookups)
 
     def _program(self, what: str, n: int, turns: int | None = None) -> tuple | None:
         turns = n if turns is None else turns

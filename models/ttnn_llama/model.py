@@ -70,7 +70,7 @@ class Layer:
         return ttnn.add(middle, self.mlp.prefill_forward(self.mlp_norm.prefill_forward(middle)))
 
 
-class Network(Decoder):
+class BoardLlama(Decoder):
     """Weights, rope tables and KV cache of a Llama on all chips of a mesh, and the forward of a prompt's chunk.
 
     Args:
@@ -135,6 +135,17 @@ class Network(Decoder):
         """One for each layer."""
         raise NotImplementedError
 
+    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Fill the cache from position 0: logits [V] fp32 that follow the last token."""
+        raise NotImplementedError
+
+    def warm_up(self, length: int) -> None:
+        """Compile what a prompt of this length needs."""
+        raise NotImplementedError
+
+    def rest(self) -> None:
+        """Before programs are compiled or captured: one sequence has nothing to lose by what they write."""
+
     def _prefill_chunk(self, tokens: Sequence[int], start: int, states: KeptStates | None = None) -> ttnn.Tensor:
         """Hidden states [1, 1, m, H] of tokens at positions start.., padded to m."""
         kept = states or NothingKept()
@@ -167,8 +178,8 @@ class Network(Decoder):
         )
 
 
-class TtnnLlama(Network):
-    """A Llama on all chips of a mesh, for one sequence; its arguments and errors are those of `Network`.
+class TtnnLlama(BoardLlama):
+    """A Llama on all chips of a mesh, for one sequence; its arguments and errors are those of `BoardLlama`.
 
     Implements `models.speculative.model.LanguageModel` of one slot, and `SequenceModel` with the capabilities `Chains`,
     `Trees` and `EarlyExit`.
@@ -204,6 +215,10 @@ class TtnnLlama(Network):
         if kept is not None:
             kept.keep_row(last)
         return self._last_logits(x, last)
+
+    def warm_up(self, length: int) -> None:
+        """Compile what a prompt of this length needs; overwrites the cache."""
+        self.prefill([0] * length)
 
     # ------------------------------------------------------------------------------------------- hidden states
     def keep_states(self, taps: Sequence[int]) -> KeptStates:

@@ -183,10 +183,15 @@ class Decoder(SlotBySlot):
         drafted = [ids if first.rows == 1 else ttnn.slice(ids, [0, m - 1], [1, m])]
         for i in range(k - 1):
             if i:
-                ttnn.plus_one(step.positions)
-                ttnn.plus_one(step.lookups)
+                self._step_on(step)
             drafted.append(self.head.argmax(self.decode(step, self.plan(1), drafted[-1])))
         return drafted
+
+    @staticmethod
+    def _step_on(step: RowInputs) -> None:
+        """One position further, on the device."""
+        ttnn.plus_one(step.positions)
+        ttnn.plus_one(step.lookups)
 
     @staticmethod
     def read(ids: ttnn.Tensor) -> list[int]:
