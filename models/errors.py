@@ -9,7 +9,13 @@ class UserError(Exception):
     """Something the user can put right: one line that names what is wrong, the value, and the remedy.
 
     Command lines print it as ``error: ...`` on stderr and exit with code 2; it never shows a traceback.
+
+    Args:
+        text: the message; what other programs and files add to it may have several lines, which become one.
     """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.splitlines()) if len(text.splitlines()) > 1 else text)
 
 
 class NotFinite(UserError):

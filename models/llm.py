@@ -213,10 +213,32 @@ class LLM:
         Raises:
             UserError: at the call, for a prompt that does not fit, and whatever else cannot be written.
         """
+        request, text = self.request(
+            prompt, sampling, max_new_tokens=max_new_tokens, stop=stop, stop_ids=stop_ids, speculate=speculate
+        )
+        self.stats = GenerationStats() if stats is None else stats
+        return self._pieces(request, text, self.stats)
+
+    def request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        max_new_tokens: int = 128,
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Iterable[int] | None = None,
+        speculate: bool | Drafting = True,
+    ) -> tuple[Request, TextStream]:
+        """What `stream` asks the engine for, to be added by whoever takes its steps: `LLM.engine`.
+
+        Arguments and errors are those of `stream`.
+
+        Returns:
+            The request, and its text: it is given every token by the engine, and gives out what is certain.
+        """
         ids = self.encode(prompt)
         drafting = self._drafting_for(speculate)
         text = TextStream(self.tokenizer.detokenizer() if self.tokenizer else None, checked_stops(stop))
-        self.stats = GenerationStats() if stats is None else stats
         request = Request(
             ids,
             sampling or SamplingParams(),
@@ -232,7 +254,7 @@ class LLM:
             self._prepare(drafting, request)
         except NotFinite as error:
             raise self._explained(error, ids, 0) from None
-        return self._pieces(request, text, self.stats)
+        return request, text
 
     @overload
     def generate(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from models.errors import UserError
 from models.speculative.drafters import MAX_DRAFT_LENGTH, Budget, Draft
-from models.speculative.model import PROMPT, FusedRounds, LanguageModel, Rows
+from models.speculative.model import LOGITS, FusedRounds, LanguageModel, Rows
 from models.speculative.sequence import WAITING, Request, Sequence, Token
 from models.speculative.stats import GenerationStats, Round
 from models.speculative.verify import Verified, first_token, verify, verify_sequentially
@@ -132,10 +132,10 @@ class Engine:
     def _first(self, sequence: Sequence) -> list[Token]:
         """Read the prompt and choose the first token."""
         began = self._clock()
-        drafter, want = sequence.request.drafter, PROMPT
+        drafter, want = sequence.request.drafter, LOGITS
         if drafter is not None and drafter.taps:
             want = want._replace(taps=drafter.taps)
-        step = self.target.extend([Rows(sequence.slot, sequence.request.prompt, 0)], want)
+        step = self.target.extend([Rows(sequence.slot, sequence.request.prompt, 0, last=True)], want)
         token = Token(first_token(sequence, step), "prefill")
         sequence.cached, sequence.prompt_step = len(sequence.tokens), step
         tokens = sequence.taken([token])
