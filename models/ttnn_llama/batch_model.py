@@ -60,7 +60,7 @@ class BatchLlama(BoardLlama):
         Raises UserError for more rows, or positions, than the limits allow, and where no page is left; ValueError for
         what the model cannot do: two `Rows` of one slot, trees, hidden states.
         """
-        together = [i for i, each in enumerate(rows) if each.parents is None and not _last_alone(each, want)]
+        together = [i for i, each in enumerate(rows) if each.parents is None and not each.last]
         if len({each.slot for each in rows}) < len(rows) or want.taps:
             together = []  # what is wrong is said below
         results: dict[int, list[int] | torch.Tensor] = {}
@@ -222,11 +222,6 @@ class Slot(Decoder):
         own = pages.of(self._index)
         first.fill_shares([Share(tokens, position, own)])
         step.place_shares([Share([0], end, own)])
-
-
-def _last_alone(rows: Rows, want: Want) -> bool:
-    """Whether only the last row's result is wanted: of a prompt, or of a piece of one."""
-    return want.last
 
 
 def _groups(items: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

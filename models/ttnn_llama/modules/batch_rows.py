@@ -53,9 +53,9 @@ class BatchInputs(RowInputs):
         Raises ValueError for more rows than there are, more of one user than turns, or two rows that would be written
         to one tile in one turn.
         """
+        self.place_shares(shares)
         tokens = [token for share in shares for token in share.tokens]
         ttnn.copy_host_to_device_tensor(self._ids(tokens), self.ids)
-        self.place_shares(shares)
 
     def place_shares(self, shares: Sequence[Share]) -> None:
         """Set all but the ids, of shares with tokens of any value."""
