@@ -101,7 +101,7 @@ def drafter_name(session: Session) -> str:
     if settings.spec is None:
         return NONE
     layer = session.exit_layer or "(to be chosen)"
-    name = settings.spec.label.format(tree_nodes=settings.tree_nodes, exit_layer=layer)
+    name = settings.spec.label.format(**(settings.drafter_settings | {"exit_layer": layer}))
     return f"{name}s" if name.endswith(" token") and settings.tree_nodes != 1 else name
 
 

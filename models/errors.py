@@ -1,4 +1,4 @@
-"""The exceptions that stand for a user's mistake."""
+"""The exceptions that stand for a user's mistake, and what counts as text."""
 
 import re
 
@@ -16,6 +16,15 @@ class UserError(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(" ".join(text.splitlines()) if len(text.splitlines()) > 1 else text)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is Unicode text. Half a surrogate pair, from bytes or JSON that hold none, is not."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class NotFinite(UserError):

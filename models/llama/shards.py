@@ -57,6 +57,15 @@ def read_layout(path: Path) -> tuple[list[Shard], dict[str, Path]]:
         if not os.path.isfile(path / name):
             raise UserError(f"{path} lacks the file {name}, which its index names: download it again")
     shards = [_read_shard(path / name) for name in sorted(set(weight_map.values()))]
+    held: dict[str, Path] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if name in held:
+                raise UserError(
+                    f"{name} is in {held[name]} and in {shard.path.name}: which of them is meant, their index cannot "
+                    "say, download all of them again"
+                )
+            held[name] = shard.path
     return shards, {tensor: path / name for tensor, name in weight_map.items()}
 
 

@@ -8,13 +8,17 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders
 
-from models.errors import UserError
+from models.errors import UserError, is_text
 from models.llama.config import LlamaConfig, as_token_ids, read_json
 
 # The date a chat template prints into its system block: fixed, so that a prompt has the same ids on every day.
 CHAT_DATE = "26 Jul 2024"
 # In front of a template, this hides the clock from it, for templates that read that whatever date they are given.
 _FIXED_CLOCK = "{%- macro strftime_now(format) -%}{{ date_string }}{%- endmacro -%}"
+
+
+# Files beside tokenizer.json that transformers reads.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class LlamaTokenizer:
@@ -88,9 +92,18 @@ class LlamaTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, behind exactly one BOS where the model's own tokenizer puts one, also if the text spells it.
 
-        Special tokens that the text spells out ("<|eot_id|>") become those tokens.
+        Special tokens that the text spells out ("<|eot_id|>") become those tokens. Raises UserError for half a
+        surrogate pair, and for a character that the tokenizer has no token for.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not is_text(text):
+            raise UserError("the text holds half of a surrogate pair, which no tokenizer knows: decode it as UTF-8")
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(
+                f"{self.path / 'tokenizer.json'} cannot encode the text ({' '.join(str(error).split())}): use another "
+                "text, or the tokenizer of the original checkpoint"
+            ) from None
         if not self.begins_with_bos or self.bos_id is None:
             return ids
         start = next((i for i, id in enumerate(ids) if id != self.bos_id), len(ids))
@@ -135,9 +148,7 @@ class LlamaTokenizer:
         """Whether there is a chat template beside the tokenizer."""
         settings = self.path / "tokenizer_config.json"
         in_settings = settings.is_file() and read_json(settings).get("chat_template")
-        return bool(in_settings) or any(
-            (self.path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")
-        )
+        return bool(in_settings) or (self.path / "chat_template.jinja").is_file()
 
     def detokenizer(self) -> "StreamingDetokenizer":
         """A new detokenizer for one stream of ids."""
@@ -150,7 +161,19 @@ class LlamaTokenizer:
             # Imported here: a second that only chat prompts need.
             from transformers import PreTrainedTokenizerFast
 
-            loaded = PreTrainedTokenizerFast.from_pretrained(str(self.path))
+            for file in self.path.glob("*.json"):  # the library would not say which file it cannot read
+                if file.name in _SETTINGS:
+                    read_json(file)
+            for file in [*self.path.glob("*.jinja"), *self.path.glob("additional_chat_templates/*.jinja")]:
+                _check_utf8(file)
+            try:
+                loaded = PreTrainedTokenizerFast.from_pretrained(str(self.path))
+            except Exception as error:  # whatever a setting of a wrong type leads the library to
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise UserError(
+                    f"{self.path / 'tokenizer_config.json'}, or a file beside it, has a setting that cannot be used "
+                    f"({reason}): copy the tokenizer's files from the original checkpoint"
+                ) from None
             if not loaded.chat_template:
                 raise UserError(
                     f"{self.path} has no chat template: use an Instruct checkpoint or leave --instruct away"
@@ -261,6 +284,14 @@ def check_pair(
 
 def _quoted(text: str | None) -> str:
     return "absent" if text is None else json.dumps(text, ensure_ascii=False)
+
+
+def _check_utf8(file: Path) -> None:
+    try:
+        file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise UserError(f"cannot read {file} ({reason}): copy it from the original checkpoint") from None
 
 
 def _id_of(tokenizer: Tokenizer, token: Any) -> int | None:

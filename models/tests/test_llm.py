@@ -221,7 +221,7 @@ def test_a_conversation_goes_through_the_chat_template(chat_model):
         ({"draft": "x", "drafter": "prompt-lookup"}, ["draft has no meaning", "prompt-lookup"]),
         ({"precision": "bf16"}, ["precision has no meaning", "device"]),
         ({"max_seq_len": 10**9}, ["max_seq_len 1000000000", "tiny-target"]),
-        ({"slots": 0}, ["slots 0", "at least 1"]),
+        ({"slots": 0}, ["slots 0", "from 1 to"]),
         ({"temperature": 1}, ["unknown option 'temperature'", "drafter"]),
     ],
 )
