@@ -55,12 +55,12 @@ class BatchLlama(BoardLlama):
         return Slot(self, index)
 
     def extend(self, rows: Sequence[Rows], want: Want = IDS) -> Step:
-        """Compute rows of any number of sequences: those of prompts one after the other, all others together.
+        """Compute rows of any number of sequences: whole prompts one after the other, all others together.
 
         Raises UserError for more rows, or positions, than the limits allow, and where no page is left; ValueError for
         what the model cannot do: two `Rows` of one slot, trees, hidden states.
         """
-        together = [i for i, each in enumerate(rows) if each.parents is None and not each.last]
+        together = [i for i, each in enumerate(rows) if each.parents is None and not _is_prompt(each)]
         if len({each.slot for each in rows}) < len(rows) or want.taps:
             together = []  # what is wrong is said below
         results: dict[int, list[int] | torch.Tensor] = {}
@@ -105,14 +105,19 @@ class BatchLlama(BoardLlama):
         return self._last_logits(x, self._on_device([[(n - 1) % PREFILL_CHUNK]]))
 
     def _computed_together(self, rows: Sequence[Rows], want: Want) -> list[list[int]] | list[torch.Tensor]:
-        """Of each sequence logits [n, V], or n ids."""
+        """Of each sequence logits [n, V], or n ids; of the last row alone where that is wanted."""
         counts = [len(each.tokens) for each in rows]
         users = [UserRows(each.slot, each.tokens, each.position) for each in rows]
-        if want.logits:
-            return list(self._logits_of(self.run("logits", users))[: sum(counts)].split(counts))
-        ids = self.read(self.run("ids", users))
         starts = [sum(counts[:i]) for i in range(len(counts))]
-        return [ids[start : start + n] for start, n in zip(starts, counts, strict=True)]
+        wanted = [
+            slice(start + n - 1 if each.last else start, start + n)
+            for each, start, n in zip(rows, starts, counts, strict=True)
+        ]
+        if want.logits:
+            logits = self._logits_of(self.run("logits", users))
+            return [logits[part] for part in wanted]
+        ids = self.read(self.run("ids", users))
+        return [ids[part] for part in wanted]
 
     def warm_up(self, length: int) -> None:
         """Compile what a prompt of this length needs, while texts are under way: it is written to no page."""
@@ -222,6 +227,11 @@ class Slot(Decoder):
         own = pages.of(self._index)
         first.fill_shares([Share(tokens, position, own)])
         step.place_shares([Share([0], end, own)])
+
+
+def _is_prompt(rows: Rows) -> bool:
+    """Whether they are read as prompts are: from position 0, or more than a forward has."""
+    return rows.last and (rows.position == 0 or len(rows.tokens) > MAX_ROWS)
 
 
 def _groups(items: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

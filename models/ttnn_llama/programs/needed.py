@@ -93,15 +93,23 @@ def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> lis
 
 
 def _of_several(options: BoardOptions, lengths: Sequence[int], what: str) -> list[Program]:
-    """Of several slots: for each length one that verifies for as many users as have room, and serves fewer too."""
-    plain = Program("target", what, users=min(options.slots, MAX_ROWS))
-    needed = [plain, *_reading(options, lengths)]
-    if not lengths:
-        return needed
-    needed += _drafting(options, lengths, shared=False)
-    if not options.batched:
-        return [*needed, plain]
-    return needed + [Program("target", what, k + 1, users=min(options.slots, MAX_ROWS // (k + 1))) for k in lengths]
+    """Of several slots: for each length one that verifies for as many users as have room, and serves fewer too.
+
+    A step in which a prompt is read wants logits of all its rows, also where texts are greedy; drafts in step want them
+    of one row or two of every user. A single text is drafted for by chains.
+    """
+    users = min(options.slots, MAX_ROWS)
+    kinds = dict.fromkeys(("logits", what))
+    needed = [Program("target", what, users=users), *_reading(options, lengths)]
+    drafted = lengths if options.batched else ()
+    if lengths:
+        needed += _drafting(options, lengths, shared=False)
+    if lengths and options.workload.drafts_with == "draft":
+        needed += [Program("draft", "logits", n, users=min(users, MAX_ROWS // n)) for n in (1, 2)]
+        needed += [Program("draft", kind, MAX_ROWS) for kind in ("ids", "logits")]  # what it has yet to read
+    needed += [Program("target", kind, 1, users=users) for kind in kinds]
+    needed += [Program("target", kind, k + 1, users=min(users, MAX_ROWS // (k + 1))) for kind in kinds for k in drafted]
+    return list(dict.fromkeys(needed))
 
 
 def _with_head(options: BoardOptions, lengths: Sequence[int], what: str, shared: bool) -> list[Program]:

@@ -197,6 +197,9 @@ def _remedies(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> 
     context = _largest_context(board, plans, placement)
     if context:
         yield f"--max-seq-len {context}"
+    slots = _most_slots(board, plans, placement)
+    if slots:
+        yield f"{slots} slot{'s' * (slots > 1)}"
     lower = list(_lower_precisions(plans))
     fitting = next((label for label, changed in lower if _fits(board, changed, placement)), None)
     if fitting:
@@ -234,6 +237,15 @@ def _largest_context(board: Board, plans: Mapping[str, MemoryPlan], placement: s
         low, high = (middle, high) if fits(middle) else (low, middle)
     context = low * KV_BLOCK - TILE
     return context if context >= SMALLEST_CONTEXT else None
+
+
+def _most_slots(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> int | None:
+    """The most slots, below those that are asked for, that fit with their whole context; None: not even one."""
+    for slots in range(max(plan.slots for plan in plans.values()) - 1, 0, -1):
+        fewer = {name: plan.changed(slots=min(slots, plan.slots)) for name, plan in plans.items()}
+        if _fits(board, fewer, placement):
+            return slots
+    return None
 
 
 def _lower_precisions(plans: Mapping[str, MemoryPlan]) -> Iterator[tuple[str, dict[str, MemoryPlan]]]:
