@@ -94,7 +94,7 @@ def test_what_drafts_for_one_text_only_is_refused(workload):
 def test_memory_counts_pages():
     config, precision, board = named_config("8B"), precision_named("performance"), BOARDS["N150"]
     one, four = (plan(config, precision, 1, 8192, 0, slots=slots) for slots in (1, 4))
-    assert four.kv_cache == 4 * one.kv_cache and four.weights == one.weights
+    assert abs(four.kv_cache - 4 * one.kv_cache) < 4 * 2 * 32 * 12 * 1088 and four.weights == one.weights
     page = 2 * 32 * 8 * KV_BLOCK * 128 // 1024 * 1088  # keys and values of all layers, bfp8
     assert abs(four.kv_cache - Pages(4, cache_length(8192)).count * page) < 2 * 32 * 12 * 1088
     with pytest.raises(UserError, match=r"or \d+ slots") as caught:

@@ -291,9 +291,9 @@ def test_pages_move_the_bytes_that_a_flat_cache_moves(mesh_device):
         positions = [*range(POSITION, POSITION + rows)] * users
         return graph.cost(graph.capture(lambda: model.run("ids", asked), positions, rows), (), cache).kv_cache
 
+    assert kv_bytes(4, 1) == 4 * flat.cost(1).kv_cache  # before there are programs of more rows
     assert kv_bytes(1, 8) == flat.cost(8).kv_cache
     assert kv_bytes(4, 8) == 4 * kv_bytes(1, 8)
-    assert kv_bytes(4, 1) == 4 * flat.cost(1).kv_cache
     model.prefill([1] * 200)
     filled = only(graph.capture(lambda: model.prefill([1] * 200)), "SDPAOperation")
     assert sum(traffic.read for traffic in filled.traffic if traffic.address in cache) == 2 * flat.bytes_of_positions(

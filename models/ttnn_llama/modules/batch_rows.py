@@ -13,11 +13,11 @@ from typing import NamedTuple, cast
 import ttnn
 
 from models.ttnn_llama.modules.attend import PagedRows
-from models.ttnn_llama.modules.kv_cache import LayerCache, PagedCache, table_width
+from models.ttnn_llama.modules.kv_cache import LayerCache, PagedCache
 from models.ttnn_llama.modules.layout import Layout
 from models.ttnn_llama.modules.rope import RopeTables
 from models.ttnn_llama.modules.rows import FusedRowPlan, RowInputs, RowPlan, SeparateRowPlan
-from models.ttnn_llama.shapes import KV_BLOCK, TILE
+from models.ttnn_llama.shapes import KV_BLOCK, TILE, pages_of
 
 SKIPPED = -1  # a position: neither read nor written
 
@@ -40,7 +40,7 @@ class BatchInputs(RowInputs):
 
     def __init__(self, rows: int, lookups: int, turns: int, layout: Layout):
         super().__init__(rows, lookups, layout.mesh_device)
-        self._width = table_width(layout.cache_length)
+        self._width = pages_of(layout.cache_length)
         self.tables = self._buffer(self._tables([]), layout.mesh_device)
         # A user's only row is written with all others: at the positions that attention reads, in one call.
         self.turns = [self.positions]

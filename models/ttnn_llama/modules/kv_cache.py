@@ -6,10 +6,8 @@ import torch
 import ttnn
 
 from models.ttnn_llama.modules.layout import Layout
-from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK
+from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, pages_of
 from models.ttnn_llama.weights.precision import ttnn_dtype
-
-_TABLE_ALIGNMENT = 8  # entries: a row of a page table is whole DRAM words of 32 bytes
 
 
 class LayerCache:
@@ -31,22 +29,22 @@ class LayerCache:
 
 class PromptPages:
     """The page tables of the prompt that is being read, in buffers that stay: of all of its sequence's pages [1, W],
-    and of those that the chunk at hand is written to [1, 8], -1 where it writes nothing."""
+    and of those that the chunk at hand is written to [1, up to 8], -1 where it writes nothing."""
 
     def __init__(self, layout: Layout):
-        self._width = table_width(layout.cache_length)
+        self._width = pages_of(layout.cache_length)
+        self._chunk = min(PREFILL_CHUNK // KV_BLOCK, self._width)  # ttnn wants no table wider than the pool
         self._mapper = ttnn.ReplicateTensorToMesh(layout.mesh_device)
         self.sequence, self.chunk = (
             ttnn.to_device(self._host([], width), layout.mesh_device, memory_config=ttnn.DRAM_MEMORY_CONFIG)
-            for width in (self._width, PREFILL_CHUNK // KV_BLOCK)
+            for width in (self._width, self._chunk)
         )
 
     def place(self, pages: Sequence[int], start: int) -> None:
         """Before a chunk at positions start.., a multiple of 128, of a sequence with these pages."""
         ttnn.copy_host_to_device_tensor(self._host(pages, self._width, 0), self.sequence)
-        count = PREFILL_CHUNK // KV_BLOCK
         first = start // KV_BLOCK
-        ttnn.copy_host_to_device_tensor(self._host(pages[first : first + count], count), self.chunk)
+        ttnn.copy_host_to_device_tensor(self._host(pages[first : first + self._chunk], self._chunk), self.chunk)
 
     def _host(self, pages: Sequence[int], width: int, padding: int = -1) -> ttnn.Tensor:
         table = torch.tensor([[*pages, *[padding] * (width - len(pages))]], dtype=torch.int32)
@@ -69,11 +67,6 @@ class PagedCache:
         """Write k and v [1, KV, m, D] of a prefill to the pages that `PromptPages.place` has set for its start."""
         for kept, new in ((self.keys, k), (self.values, v)):
             ttnn.experimental.paged_fill_cache(kept, new, self._prompt.chunk, batch_idx=0)
-
-
-def table_width(cache_length: int) -> int:
-    """Entries of a row of a page table: pages of a whole sequence, rounded up to what DRAM is read in."""
-    return -(-cache_length // (KV_BLOCK * _TABLE_ALIGNMENT)) * _TABLE_ALIGNMENT
 
 
 def make_cache(layout: Layout) -> list[LayerCache]:
