@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from demo.default import everyday_target
 from demo.settings import Settings, parse_settings
 from models.cli import interrupts
 from models.cli.command import BROKEN_PIPE, INTERRUPTED, USER_ERROR, discard_stdout, run_command
+from models.cli.default import everyday_target
 from models.cli.prompts import named_prompts
 from models.errors import UserError
 
@@ -101,7 +101,27 @@ def _run(session: "Session", start: float) -> int:
                 failures.append(error)
         for error in filter(None, failures):
             raise error
-    return code
+    return code or (_audit(session) if settings.audit else 0)
+
+
+def _audit(session: "Session") -> int:
+    """Replay the run's texts and say what was found: 1 where a text is not the target's own."""
+    from models.audit import Auditor, report
+
+    auditor, found = Auditor(session.llm), []
+    for row in session.rows:
+        run = row.runs.get("speculative") or row.runs["baseline"]
+        interrupts.check()
+        if session.sampling.greedy:
+            reason = run.stats.finish_reason
+            stops = list(session.stop_ids)
+            found.append(auditor.greedy(row.prompt.ids, run.tokens, finish_reason=reason, stop_ids=stops))
+        else:
+            found.append(auditor.sampled(row.prompt.ids, run.tokens, session.sampling))
+    told = report(found)
+    for line in told.lines():
+        print(line)
+    return told.exit_code
 
 
 def _save(session: "Session", results: "RunResults") -> list[Exception]:

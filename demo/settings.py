@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from demo.default import CHAT_MODEL, CHAT_TOKENS, TOKENS, is_open
 from models.cli.arguments import (
     EPILOG,
     add_drafting_arguments,
@@ -16,6 +15,7 @@ from models.cli.arguments import (
     add_sampling_arguments,
 )
 from models.cli.command import Parser
+from models.cli.default import CHAT_MODEL, CHAT_TOKENS, TOKENS, is_open
 from models.cli.settings import RunSettings, settings_of
 
 MODES = ("compare", "speculative", "baseline")
@@ -28,6 +28,7 @@ class Settings(RunSettings):
     mode: str = "compare"
     json: str | None = None
     html: str | None = None
+    audit: bool = False
     quiet: bool = False
     no_color: bool = False
 
@@ -60,6 +61,12 @@ def build_parser(mode: str | None, environ: Mapping[str, str]) -> argparse.Argum
     group.add_argument("--json", metavar="FILE", help="write all results, per prompt and in total, to this file")
     group.add_argument(
         "--html", metavar="FILE", help="write a page with charts and with the texts token by token, round by round"
+    )
+    group.add_argument(
+        "--audit",
+        action="store_true",
+        help="afterwards replay every text against plain decoding, and say whether it is the target's own; exit code 1 "
+        "where it is not (docs/reliability.md)",
     )
     group.add_argument("--quiet", action="store_true", help="print only the final table")
     group.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does the same)")

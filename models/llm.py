@@ -32,12 +32,13 @@ from models.speculative.generate import stream
 from models.speculative.model import DraftHead, Workload
 from models.speculative.sampling import SamplingParams
 from models.speculative.scheduler import PROMPT_ROWS
-from models.speculative.sequence import Request
+from models.speculative.sequence import LogitsReader, Request
 from models.speculative.sequence import Sequence as TextSequence
 from models.speculative.stats import GenerationStats
 from models.speculative.text import TextStream, checked_stops
 
 if TYPE_CHECKING:
+    from models.audit import TextAudit
     from models.llama.tokenizer import LlamaTokenizer
     from models.speculative.drafters.early_exit import ExitChoice
     from models.ttnn_llama.board_models import BoardModels
@@ -234,10 +235,11 @@ class LLM:
         stop: str | Sequence[str] | None = None,
         stop_ids: Iterable[int] | None = None,
         speculate: bool | Drafting = True,
+        reader: LogitsReader | None = None,
     ) -> tuple[Request, TextStream]:
         """What `stream` asks the engine for, to be added by whoever takes its steps: `LLM.engine`.
 
-        Arguments and errors are those of `stream`.
+        Arguments and errors are those of `stream`; reader: sees what tokens are chosen from.
 
         Returns:
             The request, and its text: it is given every token by the engine, and gives out what is certain.
@@ -254,6 +256,8 @@ class LLM:
             drafting.drafter,
             drafting.controller,
             drafting.verification,
+            reuse=self.options.reuse,
+            reader=reader,
         )
         request.check(self.engine.target.limits)
         try:
@@ -333,6 +337,34 @@ class LLM:
             return self.tokenizer.encode(prompt)
         return self.tokenizer.chat(cast("Sequence[Mapping[str, str]]", prompt))
 
+    def audit(
+        self,
+        prompt: Prompt,
+        text: Completion | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Iterable[int] | None = None,
+    ) -> TextAudit:
+        """Replay a text against plain decoding: whether it is the target's own, token by token.
+
+        Args:
+            prompt, sampling, stop, stop_ids: those that the text was written with.
+            text: what was written; of token ids alone it is not asked whether plain decoding stops there too.
+
+        Raises:
+            UserError: while another text is under way, whose cache it needs.
+        """
+        from models.audit import Auditor
+
+        ids, sampling = self.encode(prompt), sampling or SamplingParams()
+        tokens, reason = (text.token_ids, text.finish_reason) if isinstance(text, Completion) else (list(text), "")
+        auditor = Auditor(self)
+        if not sampling.greedy:
+            return auditor.sampled(ids, tokens, sampling)
+        stops = None if stop_ids is None else list(stop_ids)
+        return auditor.greedy(ids, tokens, finish_reason=reason, stop=stop, stop_ids=stops)
+
     def close(self) -> None:
         """Give the device back. A second call does nothing."""
         self._closed = True
@@ -366,8 +398,10 @@ class LLM:
             raise UserError(
                 f"{len(sampling)} sampling parameters for {len(prompts)} prompts: give one for each, or one"
             )
-        if self.board:  # which writes one text at a time, and prepares each prompt before it begins
-            return [self._complete(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
+        if self.board and self.options.slots == 1:  # each prompt may need programs of its own
+            written = [self._complete(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
+            self.stats = GenerationStats.merge(each.stats for each in written)
+            return written
         asked = [self.request(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
         sequences = [self.engine.add(request) for request, _ in asked]
         left = set(sequences)
@@ -530,7 +564,7 @@ class LLM:
     def _drafter(self, spec: DrafterSpec) -> Drafter:
         def parts(sequence) -> Parts:
             request, board = sequence.request, self.board
-            one_program = request.sampling.greedy and request.verification == "batched"
+            one_program = request.sampling.greedy and request.verification == "batched" and request.reader is None
             return Parts(
                 target=self.target.model,
                 draft=self.draft.model if self.draft else None,

@@ -37,7 +37,8 @@ environment:
   TT_CACHE_PATH  directory of converted weights (default: tt-speculative-llama/weights in ~/.cache)
   A flag wins over its variable.
 
-exit codes: 0 done, 2 a mistake in the input (one line on stderr), 130 interrupted (results so far are printed).
+exit codes: 0 done, 1 an audit found another text than plain decoding's, 2 a mistake in the input (one line on
+stderr), 130 interrupted, 143 terminated (results so far are printed and written).
 """
 
 
