@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from demo.default import everyday_target
 from demo.settings import Settings, parse_settings
 from models.cli import interrupts
 from models.cli.command import BROKEN_PIPE, INTERRUPTED, USER_ERROR, discard_stdout, run_command
+from models.cli.default import everyday_target
 from models.cli.prompts import named_prompts
 from models.errors import UserError
 

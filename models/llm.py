@@ -31,7 +31,7 @@ from models.speculative.engine import Engine
 from models.speculative.generate import stream
 from models.speculative.model import DraftHead, Workload
 from models.speculative.sampling import SamplingParams
-from models.speculative.sequence import Request
+from models.speculative.sequence import LogitsReader, Request
 from models.speculative.sequence import Sequence as TextSequence
 from models.speculative.stats import GenerationStats
 from models.speculative.text import TextStream, checked_stops
@@ -232,10 +232,11 @@ class LLM:
         stop: str | Sequence[str] | None = None,
         stop_ids: Iterable[int] | None = None,
         speculate: bool | Drafting = True,
+        reader: LogitsReader | None = None,
     ) -> tuple[Request, TextStream]:
         """What `stream` asks the engine for, to be added by whoever takes its steps: `LLM.engine`.
 
-        Arguments and errors are those of `stream`.
+        Arguments and errors are those of `stream`; reader: sees what tokens are chosen from.
 
         Returns:
             The request, and its text: it is given every token by the engine, and gives out what is certain.
@@ -252,6 +253,8 @@ class LLM:
             drafting.drafter,
             drafting.controller,
             drafting.verification,
+            reuse=self.options.reuse,
+            reader=reader,
         )
         request.check(self.engine.target.limits)
         try:
@@ -392,8 +395,10 @@ class LLM:
             raise UserError(
                 f"{len(sampling)} sampling parameters for {len(prompts)} prompts: give one for each, or one"
             )
-        if self.board:  # which writes one text at a time, and prepares each prompt before it begins
-            return [self._complete(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
+        if self.board and self.options.slots == 1:  # each prompt may need programs of its own
+            written = [self._complete(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
+            self.stats = GenerationStats.merge(each.stats for each in written)
+            return written
         asked = [self.request(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
         sequences = [self.engine.add(request) for request, _ in asked]
         left = set(sequences)
@@ -556,7 +561,7 @@ class LLM:
     def _drafter(self, spec: DrafterSpec) -> Drafter:
         def parts(sequence) -> Parts:
             request, board = sequence.request, self.board
-            one_program = request.sampling.greedy and request.verification == "batched"
+            one_program = request.sampling.greedy and request.verification == "batched" and request.reader is None
             return Parts(
                 target=self.target.model,
                 draft=self.draft.model if self.draft else None,

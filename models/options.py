@@ -92,6 +92,7 @@ class EngineOptions:
             the right tokens of each round in turn.
         verification: "batched" (default), or "sequential" for one token a forward.
         greedy: whether a board prepares programs for greedy texts or for sampled ones; the others run too, slower.
+        reuse: whether a text takes over what another one, whose prompt began alike, has left in a cache that keeps it.
         speculative: False loads nothing that drafts; rows are computed as if something did.
 
     Raises:
@@ -122,6 +123,7 @@ class EngineOptions:
     force_acceptance: float | tuple[int, ...] | None = None
     verification: str = "batched"
     greedy: bool = True
+    reuse: bool = True
     speculative: bool = True
 
     def __post_init__(self) -> None:

@@ -25,8 +25,12 @@ from models.speculative.sampling import SamplingParams
 if TYPE_CHECKING:
     from models.llm import LLM
 
-NO_SETTINGS = ("quiet", "no_color", "json", "html", "audit", "greedy", "speculative", "slots")  # in no report
-Settings = TypeVar("Settings", bound="RunSettings")
+NO_SETTINGS = (  # in no report
+    *("quiet", "no_color", "json", "html", "audit"),
+    *("greedy", "speculative", "slots", "reuse"),
+)
+Settings = TypeVar("Settings", bound=EngineOptions)
+Run = TypeVar("Run", bound="RunSettings")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class RunSettings(EngineOptions):
         UserError: for what has no meaning.
     """
 
+    reuse: bool = False  # what is measured begins afresh
     prompts: str | None = None
     prompt: list[str] | None = None
     random_prompts: tuple[int, int] | None = None
@@ -74,7 +79,7 @@ class RunSettings(EngineOptions):
         """The engine's options alone."""
         return EngineOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)})
 
-    def resolved_as(self: Settings, options: EngineOptions) -> Settings:
+    def resolved_as(self: Run, options: EngineOptions) -> Run:
         """The same run with the engine's options as they took effect."""
         settings = copy.copy(self)
         vars(settings).update(vars(options))

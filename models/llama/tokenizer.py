@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class LlamaTokenizer:
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self._tokenizer = tokenizer
         self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._chat_renderer: Any = None
 
     @classmethod
@@ -117,6 +119,19 @@ class LlamaTokenizer:
         """The vocabulary's entry for ``id`` as tokenizer.json spells it; None if there is none."""
         return self._tokenizer.id_to_token(id)
 
+    def token_bytes(self, id: int) -> bytes:
+        """What one token adds to a text, in UTF-8, perhaps a part of a character; nothing for a special one."""
+        text = None if id in self._special else self.token_text(id)
+        if text is None:
+            return b""
+        if not self._byte_level:
+            byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", text)
+            return bytes.fromhex(byte[1]) if byte else self.decode([id]).encode()
+        try:
+            return bytes([_BYTE_OF[character] for character in text])
+        except KeyError:  # an added token, spelled in plain text
+            return text.encode()
+
     def chat(self, messages: str | Sequence[Mapping[str, str]], date: str = CHAT_DATE) -> list[int]:
         """Ids of a conversation in the checkpoint's chat template, up to where the assistant's answer begins.
 
@@ -152,7 +167,7 @@ class LlamaTokenizer:
 
     def detokenizer(self) -> "StreamingDetokenizer":
         """A new detokenizer for one stream of ids."""
-        if isinstance(self._tokenizer.decoder, decoders.ByteLevel):
+        if self._byte_level:
             return StreamingDetokenizer(self)
         return _WindowDetokenizer(self)
 
@@ -200,20 +215,11 @@ class StreamingDetokenizer:
 
     def push(self, id: int) -> str:
         """Take the next id; returns the text that is now certain, often empty."""
-        return self._utf8.decode(self._bytes(id))
+        return self._utf8.decode(self._tokenizer.token_bytes(id))
 
     def flush(self) -> str:
         """The text still held back, with U+FFFD for an unfinished character; the next push starts a new stream."""
         return self._utf8.decode(b"", final=True)
-
-    def _bytes(self, id: int) -> bytes:
-        text = None if id in self._tokenizer._special else self._tokenizer.token_text(id)
-        if text is None:
-            return b""
-        try:
-            return bytes([_BYTE_OF[character] for character in text])
-        except KeyError:  # an added token, spelled in plain text
-            return text.encode()
 
 
 class _WindowDetokenizer(StreamingDetokenizer):

@@ -129,10 +129,10 @@ class Engine:
             raise RuntimeError("the sequence has ended: nothing follows")
         if sequence.slot == WAITING and not self._scheduler.start(sequence):
             raise self._scheduler.no_room()
-        tokens = [token for emission in self._take([sequence]) for token in emission.tokens]
+        emissions = self._take([sequence])
         if sequence.error is not None:
             raise sequence.error
-        return tokens
+        return emissions[0].tokens if emissions else []
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now, with the finish reason "interrupted"; nothing happens to one that has ended."""
@@ -158,17 +158,22 @@ class Engine:
         clock = self._clock
         began = clock()
         written: dict[Sequence, list[Token]] = {}
-        reading = [each for each in sequences if each.reading]
-        turns = self._propose([each for each in sequences if not each.reading])
-        joint = []
+        reading: list[Sequence] = []
+        writing: list[Sequence] = []
+        for sequence in sequences:
+            (reading if sequence.reading else writing).append(sequence)
+        turns = self._propose(writing) if writing else []
+        joint: list[_Turn] = []
+        parts: list[Part] = []
         for turn in turns:
-            if self._verify_alone(turn):
+            by_itself = turn.draft.fused is not None or turn.sequence.request.verification != "batched"
+            if by_itself and self._verify_alone(turn):
                 self._guarded(turn.sequence, self._decided, turn, None, written)
             elif not turn.draft.waits:
                 turn.part = verification(turn.sequence, turn.draft, turn.taps)
                 joint.append(turn)
-        pieces = self._scheduler.pieces(reading, len(turns))
-        parts = [turn.part for turn in joint if turn.part is not None]
+                parts.append(turn.part)
+        pieces = self._scheduler.pieces(reading, len(turns)) if reading else []
         parts += [self._prompt_part(sequence, rows) for sequence, rows in pieces]
         if parts:
             mark = clock()

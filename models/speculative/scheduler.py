@@ -66,8 +66,9 @@ class Scheduler:
             return False
         slot = self._free[0]
         if isinstance(self._target, Paged):
-            drafter = sequence.request.drafter
-            known = () if drafter is not None and drafter.taps else sequence.request.prompt
+            request = sequence.request
+            wanted = request.drafter is not None and request.drafter.taps  # states of the whole prompt
+            known = request.prompt if request.reuse and not wanted else ()
             reused = self._target.reserve(slot, known, sequence.positions)
             if reused is None:
                 return False

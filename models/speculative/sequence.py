@@ -12,6 +12,7 @@ from models.speculative.stats import GenerationStats
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from models.speculative.drafters import Drafter
     from models.speculative.model import Features, Limits
@@ -39,6 +40,15 @@ class Watcher(Protocol):
         ...
 
 
+class LogitsReader(Protocol):
+    """Wants to see what tokens are chosen from: for log-probabilities."""
+
+    def read(self, logits: Tensor) -> None:
+        """Take the target's logits [m, V] that the next m tokens of the text are chosen from, before sampling changes
+        them. A stop, or the end, may leave out the last of these tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """A text that is asked for.
@@ -53,6 +63,8 @@ class Request:
         controller: how many; None: `FixedDraftLength()`, and none without a drafter.
         verification: "batched", or "sequential" for one token a forward up to the first rejection: the same text,
             slower, there to be compared.
+        reuse: whether keys and values may be taken over that another text, which began alike, has left in the cache.
+        reader: sees the logits of every token, so that greedy texts compute them too; None: nobody does.
     """
 
     prompt: list[int]
@@ -63,6 +75,8 @@ class Request:
     drafter: Drafter | None = None
     controller: Controller | None = None
     verification: str = "batched"
+    reuse: bool = True
+    reader: LogitsReader | None = None
 
     def check(self, limits: Limits) -> None:
         """Raise UserError for what no model, or none of these limits, can write."""

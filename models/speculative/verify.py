@@ -22,7 +22,7 @@ from models.speculative.acceptance import (
     sample,
 )
 from models.speculative.drafters import Draft
-from models.speculative.model import Features, LanguageModel, Rows, Step, Trees, Want
+from models.speculative.model import IDS, Features, LanguageModel, Rows, Step, Trees, Want
 from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import Sequence as TextSequence
 
@@ -80,19 +80,33 @@ def compute(target: LanguageModel, parts: Sequence[Part]) -> list[Result]:
 
     The device has done its work when this returns.
     """
-    taps = {part.taps for part in parts if part.taps}
-    if len(taps) > 1:
-        results: dict[int, Result] = {}
-        for layers in sorted(taps):
-            mine = [i for i, part in enumerate(parts) if (part.taps or min(taps)) == layers]
-            results.update(zip(mine, compute(target, [parts[i] for i in mine]), strict=True))
-        return [results[i] for i in range(len(parts))]
-    logits = any(part.logits for part in parts)
-    step = target.extend([part.rows for part in parts], Want(logits, taps.pop() if taps else ()))
+    rows: list[Rows] = []
+    taps: tuple[int, ...] = ()
+    ids: list[list[int]] | None = None
+    logits = 0  # parts that want them
+    for part in parts:
+        rows.append(part.rows)
+        logits += part.logits
+        if part.taps and part.taps != taps:
+            if taps:
+                return _by_layers(target, parts)
+            taps = part.taps
+    step = target.extend(rows, Want(logits > 0, taps) if taps or logits else IDS)
     if logits:
         step.logits(0)[-1, -1].item()  # waits for the device, whose time this is
-    ids = None if all(part.logits for part in parts) else step.ids()
-    return [Result(step, place, ids) for place in range(len(parts))]
+    if logits < len(rows):
+        ids = step.ids()
+    return [Result(step, place, ids) for place in range(len(rows))]
+
+
+def _by_layers(target: LanguageModel, parts: Sequence[Part]) -> list[Result]:
+    """A forward for each set of layers; parts that want none go with the first."""
+    sets = sorted({part.taps for part in parts if part.taps})
+    results: dict[int, Result] = {}
+    for layers in sets:
+        mine = [i for i, part in enumerate(parts) if (part.taps or sets[0]) == layers]
+        results.update(zip(mine, compute(target, [parts[i] for i in mine]), strict=True))
+    return [results[i] for i in range(len(parts))]
 
 
 def compute_each(target: LanguageModel, parts: Sequence[Part]) -> list[Result | Exception]:
@@ -116,6 +130,7 @@ def first_token(sequence: TextSequence, result: Result) -> int:
             "the target's logits after the prompt are not finite: its weights are damaged, or its numbers too large "
             "for its data type"
         )
+    _show(sequence, result, [-1])
     if params.greedy:
         return result.ids[-1]
     return sample(_distribution(logits, params)[-1], sequence.generator)
@@ -131,7 +146,7 @@ def verification(sequence: TextSequence, draft: Draft, taps: tuple[int, ...] = (
         last = len(again) - 1
         parents = [*range(-1, last), *(last + 1 + up for up in draft.parents)]
     rows = Rows(sequence.slot, [*again, *draft.tokens], sequence.cached, parents)
-    return Part(rows, not sequence.request.sampling.greedy, taps)
+    return Part(rows, _needs_logits(sequence), taps)
 
 
 def decide(
@@ -155,6 +170,7 @@ def decide(
         else:
             kept, next_id = accept_tree_sampled(draft.tokens, draft.parents, p, draft.probs, sequence.generator)
     text = [*range(last + 1), *(last + 1 + i for i in kept)]
+    _show(sequence, result, text[last:])
     computed = ((result.features, text, position),) if part.taps else ()
     if draft.parents is None:
         return Verified(kept, next_id, len(sequence.tokens) + len(kept), 0.0, computed)
@@ -182,8 +198,9 @@ def verify_sequentially(
         nonlocal seconds
         for each in rows:
             began = clock()
-            (result,) = compute(target, [Part(each, not params.greedy, taps)])
+            (result,) = compute(target, [Part(each, _needs_logits(sequence), taps)])
             seconds += clock() - began
+            _show(sequence, result, [0])
             if taps:
                 computed.append((result.features, [0], each.position))
             yield result
@@ -194,6 +211,16 @@ def verify_sequentially(
         distributions = (_distribution(result.logits, params)[0] for result in results())
         accepted, next_id = accept_sampled(draft.tokens, distributions, draft.probs, sequence.generator)
     return Verified(list(range(accepted)), next_id, len(sequence.tokens) + accepted, seconds, tuple(computed))
+
+
+def _needs_logits(sequence: TextSequence) -> bool:
+    return not sequence.request.sampling.greedy or sequence.request.reader is not None
+
+
+def _show(sequence: TextSequence, result: Result, rows: list[int]) -> None:
+    """Hand the logits of these rows, which the next tokens are chosen from, to who wants to see them."""
+    if sequence.request.reader is not None:
+        sequence.request.reader.read(result.logits[rows])
 
 
 def _distribution(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -22,7 +22,7 @@ from models.tests.head_fixtures import build_head, head_config
 from models.tests.llama_fixtures import random_tensors
 from models.torch_llama.model import TorchLlama
 
-KINDS = ("none", "model", "prompt-lookup", "combined", "tree", "head", "head-tree", "early-exit")
+KINDS = ("none", "model", "model-ids", "prompt-lookup", "combined", "tree", "head", "head-tree", "early-exit")
 VOCAB = 24
 SLOTS = 4
 LONGEST = 24  # new tokens of a text
@@ -56,6 +56,7 @@ class Company:
         tensors = random_tensors(config, 0)
         chosen = {"dtype": "fp32", "max_seq_len": 96, "slots": SLOTS, **options}
         self.target = Spy(config, tensors, **chosen)
+        chosen.pop("pool", None)
         self.draft = Spy(config, perturbed(tensors, noise, 1), **chosen)
         self.head = build_head(head_config(config), self.target, slots=self.target.slots)
         alone = build(config, tensors, max_seq_len=96)
@@ -79,6 +80,9 @@ class Company:
         def model(sequence):
             return ModelDrafter(draft.slot(sequence.slot), sequence.request.sampling)
 
+        def model_ids(sequence):
+            return ModelDrafter(draft.slot(sequence.slot), sequence.request.sampling, confident=False)
+
         def heads(sequence):
             return HeadDrafter(head.slot(sequence.slot), sequence.request.sampling)
 
@@ -95,6 +99,7 @@ class Company:
 
         makers = {
             "model": lambda: InStep(model, draft),
+            "model-ids": lambda: InStep(model_ids, draft),
             "prompt-lookup": lambda: PerSequence(lambda sequence: PromptLookup()),
             "combined": lambda: InStep(lambda sequence: Combined(PromptLookup(), model(sequence)), draft),
             "tree": lambda: InStep(trees, draft),

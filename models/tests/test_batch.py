@@ -14,11 +14,14 @@ from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import PerSequence
 from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.engine import Engine
+from models.speculative.model import Paged
 from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import WAITING, Request
 from models.speculative.stats import GenerationStats
-from models.tests.batch_fixtures import KINDS, SLOTS, Company, Wish, random_wish, request_of, text_of, write
+from models.tests.batch_fixtures import KINDS, SLOTS, VOCAB, Company, Wish, random_wish, request_of, text_of, write
+from models.tests.engine_fixtures import random_prompt
 from models.tests.test_generate_sampling import P_VALUE, PROMPT, chi_square_p_value, joint_law, p_values, tiny_model
+from models.torch_llama.model import TorchLlama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,6 +182,53 @@ def test_the_wait_of_a_step_is_everybodys(company):
     assert (joint.sequences, joint.prompt_rows) == (3, 0)
     assert joint.rows == sum(1 + round_.drafted for round_ in first)
     assert joint.context == sum(len(each.request.prompt) + 1 for each in sequences)
+
+
+# ------------------------------------------------------------------------------------------------------- admission
+paged = pytest.mark.skipif(not issubclass(TorchLlama, Paged), reason="slots of this model have positions of their own")
+
+
+@paged
+def test_who_does_not_fit_waits_in_order_and_who_never_fits_is_refused():
+    """A pool of three blocks for four slots: nobody is stopped for another, and none overtakes."""
+    company = Company(pool=3 * 128 - 32)
+    engine = Engine(company.target)
+    with pytest.raises(UserError, match="the cache has 60 for all texts: ask for at most 55 new tokens"):
+        Request([1] * 5, max_new_tokens=80).check(company.target.limits._replace(pool=60))
+    began, sequences = [], []
+    for number in range(12):
+        sequences.append(engine.add(request_of(company, Wish(number, "combined", 3), {}, {})))
+    most = 0
+    while not engine.idle:
+        engine.step()
+        began += [each for each in engine.running if each not in began]
+        most = max(most, len(engine.running))
+    assert began == sequences and 1 <= most < SLOTS
+    checked(company, [Wish(number, "combined", 3) for number in range(12)], sequences)
+
+
+@paged
+def test_a_known_beginning_is_not_read_again_and_is_told():
+    company = Company(max_seq_len=512)
+    beginning = random_prompt(300, 77, VOCAB)
+    prompts = [[*beginning, *random_prompt(9, number, VOCAB)] for number in range(3)]
+    for kind in ("none", "combined", "head"):
+        engine = Engine(company.target)
+        drafter = company.drafter(kind)
+        texts, reused = [], []
+        for prompt in prompts:
+            company.target.forwards.clear()
+            sequence = engine.add(Request(prompt, max_new_tokens=12, drafter=drafter))
+            while not sequence.finished:
+                engine.step()
+            texts.append(text_of(sequence))
+            reused.append(sequence.stats.reused_tokens)
+            read = sum(len(rows.tokens) for each in company.target.forwards for rows in each if rows.last)
+            assert read == len(prompt) - reused[-1]
+        assert reused[1:] == ([0, 0] if kind == "head" else [256, 256]), kind
+        if kind == "none":
+            expected = texts
+        assert texts == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ errors

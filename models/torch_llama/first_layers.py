@@ -42,14 +42,14 @@ class FirstLayers(SlotBySlot):
     def forward(self, tokens: Tokens, position: int) -> torch.Tensor:
         """As `TorchLlama.forward`, by these layers."""
         model = self.model
-        ids = model._ids(tokens)
-        n = ids.shape[1]
+        ids = model._ids(tokens)[0]
+        n = len(ids)
         model._check(n, [position])
         if model._early is not self or position != self.start + sum(map(len, self.ids)):
             self.start, self.ids, self.hidden = position, [], []
         model._early = None  # an interruption leaves rows of the cache that do not belong to what is kept here
-        hidden = model._layers(model._pad_ids(ids), [position], n, stop=self.layers)
-        self.ids.append(ids[0])
+        hidden = model._alone(ids, position, stop=self.layers)
+        self.ids.append(ids)
         self.hidden.append(hidden[:n])
         model._early = self
         return model._head(hidden)[:n]
@@ -62,12 +62,12 @@ class FirstLayers(SlotBySlot):
         """k greedy ids after tokens, each fed in turn."""
         return chained_greedy(self.forward, tokens, position, k)
 
-    def computed(self, ids: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        """Hidden states [m, H] of the first m of ids [1, n] at a position: those that were computed last, if any."""
-        if positions != [self.start] or len(ids) != 1:
+    def computed(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+        """Hidden states [m, H] of the first m of ids [n] at a position: those that were computed last, if any."""
+        if position != self.start:
             return self.hidden[0][:0]
-        pairs = zip(ids[0].tolist(), torch.cat(self.ids).tolist(), strict=False)
-        same = next((i for i, (new, old) in enumerate(pairs) if new != old), ids.shape[1])
+        pairs = zip(ids.tolist(), torch.cat(self.ids).tolist(), strict=False)
+        same = next((i for i, (new, old) in enumerate(pairs) if new != old), len(ids))
         return torch.cat(self.hidden)[:same]
 
 

@@ -25,29 +25,37 @@ import torch.nn.functional as F
 from models.errors import UserError
 from models.llama.config import LlamaConfig
 from models.llama.rope import rope_tables
-from models.speculative.model import SlotBySlot
-from models.speculative.tree import tree_depths, tree_levels
+from models.speculative.model import IDS, LOGITS, Chooser, Limits, Rows, SlotBySlot, Step, Want, _computed
+from models.speculative.tree import tree_levels
+from models.torch_llama.attention import Attention, Part, Plan
 from models.torch_llama.choice import Head
 from models.torch_llama.first_layers import FirstLayers, chained_greedy
+from models.torch_llama.invariance import rows_alike
+from models.torch_llama.joint import Piece, passes
+from models.torch_llama.kv_cache import KV_BLOCK, KVCache, block_end
 from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, int8_works, packing_works
 
 if TYPE_CHECKING:
     from models.llama.gguf_checkpoint import AnyCheckpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-KV_BLOCK = 128
 PREFILL_CHUNK = 512
 MAX_ROWS = 32
+# Rows that a call of the attention kernel has at least, for each row to have the bits that it has among many.
+LEAST_ATTENTION_ROWS = {torch.float32: 4}
 
 Tokens = Sequence[int] | torch.Tensor
 
 
 class _Layer:
-    """Weights of one decoder layer. qkv: H -> (Q + 2 KV) D; gate_up: H -> 2 intermediate."""
+    """Weights of one decoder layer, and its keys and values of all slots.
+
+    qkv: H -> (Q + 2 KV) D; gate_up: H -> 2 intermediate.
+    """
 
     __slots__ = ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down", "kv")
 
-    def __init__(self, take: Callable, linear: Callable, prefix: str, kv: torch.Tensor):
+    def __init__(self, take: Callable, linear: Callable, prefix: str, kv: torch.Tensor) -> None:
         def fused(*names: str):
             return linear(torch.cat([take(f"{prefix}{name}.weight") for name in names]))
 
@@ -57,20 +65,14 @@ class _Layer:
         self.mlp_norm = take(prefix + "post_attention_layernorm.weight")
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj")
         self.down = fused("mlp.down_proj")
-        self.kv = kv  # [B, S, 2 KV, D]: the keys of a position, then its values
-
-    def with_cache(self, kv: torch.Tensor) -> _Layer:
-        """The same weights with another cache."""
-        layer = copy.copy(self)
-        layer.kv = kv
-        return layer
+        self.kv = kv  # [2 KV, P, D]: of the pool's positions
 
 
 class TorchLlama(SlotBySlot):
     """A Llama with its own KV cache on one device.
 
-    Implements `models.speculative.model.LanguageModel` and, for its first slot, `SequenceModel` with the capabilities
-    `Chains`, `Trees`, `EarlyExit` and `Tapped`.
+    Implements `models.speculative.model.LanguageModel` and `Paged` and, for its first slot, `SequenceModel` with the
+    capabilities `Chains`, `Trees`, `EarlyExit` and `Tapped`.
 
     Args:
         config: the architecture.
@@ -79,7 +81,9 @@ class TorchLlama(SlotBySlot):
         dtype: "bf16", "fp32" or "fp16" (what it computes in).
         max_seq_len: positions the KV cache holds (<= config.max_position_embeddings).
         batch: sequences that one call of `prefill` or `forward` takes side by side.
-        slots: sequences that `extend` can tell apart, each with a cache of its own; more than one only without a batch.
+        slots: sequences that `extend` can tell apart; more than one only without a batch.
+        pool: positions of the cache, for all slots together (default: max_seq_len for each). On a CPU memory is taken
+            as they are written.
         fixed_rows: pad every decode and verification to this many rows (row-invariant, see above); None: no padding.
         typical_rows: rows that most forwards have, for which weights are laid out (default: fixed_rows, else 1). A
             hint: it changes speed, and results only in their last bits.
@@ -99,6 +103,7 @@ class TorchLlama(SlotBySlot):
         max_seq_len: int = 2048,
         batch: int = 1,
         slots: int = 1,
+        pool: int | None = None,
         fixed_rows: int | None = None,
         typical_rows: int | None = None,
         quantize: str | None = None,
@@ -126,6 +131,7 @@ class TorchLlama(SlotBySlot):
         self.max_seq_len = max_seq_len
         self.batch = batch
         self.slots = slots
+        self._slot = 0
         self.fixed_rows = fixed_rows
         self.max_rows = fixed_rows or MAX_ROWS
         self.typical_rows = typical_rows or fixed_rows or 1
@@ -134,7 +140,7 @@ class TorchLlama(SlotBySlot):
         self._scored = torch.empty(0)  # rows [B R, H] that the last logits were computed from
         self._taps: tuple[int, ...] = ()  # layers after which hidden states are kept, and those kept so far
         self._tapped: list[list[torch.Tensor]] = []
-        self._load(tensors, quantize)
+        self._load(tensors, quantize, pool)
         self._views: dict[int, TorchLlama] = {0: self}  # by slot, made when they are first asked for
 
     @classmethod
@@ -143,7 +149,7 @@ class TorchLlama(SlotBySlot):
         return cls(checkpoint.config, checkpoint, **options)
 
     # ------------------------------------------------------------------------------------------ construction
-    def _load(self, tensors: Mapping[str, torch.Tensor], quantize: str | None) -> None:
+    def _load(self, tensors: Mapping[str, torch.Tensor], quantize: str | None, pool: int | None) -> None:
         config, on_cpu = self.config, self.device.type == "cpu"
         packed = on_cpu and not quantize and packing_works(self.dtype)
         self.linears: list = []
@@ -165,23 +171,25 @@ class TorchLlama(SlotBySlot):
             self.linears.append(made)
             return made
 
-        rows = self.fixed_rows or MAX_ROWS
-        length = _block_end(self.max_seq_len + rows)
-        # In memory the positions of a head lie side by side: attention reads them up to twice as fast so.
-        shape = (
+        spare = self.fixed_rows or MAX_ROWS
+        self.cache = KVCache(
             config.num_hidden_layers,
-            self.batch * self.slots,
             2 * config.num_key_value_heads,
-            length,
             config.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            slots=self.batch * self.slots,
+            positions=self.max_seq_len,
+            spare=spare,
+            pool=pool,
         )
-        self._caches = torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(2, 3)
-        self.kv = self._caches[:, : self.batch]  # of the first slot, or of the batch
         # On the CPU the table stays as stored (a memory-mapped file costs no memory of its own): it is only ever
         # read a few rows at a time, and a tied lm_head has its own packed copy.
         embedding = tensors["model.embed_tokens.weight"]
         self.embedding = embedding if on_cpu else embedding.to(device=self.device, dtype=self.dtype)
-        self.layers = [_Layer(take, linear, f"model.layers.{i}.", self.kv[i]) for i in range(config.num_hidden_layers)]
+        self.layers = [
+            _Layer(take, linear, f"model.layers.{i}.", self.cache.pool[i]) for i in range(config.num_hidden_layers)
+        ]
         self.norm = take("model.norm.weight")
         tied = config.tie_word_embeddings
         head = self.embedding.to(self.dtype) if tied else take("lm_head.weight")
@@ -190,7 +198,7 @@ class TorchLlama(SlotBySlot):
         decides = self.dtype in (torch.bfloat16, torch.float16) and on_cpu
         stored = self.embedding if tied else head if decides and tensors["lm_head.weight"].dtype == self.dtype else None
         self._head_rows = Head(stored if decides else None)
-        cos, sin = rope_tables(config, length)
+        cos, sin = rope_tables(config, self.max_seq_len + spare)
         self.cos = cos.to(device=self.device, dtype=self.dtype)[:, None]  # [S, 1, D]
         self.sin = sin.to(device=self.device, dtype=self.dtype)[:, None]
         # Attention may take the query heads of a group as rows of their KV head, which is then read (on CPU also
@@ -198,17 +206,27 @@ class TorchLlama(SlotBySlot):
         # 96. Two heads a group are cheaper left apart.
         group = config.num_attention_heads // config.num_key_value_heads
         self.fold = group if group > 2 or self.batch > 1 else 1
-        # Row i of a forward at position p may see columns 0..p+i. One band, shifted by p, holds every such mask.
-        band = torch.full((rows, 2 * length), float("-inf"), dtype=self.dtype, device=self.device)
-        band = band.triu(length + 1)  # [R, 2S]: 0 up to column S + i, -inf beyond
-        self.band = band.repeat_interleave(self.fold, dim=0)
-        self._band_origin = length
+        streams = config.num_attention_heads // self.fold
+        least = LEAST_ATTENTION_ROWS.get(self.dtype, 2)
+        self._attention = Attention(self.cache, streams, self.fold, least)
+        self.rows_alike = on_cpu and self._rows_alike()
+        if self.batch > 1:
+            for index in range(self.batch):
+                self.cache.reserve(index, (), self.max_seq_len)
+        else:
+            self.cache.unit = KV_BLOCK if self.rows_alike else PREFILL_CHUNK
+
+    def _rows_alike(self) -> bool:
+        layer, config = self.layers[0], self.config
+        hidden = config.hidden_size
+        widths = (hidden, config.num_attention_heads * config.head_dim, hidden, config.intermediate_size)
+        linears = zip((layer.qkv, layer.output, layer.gate_up, layer.down), widths, strict=True)
+        return rows_alike(list(linears), (self.lm_head, hidden), self._attention)
 
     def _view(self, index: int) -> TorchLlama:
-        """A slot as a model of its own that shares the weights."""
+        """A slot as a model of its own that shares weights and cache."""
         view = copy.copy(self)
-        view.kv = self._caches[:, index : index + 1]
-        view.layers = [layer.with_cache(view.kv[i]) for i, layer in enumerate(self.layers)]
+        view._slot, view._early = index, None
         return view
 
     @property
@@ -221,7 +239,19 @@ class TorchLlama(SlotBySlot):
 
     @property
     def kv_cache_bytes(self) -> int:
-        return self._caches.nbytes
+        """Bytes of the KV cache when its pool is full; `cache.usage` says what it holds."""
+        return self.cache.usage.capacity
+
+    @property
+    def kv(self) -> torch.Tensor:
+        """[layers, B, S, 2 KV, D]: what this slot's blocks, or the batch's, hold. A view, where they lie together."""
+        tables = self.cache.tables[self._slot : self._slot + self.batch]
+        length = len(tables[0].blocks) * KV_BLOCK
+        held = [torch.stack([self.cache.gather(kv, table, length) for kv in self.cache.pool]) for table in tables[1:]]
+        if held or tables[0].start is None:
+            first = torch.stack([self.cache.gather(kv, tables[0], length) for kv in self.cache.pool])
+            return torch.stack((first, *held), 1).transpose(2, 3)
+        return self.cache.pool[:, None, :, tables[0].start : tables[0].start + length].transpose(2, 3)
 
     # -------------------------------------------------------------------------------------------------- slots
     def slot(self, index: int) -> TorchLlama:
@@ -259,6 +289,131 @@ class TorchLlama(SlotBySlot):
         finally:
             self._taps, self._tapped = (), []
 
+    # ----------------------------------------------------------------------------------------------- all slots
+    @property
+    def limits(self) -> Limits:
+        """What it can hold and compute."""
+        pool = None if self.batch > 1 else self.cache.limit
+        return Limits(self.max_rows, self.slots, self.max_seq_len, self.vocab_size, pool)
+
+    def reserve(self, slot: int, tokens: Sequence[int], positions: int) -> int | None:
+        """Promise a free slot so many positions; arguments, result and errors as of `speculative.model.Paged`."""
+        if not len(tokens) <= positions <= self.max_seq_len:
+            raise UserError(
+                f"{positions} positions for {len(tokens)} tokens do not fit the context of {self.max_seq_len}: shorten "
+                "the prompt or raise --max-seq-len"
+            )
+        self.slot(slot)._early = None
+        return self.cache.reserve(slot, [int(token) for token in tokens], positions)
+
+    def free(self, slot: int) -> None:
+        """A sequence has ended: give its blocks back. Prompts that begin as it did may still share them."""
+        self.slot(slot)._early = None
+        self.cache.free(slot)
+
+    @torch.inference_mode()
+    def extend(self, rows: Sequence[Rows], want: Want = IDS) -> Step:
+        """Compute rows of any number of sequences in one forward; prompts that are longer than a chunk need several.
+
+        Raises UserError for more rows, or positions, than there are, ValueError for two `Rows` of one slot.
+        """
+        if len({each.slot for each in rows}) < len(rows):
+            raise ValueError(f"several Rows of one slot: {[each.slot for each in rows]}")
+        if len(rows) == 1 and not rows[0].last:
+            return super().extend(rows, want)
+        for each in rows:
+            self._check_rows(each)
+        # What first layers have computed is gone on from one by one.
+        early = [] if want.taps else [i for i, each in enumerate(rows) if self.slot(each.slot)._early and not each.last]
+        others = [i for i in range(len(rows)) if i not in early]
+        results, features, choosers = self._extend([rows[i] for i in others], want)
+        for i in early:  # in rising order, so that each is put into its place
+            results.insert(i, _computed(self.slot(rows[i].slot), rows[i], want))
+            choosers.insert(i, self.slot(rows[i].slot).chooser())
+        return Step(results, features, choosers if want.logits else ())
+
+    def _extend(
+        self, rows: Sequence[Rows], want: Want
+    ) -> tuple[list[list[int] | torch.Tensor], list[torch.Tensor], list[Chooser]]:
+        """(Results, features, choosers) of rows that were checked; slots are those of the cache."""
+        taps = want.taps or self._taps
+        if wrong := [count for count in taps if not 0 <= count <= len(self.layers)]:
+            raise UserError(f"tap after layer {wrong[0]}: the model has layers 0 (embedding) to {len(self.layers)}")
+        results: list[list[int] | torch.Tensor] = [[] for _ in rows]
+        choosers: list[Chooser] = [self.chooser()] * len(rows)
+        states: list[list[list[torch.Tensor]]] = [[[] for _ in taps] for _ in rows]
+        for pieces in passes(rows, self.max_rows, PREFILL_CHUNK, apart=not self.rows_alike):
+            pieces = sorted(pieces, key=self._neighbours)
+            kept: list[list[torch.Tensor]] = [[] for _ in taps]
+            hidden = self._together(pieces, taps, kept)
+            row = 0
+            for piece in pieces:
+                n = piece.end - piece.first
+                for mine, (state,) in zip(states[piece.owner], kept, strict=True):
+                    mine.append(state[row : row + n])
+                row += n
+            self._take_results(pieces, hidden, want, results, choosers)
+        if self._taps:
+            for each in states:
+                for tapped, pieces_of in zip(self._tapped, each, strict=True):
+                    tapped += pieces_of
+        features = [torch.cat([torch.cat(layer) for layer in each], -1) for each in states] if want.taps else []
+        return results, features, choosers
+
+    def _neighbours(self, piece: Piece) -> tuple[int, ...]:
+        """Pieces of an order by this can be read together, where they lie evenly in the pool."""
+        table = self.cache.tables[piece.rows.slot]
+        length = block_end(piece.position + piece.end - piece.first)
+        return piece.rows.parents is not None, piece.end - piece.first, length, table.start or 0, piece.owner
+
+    def _together(self, pieces: Sequence[Piece], taps: tuple[int, ...], kept: list[list[torch.Tensor]]) -> torch.Tensor:
+        """Hidden states [n, H] of all rows of these pieces; puts those after some layers into `kept`."""
+        parts, tokens = [], []
+        for piece in pieces:
+            position, new = piece.position, [int(token) for token in piece.tokens]
+            table = self.cache.write(piece.rows.slot, position, position + len(new))
+            tree = None if piece.rows.parents is None else (piece.rows.position, piece.rows.parents)
+            parts.append(Part(table, position, len(new), len(new), tree))
+            tokens += new
+        n = len(tokens)
+        if n == 1:  # another kernel would compute a single row
+            plan = self._attention.alone(parts[0]._replace(rows=2), fixed=True)
+            tokens.append(0)
+        else:
+            plan = self._attention.together(parts)
+        x = self._layers(torch.tensor(tokens, device=self.device), plan, n, taps=taps, kept=kept)
+        for piece, part in zip(pieces, parts, strict=True):
+            whole = part.position % PREFILL_CHUNK == 0 and n == part.rows == PREFILL_CHUNK
+            if part.tree is None and (self.rows_alike or whole):
+                self.cache.note(piece.rows.slot, part.position, [int(token) for token in piece.tokens])
+        return x
+
+    def _take_results(self, pieces: Sequence[Piece], hidden: torch.Tensor, want: Want, results, choosers) -> None:
+        """Put the pieces' logits, or ids, among the results: those of pieces whose results are wanted."""
+        wanted, places, row = [], [], 0
+        for piece in pieces:
+            row += piece.end - piece.first
+            if piece.end == len(piece.rows.tokens):
+                n = 1 if piece.rows.last else piece.end - piece.first
+                wanted.append(hidden[row - n : row])
+                places.append((piece.owner, n))
+        if not wanted:
+            return
+        count = sum(n for _, n in places)
+        # One row would be computed by another kernel than several.
+        logits = self._head(self._padded(torch.cat(wanted), 1 if self.fixed_rows is None else 2))[:count]
+        scored = self._scored[:count]
+        ids = None if want.logits else self._head_rows.choose(logits, scored)
+        row = 0
+        for index, n in places:
+            span = slice(row, row + n)
+            if ids is None:
+                results[index] = logits[span]
+                choosers[index] = functools.partial(self._head_rows.choose, hidden=scored[span])
+            else:
+                results[index] = ids[span]
+            row += n
+
     # ------------------------------------------------------------------------------------------------ forward
     @torch.inference_mode()
     def prefill(self, tokens: Tokens) -> torch.Tensor:
@@ -267,14 +422,12 @@ class TorchLlama(SlotBySlot):
         With a batch, tokens [B, n] gives [B, V].
         """
         ids = self._ids(tokens)
-        n = ids.shape[1]
+        batch, n = ids.shape
         self._early = None
-        self._check(n, [0] * len(ids))
-        for start in range(0, n, PREFILL_CHUNK):
-            chunk = ids[:, start : start + PREFILL_CHUNK]
-            hidden = self._layers(chunk, [start] * len(ids), chunk.shape[1])
-        last = hidden.view(len(ids), chunk.shape[1], -1)[:, -1]
-        logits = self._head(self._padded(last, self.max_rows if self.fixed_rows else 1))[: len(ids)]
+        self._check(n, [0] * batch)
+        rows = [Rows(self._slot + i, each, 0, last=True) for i, each in enumerate(ids.tolist())]
+        step = Step(self._extend(rows, LOGITS)[0])
+        logits = torch.cat([step.logits(i) for i in range(batch)])
         return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
 
     @torch.inference_mode()
@@ -291,17 +444,24 @@ class TorchLlama(SlotBySlot):
         """
         ids = self._ids(tokens)
         batch, n = ids.shape
-        if parents is None:
-            positions = [position] if isinstance(position, int) else [int(p) for p in position]
+        if batch > 1:
+            positions = [position] * batch if isinstance(position, int) else [int(p) for p in position]
             self._check(n, positions)
-            hidden = self._decode(self._pad_ids(ids), positions, n)
+            rows = [
+                Rows(self._slot + i, each, p) for i, (each, p) in enumerate(zip(ids.tolist(), positions, strict=True))
+            ]
+            step = Step(self._extend(rows, LOGITS)[0])
+            return torch.stack([step.logits(i) for i in range(batch)])
+        start = position if isinstance(position, int) else int(position[0])
+        if parents is None:
+            self._check(n, [start])
+            hidden = self._decode(ids[0], start)
         else:
-            root = position if isinstance(position, int) else int(position[0])
-            self._check_tree(root, parents)
+            self._check_tree(start, parents)
             self._early = None
-            hidden = self._layers(self._pad_ids(ids), [root + len(parents) - n], n, tree=(root, parents))
-        logits = self._head(hidden).view(batch, -1, self.vocab_size)[:, :n]
-        return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
+            hidden = self._alone(ids[0], start + len(parents) - n, tree=(start, parents))
+        logits = self._head(hidden)[:n]
+        return logits[None] if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits
 
     @torch.inference_mode()
     def greedy(self, tokens: Tokens, position: int, parents: Sequence[int] | None = None) -> list[int]:
@@ -327,10 +487,7 @@ class TorchLlama(SlotBySlot):
     @torch.inference_mode()
     def keep(self, position: int, rows: Sequence[int]) -> int:
         """Move the keys and values of a tree's rows to position..: all of them are then there. No batch."""
-        moved = next((i for i, row in enumerate(rows) if row != i), len(rows))  # those before are in their places
-        if moved < len(rows):
-            kv = self.kv[:, 0]
-            kv[:, position + moved : position + len(rows)] = kv[:, [position + row for row in rows[moved:]]]
+        self.cache.keep(self._slot, position, rows)
         return len(rows)
 
     def first_layers(self, count: int) -> FirstLayers:
@@ -354,151 +511,107 @@ class TorchLlama(SlotBySlot):
             raise UserError(f"a tree of {len(parents)} rows exceeds {self.max_rows}: draft fewer tokens")
         self._check(tree_levels(parents), [position])  # its rows may lie beyond the context, there is room for them
 
+    def _check_rows(self, rows: Rows) -> None:
+        self.slot(rows.slot)  # raises IndexError
+        if len(rows.tokens) > self.max_rows and not (rows.last and rows.parents is None):
+            raise UserError(f"{len(rows.tokens)} rows exceed the {self.max_rows} of a forward: draft fewer tokens")
+        if rows.parents is None:
+            self._check(len(rows.tokens), [rows.position])
+        else:
+            self._check_tree(rows.position, rows.parents)
+
     def _pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        n = ids.shape[1]
-        if self.fixed_rows is None or n == self.fixed_rows:
+        if self.fixed_rows is None or len(ids) == self.fixed_rows:
             return ids
-        if n > self.fixed_rows:
-            raise UserError(f"{n} rows exceed the fixed {self.fixed_rows} rows of this model: draft fewer tokens")
-        return F.pad(ids, (0, self.fixed_rows - n))
+        if len(ids) > self.fixed_rows:
+            raise UserError(
+                f"{len(ids)} rows exceed the fixed {self.fixed_rows} rows of this model: draft fewer tokens"
+            )
+        return F.pad(ids, (0, self.fixed_rows - len(ids)))
 
     @staticmethod
     def _padded(hidden: torch.Tensor, rows: int) -> torch.Tensor:
         return hidden if len(hidden) >= rows else F.pad(hidden, (0, 0, 0, rows - len(hidden)))
 
-    @staticmethod
-    def _rows(table: torch.Tensor, positions: list[int], n: int) -> torch.Tensor:
-        """Rows p..p+n-1 of a [S, 1, D] table for each position p: [positions, n, 1, D]."""
-        if len(positions) == 1:
-            return table[None, positions[0] : positions[0] + n]
-        return torch.stack([table[p : p + n] for p in positions])
-
-    def _mask(self, positions: list[int], n: int, length: int) -> torch.Tensor:
-        """Additive causal mask [positions, 1, n fold, length] for n rows that start at each position."""
-        if n * self.fold <= len(self.band):
-            origin = self._band_origin
-            rows = [self.band[: n * self.fold, origin - p : origin - p + length] for p in positions]
-            return rows[0][None, None] if len(rows) == 1 else torch.stack(rows)[:, None]
-        columns = torch.arange(length, device=self.device)
-        last = torch.tensor(positions, device=self.device)[:, None] + torch.arange(n, device=self.device)
-        hidden = (columns > last[:, :, None]).repeat_interleave(self.fold, dim=1)
-        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(hidden, float("-inf"))[:, None]
-
-    def _tree(self, root: int, parents: Sequence[int], start: int, n: int, length: int):
-        """Mask [1, 1, n fold, length] and positions [n] of a tree's rows that are written at start.. .
-
-        Rows beyond the tree are padding: they see what the root sees, and nobody sees them.
-        """
-        seen = torch.eye(len(parents) + n, dtype=torch.bool)
-        for row, parent in enumerate(parents[1:], 1):
-            seen[row] |= seen[parent]
-        new = slice(start - root, start - root + n)
-        seen = seen[new, : length - root]
-        mask = torch.zeros(n, length, dtype=self.dtype)
-        mask[:, root:] = float("-inf")
-        mask[:, root : root + seen.shape[1]].masked_fill_(seen, 0.0)
-        stands = torch.tensor([root + depth for depth in (tree_depths(parents) + [0] * n)[new]])
-        return mask.repeat_interleave(self.fold, dim=0).to(self.device)[None, None], stands.to(self.device)
-
-    def _decode(self, ids: torch.Tensor, positions: list[int], n: int) -> torch.Tensor:
-        """Hidden states [B R, H] of R rows, n of them tokens; goes on from what `FirstLayers` has computed of them."""
+    def _decode(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+        """Hidden states [R, H] of R rows, ids [n] and padding; goes on from what `FirstLayers` has computed of them."""
         early, self._early = self._early, None
-        if early is None or not len(x := early.computed(ids[:, :n], positions)):
-            return self._layers(ids, positions, n)
-        done = len(x)
-        if done < n:
-            rest = self._layers(self._pad_ids(ids[:, done:n]), [positions[0] + done], n - done, stop=early.layers)
-            x = torch.cat((x, rest[: n - done]))
-        return self._layers(ids, positions, n, first=early.layers, x=self._padded(x, ids.shape[1]))
+        n, first, x = len(ids), 0, None
+        if early is not None and len(done := early.computed(ids, position)):
+            first, x = early.layers, done
+            if len(done) < n:
+                rest = self._alone(ids[len(done) :], position + len(done), stop=first)
+                x = torch.cat((x, rest[: n - len(done)]))
+            x = self._padded(x, self.fixed_rows or n)
+        hidden = self._alone(ids, position, first=first, x=x)
+        if self.rows_alike:  # such rows are those of a prompt
+            spread = position // KV_BLOCK != (position + n - 1) // KV_BLOCK
+            enough = self.fixed_rows or (n >= self._attention.least and not spread and x is None)
+            if enough and len(hidden) > 1:
+                self.cache.note(self._slot, position, ids.tolist())
+        return hidden
 
-    def _layers(
+    def _alone(
         self,
         ids: torch.Tensor,
-        positions: list[int],
-        used: int,
+        position: int,
         *,
         tree: tuple[int, Sequence[int]] | None = None,
         first: int = 0,
         stop: int | None = None,
         x: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [B R, H] before the final norm; writes the KV of all R rows at each position.
+        """Hidden states [R, H] of rows of this slot, ids [n] and padding; arguments as of `_layers`.
 
-        used: rows of each sequence that are tokens; the others are padding, whose results mean nothing.
-        tree: where its row 0 stands, and the parents of all its rows. first, stop: layers to run, from x [R, H].
+        tree: where its row 0 stands, and the parents of all its rows.
         """
-        config = self.config
-        batch, n = ids.shape
+        n, padded = len(ids), self._pad_ids(ids)
+        table = self.cache.write(self._slot, position, position + n)
+        plan = self._attention.alone(Part(table, position, len(padded), n, tree), self.fixed_rows is not None)
+        return self._layers(padded, plan, n, first=first, stop=stop, x=x, taps=self._taps, kept=self._tapped)
+
+    def _layers(
+        self,
+        ids: torch.Tensor,
+        plan: Plan,
+        used: int,
+        *,
+        first: int = 0,
+        stop: int | None = None,
+        x: torch.Tensor | None = None,
+        taps: tuple[int, ...] = (),
+        kept: Sequence[list[torch.Tensor]] = (),
+    ) -> torch.Tensor:
+        """Hidden states [R, H] of rows with these ids before the final norm; writes their keys and values.
+
+        used: the first rows, which are tokens; the others are padding, whose results mean nothing.
+        first, stop: layers to run, from x [R, H]. taps: layers after which states go into the lists of `kept`.
+        """
+        config, attention = self.config, self._attention
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        rotated, q_width, fold = heads + kv_heads, heads * dim, self.fold
-        streams = heads // fold
-        length = _block_end(max(positions) + n)
-        if len(set(positions)) == 1:  # one span of the cache serves all sequences
-            spans, positions = [(slice(batch), positions[0])], positions[:1]
-        else:
-            spans = [(slice(index, index + 1), position) for index, position in enumerate(positions)]
-        attention = []  # (cache rows that are read, mask, first row that reads so many), shortest first
-        if tree is None:
-            lengths = [length]
-            if self.fixed_rows and used <= self.fixed_rows and len(positions) == 1:
-                lengths = sorted({_block_end(positions[0] + i) for i in (1, used)})
-            for length in lengths:
-                attention.append((length, self._mask(positions, n, length), max(0, length - KV_BLOCK - positions[0])))
-            cos, sin = (self._rows(table, positions, n) for table in (self.cos, self.sin))  # [1 or B, n, 1, D]
-        else:
-            mask, stands = self._tree(*tree, positions[0], n, length)
-            attention.append((length, mask, 0))
-            cos, sin = (table[None, stands] for table in (self.cos, self.sin))
+        rotated, q_width, rows = heads + kv_heads, heads * dim, len(ids)
+        cos, sin = self.cos[plan.stands], self.sin[plan.stands]  # [R, 1, D]
         eps, shape, half = config.rms_norm_eps, (config.hidden_size,), dim // 2
 
         if x is None:
-            x = self.embedding[ids.flatten()].to(self.dtype)  # [B R, H]
-        if self._taps:
-            self._keep_states(first, x, batch, used)
+            x = self.embedding[ids].to(self.dtype)  # [R, H]
+        for layers, states in zip(taps, kept, strict=True):
+            if layers == first:
+                states.append(x[:used])
         for count, layer in enumerate(self.layers[first:stop], first + 1):
             qkv = layer.qkv(F.rms_norm(x, shape, layer.attention_norm, eps))
-            qk = qkv[:, : rotated * dim].view(batch, n, rotated, dim)
+            qk = qkv[:, : rotated * dim].view(rows, rotated, dim)
             swapped = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
             torch.addcmul(qk * cos, swapped, sin, out=qk)
-            new = qkv[:, q_width:].view(batch, n, 2 * kv_heads, dim)
-            for sequences, start in spans:
-                layer.kv[sequences, start : start + n] = new[sequences]
-            queries = qkv[:, :q_width].view(batch, n, streams, fold, dim).transpose(1, 2)
-            folded = queries.reshape(batch, streams, n * fold, dim)
-            attended: torch.Tensor | None = None
-            for length, mask, row in attention:
-                cached = layer.kv[:batch, :length].transpose(1, 2)
-                result = F.scaled_dot_product_attention(
-                    folded,
-                    cached[:, :kv_heads],
-                    cached[:, kv_heads:],
-                    attn_mask=mask,
-                    enable_gqa=streams != kv_heads,
-                )
-                if attended is None:
-                    attended = result
-                else:
-                    attended[:, :, row * fold :] = result[:, :, row * fold :]
-            assert attended is not None  # something is always read
-            x = x + layer.output(attended.view(queries.shape).transpose(1, 2).reshape(batch * n, q_width))
+            attention.write(layer.kv, qkv[:, q_width:].view(rows, 2 * kv_heads, dim), plan)
+            x = x + layer.output(attention.attend(layer.kv, qkv[:, :q_width], plan))
             gate, up = layer.gate_up(F.rms_norm(x, shape, layer.mlp_norm, eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
-            if self._taps:
-                self._keep_states(count, x, batch, used)
+            for layers, states in zip(taps, kept, strict=True):
+                if layers == count:
+                    states.append(x[:used])
         return x
-
-    def _keep_states(self, count: int, x: torch.Tensor, batch: int, used: int) -> None:
-        """Keep the states after `count` layers, where they were asked for; rows that are padding are left out."""
-        for layers, pieces in zip(self._taps, self._tapped, strict=True):
-            if layers == count:
-                pieces.append(x.view(batch, -1, x.shape[1])[:, :used].flatten(0, 1))
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         self._scored = F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
         return self.lm_head(self._scored)
-
-
-def _block_end(rows: int) -> int:
-    """Rows of the KV cache that are read to see so many: whole blocks."""
-    return -(-rows // KV_BLOCK) * KV_BLOCK

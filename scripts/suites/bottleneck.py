@@ -58,7 +58,7 @@ class Bottleneck:
         if self.options.context > longest:
             raise UserError(f"--context {self.options.context} is more than {longest}: lower it or raise --max-seq-len")
         model = self.bench.target.model
-        model.kv.fill_(0.01)  # memory that was never written is read faster than any other
+        model.cache.fill(0.01)  # memory that was never written is read faster than any other
         self.computed_rows = model.fixed_rows or 1
 
     # -------------------------------------------------------------------------------------------------- measuring
@@ -131,7 +131,7 @@ class Bottleneck:
         forward = seconds[f"{FORWARD} 1"]
         config, positions = model.config, self.options.context + self.computed_rows
         kv_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions
-        reading_s = (model.weight_bytes + kv_values * model.kv.element_size()) / self.machine["read_bytes_s"]
+        reading_s = (model.weight_bytes + kv_values * model.dtype.itemsize) / self.machine["read_bytes_s"]
         arithmetic_s = parts.matmul_flops(model, self.computed_rows) / self.machine["flops"]
         rest_s = max(forward - seconds[MATMULS] - seconds[ATTENTION], 0.0)
         return {

@@ -40,11 +40,11 @@ def bare_attention(model: TorchLlama, rows: int, context: int) -> Callable[[], o
 
     def run() -> float:
         for layer in model.layers:
-            cached = layer.kv[:1, :length].view(1, length, 2, kv_heads, dim)
+            cached = layer.kv[None, :, :length]  # [1, 2 KV, S, D]
             out = F.scaled_dot_product_attention(
                 queries,
-                cached[:, :, 0].transpose(1, 2),
-                cached[:, :, 1].transpose(1, 2),
+                cached[:, :kv_heads],
+                cached[:, kv_heads:],
                 attn_mask=mask,
                 enable_gqa=streams != kv_heads,
             )

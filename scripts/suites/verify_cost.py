@@ -143,7 +143,7 @@ class VerifyCost:
             max_seq_len=max(options.contexts) + MAX_ROWS,
             typical_rows=options.fixed_rows,
         )
-        model.kv.fill_(0.01)  # memory that was never written is read faster than any other
+        model.cache.fill(0.01)  # memory that was never written is read faster than any other
         load_s = time.perf_counter() - began
         forwards = own_forwards(model, options.rows, options.contexts, options.fixed_rows)
         if opened and not options.no_hf:
@@ -154,7 +154,7 @@ class VerifyCost:
             "random_weights": opened is None,
             "parameters": config.parameter_count,
             "weight_bytes": model.weight_bytes,
-            "kv_bytes_per_position": position * model.kv.element_size(),
+            "kv_bytes_per_position": position * model.dtype.itemsize,
             "load_s": load_s,
             "seconds": seconds,
         }

@@ -40,6 +40,7 @@ class CostModel:
         self._forwards: dict[int, dict[int, float]] = {}  # seconds by context, then rows
         self._curves: dict[int, list[tuple[int, float]]] = {}  # by context: rows, seconds; made anew when it changes
         self._context = 0  # measured last
+        self._stale: set[tuple[str, Which]] = set()  # what the next measurement replaces
 
     def add(self, what: str, which: Which, seconds: float, context: int = 0) -> None:
         """One measurement: ("verify", rows of all sequences in the forward) at so many tokens of context, of all their
@@ -51,6 +52,9 @@ class CostModel:
         kind = f"{what} {self._context}" if what == "verify" else what
         if (times := self._times.get((kind, which))) is None:
             times = self._times[kind, which] = deque(maxlen=self.KEPT)
+        if self._stale and (kind, which) in self._stale:
+            self._stale.discard((kind, which))
+            times.clear()
         times.append(seconds)
         median = statistics.median(times)
         if what == "verify" and isinstance(which, int):
@@ -60,6 +64,10 @@ class CostModel:
         self._medians.setdefault(what, {})[which] = median
         if what == "draft":
             self._lines.clear()
+
+    def doubt(self, rows: int, context: int = 0) -> None:
+        """What is known of a forward of so many rows is old: the next measurement replaces it."""
+        self._stale.add((f"verify {self._level(context)}", self._computed_rows(rows)))
 
     def measure(self, target: SequenceModel, rows: Iterable[int], *, greedy: bool = True, repeats: int = 5) -> None:
         """Time forwards of the target by number of rows, in turn, so that a busy moment hits all of them alike.
@@ -139,10 +147,10 @@ class CostModel:
     def verify_s(self, rows: int, context: int = 0) -> float:
         """A target forward of so many rows: measured, or between the nearest measured; 0 if nothing is known."""
         rows, level = self._computed_rows(rows), self._level(context)
-        if level not in self._curves:
-            self._curves[level] = self._curve(level)
+        if (curve := self._curves.get(level)) is None:
+            curve = self._curves[level] = self._curve(level)
         above = None
-        for known, seconds in self._curves[level]:  # from many rows to few
+        for known, seconds in curve:  # from many rows to few
             if known <= rows:
                 if known == rows or above is None:
                     return seconds
@@ -152,7 +160,7 @@ class CostModel:
 
     def _level(self, context: int) -> int:
         """Doublings above CONTEXT."""
-        return (context // self.CONTEXT).bit_length()
+        return (context // self.CONTEXT).bit_length() if context >= self.CONTEXT else 0
 
     def _curve(self, level: int) -> list[tuple[int, float]]:
         """(rows, seconds) from many rows to few at a context. What was measured at others only is scaled by what was

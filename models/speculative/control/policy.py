@@ -110,6 +110,8 @@ class AutoDraftLength:
     - While plain decoding is best, a short draft is tried now and then: each plain round saves up PROBE_SHARE of its
       time, and a probe waits until its own time is saved, the reading included. One that fails makes the next wait
       twice as long.
+    - While several texts draft in every step, nothing is learnt about plain ones, and a machine changes: now and then,
+      seldom where drafting gains much, all decode plainly for REFRESHED steps.
 
     It is itself a policy, that of the text begun last.
 
@@ -123,6 +125,8 @@ class AutoDraftLength:
     PRIOR = 0.6  # chance of acceptance before anything is known
     RUN_DECAY = 0.99
     LONGEST_WAIT = 8
+    REFRESH, REFRESHED = 32, 2  # joint steps
+    MUCH = 1.3  # a gain that need not be looked at so often
 
     def __init__(self, lengths: Iterable[int] = range(7), costs: CostModel | None = None) -> None:
         self.lengths = sorted({0, *lengths})
@@ -135,6 +139,7 @@ class AutoDraftLength:
         self._run: dict[str, Acceptance] = {}  # by source, of all texts
         self._nodes: dict[str, float] = {}  # by source of trees: tokens that one has, on average
         self._together: dict[str, int] = {}  # by source: sequences that it drafted for at once last, among several
+        self._since_plain = self._refreshing = 0  # joint steps: since a plain one, and still to be plain
         self._seen = (0.0, 0.0)  # seconds of the joint verification and drafting that were noted last
         self.latest = AutoPolicy(self, 0, 0)
 
@@ -214,7 +219,7 @@ class AutoDraftLength:
     def draft_s(self, source: str, k: float, sequences: int = 1) -> float:
         """One sequence's share of drafting k tokens. Until it is known whether a source drafts for several at once, it
         is taken to: that shows with the first draft."""
-        together = min(self._together.get(source, sequences), sequences)
+        together = 1 if sequences == 1 else min(self._together.get(source, sequences), sequences)
         if together <= 1:
             return self.costs.draft_s(source, k)
         return self.costs.draft_s(source, k, together) / together
@@ -227,6 +232,9 @@ class AutoDraftLength:
                 self.costs.add("verify", round.drafted + 1, round.verify_s, context)
             return round.verify_s
         seen = self._seen
+        if joint.verify_s != seen[0]:
+            self._since_plain = 0 if joint.rows == joint.sequences else self._since_plain + 1
+            self._refreshing = max(0, self._refreshing - 1)
         if joint.prompt_rows == 0 and joint.verify_s != seen[0]:  # once for all that shared it
             self.costs.add("verify", joint.rows, joint.verify_s, joint.context)
         if round.drafted and joint.sequences > 1:
@@ -235,6 +243,14 @@ class AutoDraftLength:
                 self.costs.add("draft", (round.source, joint.draft_steps, joint.drafting), joint.draft_s)
         self._seen = joint.verify_s, joint.draft_s
         return joint.verify_s / joint.sequences
+
+    def plain_due(self, gain: float, sequences: int, context: int) -> bool:
+        """Whether it is time that several texts that draft, at this expected gain, decode plainly."""
+        often = self.REFRESH * (4 if gain > self.MUCH else 1)
+        if not self._refreshing and self._since_plain >= often:
+            self._refreshing, self._since_plain = self.REFRESHED, 0
+            self.costs.doubt(sequences, context)
+        return self._refreshing > 0
 
     def add_nodes(self, source: str, drafted: int) -> None:
         """A tree had so many tokens."""
@@ -285,6 +301,9 @@ class AutoPolicy:
             k = self._probe(source)
         elif source in self.run.trust:
             k = self.run.lengths[-1]
+        n = self._sequences
+        if k and n > 1 and outlook.plain and self.run.plain_due(outlook.best / outlook.plain, n, self._context):
+            k = 0
         self._asked = k
         return k
 

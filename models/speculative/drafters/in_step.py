@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models.speculative.drafters import Budget, Draft, Limit, PerSequence, SequenceDrafter
-from models.speculative.model import LOGITS, LanguageModel, Rows
+from models.speculative.model import IDS, LOGITS, LanguageModel, Rows
 from models.speculative.sequence import Sequence
 
 
@@ -27,6 +27,7 @@ class Reads(Enum):
 
     LOGITS = "logits"  # [n, V], of a chain those of the last row alone
     BEST = "best"  # (1.0, the place of the last row's greatest logit)
+    ID = "id"  # (1.0, the target's id for it): no more than that leaves the device
     LIKELIEST = "likeliest"  # (probability, place) of the last row's likeliest token; NaN where logits are not finite
     NOTHING = "nothing"  # as LIKELIEST, but the rows are any number of a text that is read before it is drafted for
 
@@ -216,6 +217,10 @@ class InStep(PerSequence):
         """What is read of each slot's rows. If the forward fails, each is computed by itself."""
         rows = [Rows(slot, ask.tokens, ask.position, ask.parents, ask.parents is None) for slot, ask in asks]
         try:
+            if all(ask.reads is Reads.ID for _, ask in asks):
+                return [(1.0, ids[-1]) for ids in self._model.extend(rows, IDS).ids()]
+            if any(ask.reads is Reads.ID for _, ask in asks):  # beside others that need logits
+                return self._apart(asks)
             step = self._model.extend(rows, LOGITS)
             logits = [step.logits(i) for i in range(len(rows))]
             found: dict[int, Answer] = {i: logits[i] for i, (_, ask) in enumerate(asks) if ask.reads is Reads.LOGITS}
@@ -229,3 +234,11 @@ class InStep(PerSequence):
             if len(asks) == 1:
                 return [error]
             return [answer for ask in asks for answer in self._computed([ask])]
+
+    def _apart(self, asks: list[tuple[int, Ask]]) -> list[Answer | Exception]:
+        """Ids by one forward, all else by another."""
+        found: dict[int, Answer | Exception] = {}
+        for of_ids in (True, False):
+            mine = [i for i, (_, ask) in enumerate(asks) if (ask.reads is Reads.ID) == of_ids]
+            found.update(zip(mine, self._computed([asks[i] for i in mine]), strict=True))
+        return [found[i] for i in range(len(asks))]

@@ -140,7 +140,9 @@ class ModelDrafter:
         drawn_from: list[torch.Tensor] = []
         path_probs: list[float] = []  # likeliest token of each distribution, and those before
         greedy, priced = self.sampling.greedy, self._confident and limit.priced
-        reads = Reads.LOGITS if not greedy else Reads.LIKELIEST if priced else Reads.BEST
+        reads = Reads.LOGITS
+        if greedy:
+            reads = Reads.LIKELIEST if priced else Reads.BEST if self._confident else Reads.ID
         looked = 0  # tokens fed after `tokens`
         while len(drafted) < k:
             if priced and drafted and not limit.pays(self.source, path_probs[-1], 1, len(drafted) + 2):
@@ -162,7 +164,7 @@ class ModelDrafter:
                 if drafted and not limit.pays(self.source, path_probs[-1], 0, len(drafted) + 2):
                     break
             if greedy:
-                token = self._id(token)
+                token = token if reads is Reads.ID else self._id(token)
             else:
                 drawn_from.append(probs)
                 token = sample(probs[0], self._generator)
@@ -175,6 +177,8 @@ class ModelDrafter:
 
     def _answer(self, ask: Ask) -> Answer:
         """Compute what is asked for in the sequence's own slot."""
+        if ask.reads is Reads.ID:
+            return 1.0, self.model.greedy(ask.tokens, ask.position)[-1]
         return answer_of(self._last_logits(list(ask.tokens), ask.position), ask.reads)
 
     def _last_logits(self, tokens: list[int], position: int) -> torch.Tensor:

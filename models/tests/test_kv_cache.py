@@ -1,0 +1,128 @@
+"""The paged cache: pages, what is shared, what is full, and that memory stays what it is said to be."""
+
+import random
+
+import pytest
+import torch
+
+from models.errors import UserError
+from models.speculative.model import LOGITS, Paged, Rows
+from models.tests.llama_fixtures import random_tensors, tiny_config
+from models.torch_llama.kv_cache import KV_BLOCK
+from models.torch_llama.model import TorchLlama
+
+CONFIG = tiny_config(num_hidden_layers=2, max_position_embeddings=1024)
+TENSORS = random_tensors(CONFIG, 0)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def build(**options) -> TorchLlama:
+    return TorchLlama(CONFIG, TENSORS, **{"dtype": "fp32", "max_seq_len": 700, "slots": 3, **options})
+
+
+def ids(count: int, seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(CONFIG.vocab_size) for _ in range(count)]
+
+
+def read(model: TorchLlama, slot: int, tokens: list[int], positions: int) -> tuple[int, torch.Tensor]:
+    """(how many tokens were there already, logits after the last one)"""
+    held = model.reserve(slot, tokens, positions)
+    assert held is not None
+    return held, model.extend([Rows(slot, tokens[held:], held, last=True)], LOGITS).logits(0)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "fp32"}, {"dtype": "bf16", "fixed_rows": 7}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_shared_beginning_has_the_bits_of_one_read_anew(options, ended):
+    """Of a sequence that is under way, or has ended, whatever follows and wherever it ends."""
+    model, alone = build(**options), build(**options)
+    assert isinstance(model, Paged)
+    if not model.rows_alike:
+        pytest.skip("on this machine rows depend on their number: only whole chunks are shared")
+    first = ids(600, 1)
+    assert read(model, 0, first, 650)[0] == 0
+    if ended:
+        model.free(0)
+    for slot, length, common in ((1, 300, 290), (2, 560, 131), (1, 256, 256)):
+        text = first[:common] + ids(length - common, length)
+        held, logits = read(model, slot, text, 690)
+        assert held == min(common, length - 1) // KV_BLOCK * KV_BLOCK > 0
+        assert torch.equal(logits, read(alone, 0, text, 690)[1])
+        alone.cache._found.clear()
+        for i in range(3):
+            rows = [Rows(slot, [i], length + i)]
+            assert torch.equal(
+                model.extend(rows, LOGITS).logits(0), alone.extend([Rows(0, [i], length + i)], LOGITS).logits(0)
+            )
+
+
+def test_nobody_writes_into_what_others_share():
+    model = build()
+    text = ids(400, 2)
+    read(model, 0, text, 500)
+    read(model, 1, text, 500)
+    before = model.slot(0).kv[:, :, :400].clone()
+    model.extend([Rows(1, ids(20, 3), 130)], LOGITS)  # goes back behind the shared beginning
+    assert torch.equal(model.slot(0).kv[:, :, :400], before)
+    expected = build()
+    expected.prefill(text[:130])
+    expected.forward(ids(20, 3), 130)
+    assert (model.slot(1).forward([7], 150) - expected.forward([7], 150)).abs().max() < 1e-4
+
+
+def test_a_pool_that_is_full_says_so():
+    model = build(pool=512)
+    assert model.limits.pool == 512
+    assert model.reserve(0, ids(10, 1), 300) == 0
+    assert model.reserve(1, ids(10, 2), 300) is None
+    model.free(0)
+    assert model.reserve(1, ids(10, 2), 300) == 0
+    with pytest.raises(UserError, match="513 positions exceeds the pool of 512"):
+        model.reserve(2, (), 513)
+    with pytest.raises(UserError, match="is full"):
+        model.slot(2).prefill(ids(600, 4))
+
+
+def test_a_thousand_sequences_enter_and_leave_at_constant_memory():
+    model = build(pool=1024)
+    draw = random.Random(5)
+    prompts = [ids(200, seed) for seed in range(20)]
+    for _ in range(1000):
+        slot, prompt = draw.randrange(3), draw.choice(prompts)[: draw.randrange(1, 200)]
+        held = model.reserve(slot, prompt, len(prompt) + draw.randrange(60))
+        if held is None:
+            model.free(slot)
+            continue
+        model.extend([Rows(slot, prompt[held:], held, last=True)])
+        usage = model.cache.usage
+        assert usage.live <= usage.held <= usage.capacity
+        if draw.random() < 0.5:
+            model.free(slot)
+    for slot in range(3):
+        model.free(slot)
+    assert model.cache.usage.live == 0
+    assert model.cache.idle == len(model.cache._owners) * KV_BLOCK
+
+
+def test_many_sequences_in_one_forward_equal_each_alone():
+    """One row here, seven there, a prompt beside them, and a tree."""
+    model, alone = build(slots=5), build(slots=1)
+    texts = [ids(length, length) for length in (20, 126, 250, 40)]
+    for slot, text in enumerate(texts):
+        model.slot(slot).prefill(text)
+    rows = [
+        Rows(0, ids(1, 1), 20),
+        Rows(1, ids(7, 2), 126),
+        Rows(2, ids(4, 3), 250, [-1, 0, 0, 1]),
+        Rows(3, ids(1, 4), 40),
+        Rows(4, ids(600, 5), 0, last=True),
+    ]
+    step = model.extend(rows, LOGITS)
+    for i, each in enumerate(rows):
+        if i < 4:
+            alone.prefill(texts[i])
+        expected = alone.extend([each._replace(slot=0)], LOGITS).logits(0)
+        assert (step.logits(i) - expected).abs().max() < 1e-4
+        assert step.ids()[i] == expected.argmax(-1).tolist()
