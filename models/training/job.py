@@ -18,11 +18,12 @@ from models.fetch import PACKAGED
 from models.llama.config import LlamaConfig
 from models.llama.head_config import HeadConfig, default_taps
 from models.loading import OpenedModel, open_model
-from models.options import describe_source, named_target
+from models.options import describe_source, named_head, named_target
 from models.torch_llama.model import TorchLlama
 from models.training.answers import AnswerOptions, Stopwatch
 from models.training.checkpoint import CardFacts, check_writable, save_head
 from models.training.evaluate import Evaluation
+from models.training.start import FirstHead, first_head, open_first_head
 from models.training.trainer import Progress, Trainer, TrainingOptions
 from models.training.workdir import DataOptions, WorkDirectory
 from models.user_cache import user_cache
@@ -43,6 +44,8 @@ class JobOptions:
         batch: answers side by side. draft_vocab: ids that the head can draft, None for all. taps: None for the usual.
         part: (i, n): answer only each n-th prompt from the i-th on, then stop.
         disk_gb: of answers, at most.
+        init_head: a head that training begins with, its weights and its draft vocabulary: a directory, a hub id or a
+            name.
     """
 
     target: str
@@ -58,6 +61,7 @@ class JobOptions:
     taps: tuple[int, ...] | None = None
     part: tuple[int, int] | None = None
     disk_gb: float = 20.0
+    init_head: str | None = None
     prompts: Path | None = None
     prompt_count: int = 20000
     max_prompt: int = 190
@@ -118,9 +122,12 @@ def train_head(options: JobOptions, watcher: Watcher) -> Evaluation | None:
     check_device(options.device)
     target = open_model(named_target(options.target))
     config = target.checkpoint.config
-    taps = options.taps or default_taps(config.num_hidden_layers)
+    source = named_head(options.init_head) if options.init_head else None
+    opened = open_first_head(source, config, options.taps) if source else None
+    taps = opened.config.taps if opened else options.taps or default_taps(config.num_hidden_layers)
     head = head_config(config, taps, options.draft_vocab)
     head.check_target(config)
+    first = first_head(source, opened, head) if source and opened else None
     check_writable(options.out)
     work = WorkDirectory(
         options.work or default_work(options.target),
@@ -135,12 +142,12 @@ def train_head(options: JobOptions, watcher: Watcher) -> Evaluation | None:
     answer(work, options, watcher)
     if options.part:
         return None
-    trainer = make_trainer(work, head, options)
+    trainer = make_trainer(work, head, options, first)
     trainer.run(_reporter(trainer, watcher))
     logger.info(f"looking at {len(trainer.held_out)} held-out answers")
     result = trainer.look(trainer.held_out)
     trainer.save()
-    facts = card_facts(work, trainer, options)
+    facts = card_facts(work, trainer, options, first)
     save_head(options.out, head, trainer.head.weights, trainer.vocabulary, result, facts)
     (work.path / "curve.json").write_text(json.dumps(trainer.progress.curve, indent=1))
     return result
@@ -188,8 +195,8 @@ def load_batched(target: OpenedModel, options: JobOptions, room: int) -> TorchLl
         ) from None
 
 
-def make_trainer(work: WorkDirectory, head: HeadConfig, options: JobOptions) -> Trainer:
-    """The trainer of a work directory, at the state where it was left."""
+def make_trainer(work: WorkDirectory, head: HeadConfig, options: JobOptions, first: FirstHead | None = None) -> Trainer:
+    """The trainer of a work directory, at the state where it was left; first: what it begins with, None: anew."""
     store = work.answers()
     seconds = None
     if options.steps is None:
@@ -203,7 +210,9 @@ def make_trainer(work: WorkDirectory, head: HeadConfig, options: JobOptions) -> 
     teacher = embedding if config.tie_word_embeddings else checkpoint["lm_head.weight"].to(device, compute)
     norm = checkpoint["model.norm.weight"]
     state = work.path / "head.state"
-    return Trainer(head, training, store, state, teacher=teacher, norm=norm, embedding=embedding, compute=compute)
+    return Trainer(
+        head, training, store, state, teacher=teacher, norm=norm, embedding=embedding, compute=compute, first=first
+    )
 
 
 def _reporter(trainer: Trainer, watcher: Watcher):
@@ -217,7 +226,7 @@ def _reporter(trainer: Trainer, watcher: Watcher):
     return report
 
 
-def card_facts(work: WorkDirectory, trainer: Trainer, options: JobOptions) -> CardFacts:
+def card_facts(work: WorkDirectory, trainer: Trainer, options: JobOptions, first: FirstHead | None = None) -> CardFacts:
     """What the model card says of the data and the training."""
     store, progress, about = trainer.store, trainer.progress, work.options
     licence, base = LICENCES.get(options.target, ("other", describe_source(options.target)))
@@ -243,6 +252,7 @@ def card_facts(work: WorkDirectory, trainer: Trainer, options: JobOptions) -> Ca
         greedy=f"{100 * greedy:.0f} %",
         temperature=about.answers.temperature,
         answer_minutes=work.answering_time("busy" if on_cpu else "seconds") / 60,
+        begun=f"the weights of {first.name} (digest {first.digest})" if first else "noise, lm_head of the target",
         steps=progress.step,
         epochs=trainer.order.epoch(progress.step),
         rows=progress.rows,
