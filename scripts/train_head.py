@@ -37,7 +37,11 @@ def command(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, help="where the head's checkpoint is written")
     add("--work-dir", type=Path, help="state and answers (default: in the user's cache, by the target's name)")
     add("--hours", type=float, help="time of all stages and all runs together (default 1, without --steps)")
-    add("--answer-hours", type=float, help="of it for answers (default: a third)")
+    add(
+        "--answer-hours",
+        type=float,
+        help="of it for answers (default: a third; with --steps alone: until all are written)",
+    )
     add("--steps", type=int, help="training steps, instead of as many as there is time for")
     add("--prompts", type=Path, help="a file of prompts, as for the demo: texts between lines of ---, or JSON")
     add("--prompt-count", type=int, default=20000, help="prompts at most (default %(default)s)")

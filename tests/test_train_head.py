@@ -136,6 +136,13 @@ def test_a_head_is_trained_on_with_other_answers_and_keeps_its_draft_vocabulary(
     assert "begun with | noise" in (first / "README.md").read_text()
 
 
+def test_time_for_answers_ends_them_with_steps_too(script, random_llama, tmp_path):
+    assert script.command(arguments(random_llama, tmp_path, "--part", "1/9", "--answer-hours", "0.1")) == 0
+    assert len(AnswerStore(tmp_path / "work")) == 5  # the part's all
+    assert script.command(arguments(random_llama, tmp_path, "--answer-hours", "0")) == 0
+    assert len(AnswerStore(tmp_path / "work")) == 5 and (tmp_path / "head" / "README.md").exists()
+
+
 def test_training_on_the_embedded_target_improves_on_an_untrained_head(tmp_path):
     """Tokens per verify at K = 4, held out, after a few steps on a few answers: by at least 0.2, from next to 1."""
     options = JobOptions(

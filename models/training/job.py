@@ -38,7 +38,8 @@ class JobOptions:
     Args:
         target: a checkpoint directory, a hub id, a GGUF file, or a name. out: where the checkpoint is written.
         work: the work directory; None: one in the user's cache, named after the target.
-        hours: of all runs on the work directory together. answer_hours: of it for answers; None: a third.
+        hours: of all runs on the work directory together. answer_hours: of it for answers; None: a third, or with steps
+            alone until all prompts are answered.
         steps: of training, instead of as many as there is time for.
         device, dtype: of the target; the head is trained on the same device.
         batch: answers side by side. draft_vocab: ids that the head can draft, None for all. taps: None for the usual.
@@ -161,10 +162,10 @@ def default_work(target: str) -> Path:
 def answer(work: WorkDirectory, options: JobOptions, watcher: Watcher) -> None:
     """The answers that are missing, within the time for them."""
     part = options.part or (0, 1)
-    limit = None
-    if options.hours is not None:
-        share = options.hours if options.part else options.hours / 3
-        hours = share if options.answer_hours is None else options.answer_hours
+    hours, limit = options.answer_hours, None
+    if hours is None and options.hours is not None:
+        hours = options.hours if options.part else options.hours / 3
+    if hours is not None:
         limit = 3600 * hours - work.answering_seconds(*part)
         if limit <= 0:
             return
