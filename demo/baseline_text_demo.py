@@ -2,7 +2,11 @@
 
 import sys
 
-from demo.harness import main
+from models.cli import interrupts
+
+interrupts.leave_at_once()  # before the imports below, which take a tenth of a second
+
+from demo.harness import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(mode="baseline"))

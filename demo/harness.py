@@ -5,6 +5,7 @@ warm-up and is not counted. Then, prompt by prompt, both paths run one after the
 whatever else the machine does hits both alike.
 """
 
+import contextlib
 import dataclasses
 import gc
 import sys
@@ -13,13 +14,18 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from demo.default import everyday_target
 from demo.settings import Settings, parse_settings
-from models.cli.command import BROKEN_PIPE, INTERRUPTED, discard_stdout, run_command
+from models.cli import interrupts
+from models.cli.command import BROKEN_PIPE, INTERRUPTED, USER_ERROR, discard_stdout, run_command
+from models.cli.default import everyday_target
 from models.cli.prompts import named_prompts
+from models.errors import UserError
 
 if TYPE_CHECKING:
+    from demo.results import RunResults
     from demo.session import Session
+
+LAST_CHANCE = 2  # signals that the final report does not end for
 
 
 def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:
@@ -53,6 +59,7 @@ def _demo(argv: Sequence[str] | None, mode: str | None) -> int:
 
 
 def _run(session: "Session", start: float) -> int:
+    """Run everything, then save and show what there is, whatever ended it."""
     from demo.display import make_display
     from demo.report import build_results
 
@@ -61,46 +68,68 @@ def _run(session: "Session", start: float) -> int:
     gc.collect()
     gc.freeze()
     display = make_display(settings, session)
-    code = 0
-    try:
-        with display:
-            session.run(display)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-        display.interrupted(session.under_way[-1] if session.under_way else None)
-    except BrokenPipeError:
-        code = BROKEN_PIPE
-        discard_stdout()
-    finally:
-        gc.unfreeze()
-    shown = session.first_token_at
-    results = build_results(
-        session,
-        interrupted=code != 0,
-        total_s=time.perf_counter() - start,
-        first_token_s=None if shown is None else shown - start,
-    )
-    if settings.json:
-        from models.cli.environment import write_json
-
-        write_json(settings.json, dataclasses.asdict(results))
-    if settings.html:
-        from demo.html_report import write_html
-
-        write_html(settings.html, session, results)
-    if code != BROKEN_PIPE:
-        display.summary(results)
-        sys.stdout.flush()
+    code, failure = 0, None
+    with interrupts.held(LAST_CHANCE):
+        try:
+            with display, interrupts.held(1):  # one is looked for between tokens, a second one does not wait
+                session.run(display)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            with contextlib.suppress(OSError):
+                display.interrupted(session.under_way[-1] if session.under_way else None)
+        except BrokenPipeError:
+            code = BROKEN_PIPE
+            discard_stdout()
+        except Exception as error:  # a prompt that fails, a full disk under stdout: what was written before stays
+            code, failure = USER_ERROR, error
+        finally:
+            gc.unfreeze()
+        shown = session.first_token_at
+        results = build_results(
+            session,
+            interrupted=code != 0,
+            total_s=time.perf_counter() - start,
+            first_token_s=None if shown is None else shown - start,
+        )
+        failures = [failure, *_save(session, results)]
+        if code != BROKEN_PIPE:
+            try:
+                display.summary(results)
+                sys.stdout.flush()
+            except OSError as error:
+                discard_stdout()
+                failures.append(error)
+        for error in filter(None, failures):
+            raise error
     return code
+
+
+def _save(session: "Session", results: "RunResults") -> list[Exception]:
+    """Write the files that were asked for; the errors of those that cannot be written."""
+    from demo.html_report import write_html
+    from models.cli.environment import write_json
+
+    settings, errors = session.settings, []
+    writers = {
+        settings.json: lambda name: write_json(name, dataclasses.asdict(results)),
+        settings.html: lambda name: write_html(name, session, results),
+    }
+    for name, write in writers.items():
+        if name:
+            try:
+                write(name)
+            except (UserError, OSError) as error:
+                errors.append(error)
+    return errors
 
 
 def _check_early(settings: Settings) -> None:
     """Whatever can be found wrong without loading a model."""
-    from models.cli.environment import check_writable
+    from models.cli.environment import check_outputs
     from models.device import check_device
 
-    if settings.json:
-        check_writable(settings.json)
-    if settings.html:
-        check_writable(settings.html, "--html")
+    check_outputs(
+        {"--json": settings.json, "--html": settings.html},
+        {"--prompts": settings.prompts, "--target": settings.target, "--draft": settings.draft},
+    )
     check_device(settings.device)

@@ -100,7 +100,8 @@ def _cards(results: RunResults) -> list[Card]:
     if results.speedup is not None:
         median = results.speedup_median
         detail = "" if median is None else f"median over prompts {median:.2f}x"
-        cards.append(Card("speed-up", f"{results.speedup:.2f}x", detail))
+        forced = ", forced" if results.settings.get("force_acceptance") is not None else ""
+        cards.append(Card(f"speed-up{forced}", f"{results.speedup:.2f}x", detail))
     cards.append(Card("tokens/s per user", arrow(total.tok_s_user for total in totals), order))
     cards.append(Card("time to first token", arrow((total.ttft_ms for total in totals), " ms"), order))
     spec = results.speculative

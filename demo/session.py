@@ -11,6 +11,7 @@ from loguru import logger
 from demo.runs import Row, Run, Viewer
 from demo.settings import Settings
 from models.boards import SILICON, medium
+from models.cli import interrupts
 from models.cli.console import loading_bar, show_memory
 from models.cli.prompts import default_prompts, encode_prompts, is_instruct
 from models.llama.tokenizer import LlamaTokenizer
@@ -117,6 +118,7 @@ class Session:
         self._run_paths(viewer, {path: Run(path, self.prompts[0], counted=False) for path in paths}, paths)
         warm_lengths = {len(self.prompts[0].ids)}
         for prompt in self.prompts:
+            interrupts.check()
             if not self.board and len(prompt.ids) not in warm_lengths:
                 # The first prefill of a new length prepares kernels for it; that belongs to neither path. A board has
                 # seen all lengths while it warmed up.
@@ -170,6 +172,7 @@ class Session:
                 viewer.token(run)
                 if self.first_token_at is None and run.counted:
                     self.first_token_at = time.perf_counter()
+                interrupts.check()
 
     def top_two_margin(self, ids: list[int]) -> float:
         """How far the target's best next token is ahead of its second after `ids`, in logits."""

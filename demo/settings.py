@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from demo.default import CHAT_MODEL, CHAT_TOKENS, TOKENS, is_open
 from models.cli.arguments import (
     EPILOG,
     add_drafting_arguments,
@@ -16,6 +15,7 @@ from models.cli.arguments import (
     add_sampling_arguments,
 )
 from models.cli.command import Parser
+from models.cli.default import CHAT_MODEL, CHAT_TOKENS, TOKENS, is_open
 from models.cli.settings import RunSettings, settings_of
 
 MODES = ("compare", "speculative", "baseline")

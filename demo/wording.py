@@ -101,7 +101,7 @@ def drafter_name(session: Session) -> str:
     if settings.spec is None:
         return NONE
     layer = session.exit_layer or "(to be chosen)"
-    name = settings.spec.label.format(tree_nodes=settings.tree_nodes, exit_layer=layer)
+    name = settings.spec.label.format(**(settings.drafter_settings | {"exit_layer": layer}))
     return f"{name}s" if name.endswith(" token") and settings.tree_nodes != 1 else name
 
 
@@ -179,7 +179,8 @@ def _speculation_rows(results: RunResults) -> list[Cells]:
         return label, "", _cell(value, form), ""
 
     rates = [f"{rate:.0%}" for rate in spec.acceptance_by_position]
-    rows = [only("acceptance rate", spec.acceptance_rate, "{:.1%}")]
+    forced = ", forced" if settings.get("force_acceptance") is not None else ""
+    rows = [only(f"acceptance rate{forced}", spec.acceptance_rate, "{:.1%}")]
     for start in range(0, len(rates), 4):
         shown = rates[start : start + 4]
         places = f"{start + 1}-{start + len(shown)}" if len(shown) > 1 else f"{start + 1}"
@@ -230,7 +231,8 @@ def closing_lines(results: RunResults) -> list[tuple[str, str]]:
     """What stands under the table (speed-up, identity, memory, time, or why there is none), each with its style."""
     lines = []
     if results.speedup is not None:
-        line = f"speed-up: {results.speedup:.2f}x"
+        forced = " with forced acceptance" if results.settings.get("force_acceptance") is not None else ""
+        line = f"speed-up{forced}: {results.speedup:.2f}x"
         if results.speedup_median is not None:
             line += f" (median over prompts {results.speedup_median:.2f}x)"
         lines.append((line, "bold green" if results.speedup >= 1 else "bold yellow"))

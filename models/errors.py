@@ -1,4 +1,4 @@
-"""The exceptions that stand for a user's mistake."""
+"""The exceptions that stand for a user's mistake, and what counts as text."""
 
 import re
 
@@ -9,7 +9,22 @@ class UserError(Exception):
     """Something the user can put right: one line that names what is wrong, the value, and the remedy.
 
     Command lines print it as ``error: ...`` on stderr and exit with code 2; it never shows a traceback.
+
+    Args:
+        text: the message; what other programs and files add to it may have several lines, which become one.
     """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.splitlines()) if len(text.splitlines()) > 1 else text)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is Unicode text. Half a surrogate pair, from bytes or JSON that hold none, is not."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class NotFinite(UserError):

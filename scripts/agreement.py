@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from models.cli.command import Parser, run_command
 from models.cli.console import Terminal
-from models.cli.environment import check_writable, date, machine, versions, write_json
+from models.cli.environment import check_outputs, date, machine, versions, write_json
 from models.cli.prompts import read_prompt_file
 from models.cli.tables import markdown_table, terminal_table
 from models.errors import UserError
@@ -219,9 +219,9 @@ def command(argv: Sequence[str] | None) -> int:
     if options.positions < 1:
         raise UserError(f"--positions {options.positions}: give a whole number of at least 1")
     precisions = precisions_of(options)
-    if options.json:
-        check_writable(options.json)
     files = [Path(name) for name in options.texts or sorted(TEXTS.glob("*.txt"))]
+    read = {f"file {file}": str(file) for file in files} | {f"--target {name}": name for name in options.target}
+    check_outputs({"--json": options.json}, read)
     measured = measure_cpu if options.device == "cpu" else measure
     results = measured(list(dict.fromkeys(options.target)), precisions, files, options.positions)
     head, rows = table(results["targets"])

@@ -7,6 +7,7 @@
   sweep        fixed draft lengths 0 to 16 beside what the formula says
   verify-cost  what a forward of n rows costs, by context and size of the model
   peers        beside transformers, llama.cpp and OpenVINO on the same weights
+  batch        many texts at once: by their number, and by how many arrive
   bottleneck   what bounds this machine with this pair, and from which acceptance drafting pays
 
 Configurations that are compared take turns prompt by prompt after an uncounted warm-up; medians are shown with the
@@ -21,6 +22,7 @@ import time
 from collections.abc import Sequence
 
 from models.cli.command import INTERRUPTED, Parser, run_command
+from scripts.suites.batch import Batch
 from scripts.suites.bottleneck import Bottleneck
 from scripts.suites.compare import Compare
 from scripts.suites.peers import Peers
@@ -34,6 +36,7 @@ SUITES: dict[str, type[Suite]] = {
     "sweep": Sweep,
     "verify-cost": VerifyCost,
     "peers": Peers,
+    "batch": Batch,
     "bottleneck": Bottleneck,
 }
 

@@ -328,10 +328,10 @@ def command(argv: Sequence[str] | None) -> int:
             check_settings(argparse.Namespace(**vars(options)), size)
     else:
         acceptance = check(options)
-    from models.cli.environment import check_writable, write_json
+    from models.cli.environment import check_outputs, write_json
 
     if options.json:
-        check_writable(options.json)
+        check_outputs({"--json": options.json}, {"--acceptance-from": options.acceptance_from})
     shipped, family, fit = fitted()
     if options.heads:
         return show_heads(options, arguments, shipped, family)

@@ -199,6 +199,25 @@ def expect() -> str:
     return f"{source(results)}\n\n" + markdown_table(head, rows)
 
 
+def batch(name: str = "batch") -> str:
+    """Plain and speculative decoding by number of texts at once."""
+    from scripts.suites.batch import SEQUENCES, sequence_rows
+
+    results = read(name)
+    table = markdown_table(SEQUENCES, sequence_rows(results))
+    forced = "**forced**; " if results["forced"] else ""
+    return f"{source(results)}; {results['repeats']} repetitions; {forced}{results['drafter']}\n\n{table}"
+
+
+def batch_arrivals(name: str = "batch") -> str:
+    """The same for requests that arrive at random."""
+    from scripts.suites.batch import ARRIVALS, arrival_rows
+
+    results = read(name)
+    table = markdown_table(ARRIVALS, arrival_rows(results))
+    return f"{source(results)}; load 1 is {results['plain_requests_s']:.2f} requests a second\n\n{table}"
+
+
 def bottleneck() -> str:
     """What bounds a forward, and from which acceptance drafting pays."""
     results = read("bottleneck")

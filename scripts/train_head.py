@@ -23,9 +23,11 @@ from pathlib import Path
 
 import torch
 
+from models.cli.arguments import shown
 from models.cli.command import Parser, run_command
 from models.cli.console import stage_bars
 from models.errors import UserError
+from models.options import MAX_THREADS
 from models.training.job import JobOptions, train_head
 from models.training.trainer import TrainingOptions
 
@@ -61,8 +63,8 @@ def command(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     if args.threads is not None:
-        if args.threads < 1:
-            raise UserError(f"--threads {args.threads} must be at least 1")
+        if not 1 <= args.threads <= MAX_THREADS:
+            raise UserError(f"--threads {shown(str(args.threads))}: give a whole number from 1 to {MAX_THREADS}")
         torch.set_num_threads(args.threads)
     if args.rows < 1:
         raise UserError(f"--rows {args.rows} must be at least 1")

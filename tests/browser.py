@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -74,6 +75,7 @@ class Browser:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self._requests: list[str] = []
+        self._bodies: list[Any] = []
         try:
             # Both programs are named, so that selenium looks for none, let alone fetches one. The driver is on this
             # machine, where no proxy has to be asked.
@@ -91,15 +93,29 @@ class Browser:
             shutil.rmtree(self._profile, ignore_errors=True)
 
     # -------------------------------------------------------------------------------------------------- looking
-    def open(self, path: Path) -> None:
-        """Load a file; what was noted of the page before is forgotten."""
+    def open(self, page: Path | str) -> None:
+        """Load a file, or an address; what was noted of the page before is forgotten."""
         self._driver.get("about:blank")  # ends the page before, Chromium's own start page included
         self.console(), self.requests()
-        self._requests.clear()
-        self._driver.get(path.resolve().as_uri())
+        self._requests.clear(), self._bodies.clear()
+        self._driver.get(page if isinstance(page, str) else page.resolve().as_uri())
+
+    def reload(self) -> None:
+        """Load the page again."""
+        self._driver.refresh()
+
+    def until(self, condition: str, seconds: float = 20) -> Any:
+        """Wait until an expression in the page is true, and return its value. Raises selenium's TimeoutException."""
+        self._driver.set_script_timeout(seconds)
+        return self._driver.execute_async_script(
+            "const tell = arguments[0], look = () => { const seen = (() => (" + condition + "))();"
+            "seen ? tell(seen) : setTimeout(look, 10); }; look();"
+        )
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What the body of a function returns in the page; ``arguments`` are its own."""
+        """What the body of an async function returns in the page; ``arguments`` are its own."""
+        if "await " in script:
+            script = f"return (async function () {{ {script} }}).apply(null, arguments)"
         return self._driver.execute_script(script, *arguments)
 
     def texts(self, selector: str) -> list[str]:
@@ -121,8 +137,16 @@ class Browser:
         for entry in self._driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
-                self._requests.append(message["params"]["request"]["url"])
+                request = message["params"]["request"]
+                self._requests.append(request["url"])
+                if body := request.get("postData"):
+                    self._bodies.append(json.loads(body))
         return list(self._requests)
+
+    def bodies(self) -> list[Any]:
+        """The JSON that was sent since the page was opened, in order."""
+        self.requests()
+        return list(self._bodies)
 
     def contrasts(self) -> dict[str, float]:
         """Contrast of text with what is behind it, by tag and class (WCAG: 4.5 and more is readable)."""
@@ -138,11 +162,32 @@ class Browser:
         return {"clip": {"x": 0, "y": 0, "width": size[0], "height": size[1], "scale": 1}}
 
     # ---------------------------------------------------------------------------------------------------- acting
+    def type(self, selector: str, text: str) -> None:
+        """Real keys into the first matching element, after what is there."""
+        self._driver.find_element("css selector", selector).send_keys(text)
+
     def press(self, *names: str) -> None:
         """Press keys, named as in selenium's Keys ("TAB"), one after the other, in whatever has the focus."""
         from selenium.webdriver import ActionChains, Keys
 
         ActionChains(self._driver).send_keys(*(getattr(Keys, name) for name in names)).perform()
+
+    def keys_down(self, held: str, name: str) -> None:
+        """Press a key while another one is held."""
+        from selenium.webdriver import ActionChains, Keys
+
+        key = getattr(Keys, held)
+        ActionChains(self._driver).key_down(key).send_keys(getattr(Keys, name)).key_up(key).perform()
+
+    def offline(self, wanted: bool) -> None:
+        """Cut the page off from every server, or no longer."""
+        limits = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.devtools("Network.emulateNetworkConditions", offline=wanted, **limits)
+
+    def before_pages(self, script: str) -> Callable[[], None]:
+        """Run a script in every page before its own, until what is returned is called."""
+        name = self.devtools("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
+        return lambda: self.devtools("Page.removeScriptToEvaluateOnNewDocument", identifier=name)
 
     def click(self, selector: str) -> None:
         """A real click in the middle of the first matching element."""

@@ -92,3 +92,33 @@ def terminal(monkeypatch):
 def as_on_a_mock(monkeypatch):
     """Runs on the CPU that are told as if they had been on a mock board."""
     monkeypatch.setattr(demo.session.Session, "timed", False)
+
+
+@pytest.fixture(scope="session")
+def chat_pair(tmp_path_factory):
+    """(target, draft) of the server's tests."""
+    from tests.server_fixtures import write_chat_pair
+
+    return write_chat_pair(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="session")
+def server(chat_pair):
+    """A server with four slots, for tests that leave it as it is."""
+    pytest.importorskip("fastapi", reason="the extra server is not installed")
+    from tests.server_fixtures import ServerProcess, flags_for
+
+    running = ServerProcess(*flags_for(chat_pair), "--slots", "4", "--queue", "40")
+    try:
+        yield running.ready()
+    finally:
+        running.close()
+
+
+@pytest.fixture(scope="session")
+def alone(chat_pair):
+    """The same models in this process: what texts have to be."""
+    from models import LLM
+
+    with LLM.load(str(chat_pair[0]), str(chat_pair[1]), dtype="fp32") as llm:
+        yield llm

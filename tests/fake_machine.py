@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SHELL_FILES = ["scripts/_environment.sh", "scripts/demo.sh", "scripts/test.sh", ".ci/run"]
+SHELL_FILES = ["scripts/_environment.sh", "scripts/demo.sh", "scripts/serve.sh", "scripts/test.sh", ".ci/run"]
 
 # What the scripts may use: bash 3.2 and these.
 TOOLS = "bash cat cp cut dirname env flock head mkdir mv rm sed sleep tail uname".split()

@@ -24,7 +24,7 @@ from models.speculative.stats import GenerationStats, Round
 from models.tests.head_fixtures import write_head
 from models.tests.llama_fixtures import tiny_config, write_tiny_checkpoint
 from models.torch_llama.model import TorchLlama
-from scripts import benchmark
+from scripts import benchmark, tables
 from scripts.suites import (
     bottleneck,
     categories,
@@ -449,6 +449,39 @@ def test_every_tensor_has_a_name_of_its_own_in_gguf():
     assert len(set(written)) == len(config.tensor_shapes()) and {"output.weight", "blk.1.ffn_up.weight"} <= set(written)
 
 
+def test_batch_compares_texts_by_number_and_by_load(tmp_path, pair, capsys, monkeypatch):
+    argv = [
+        "batch",
+        *pair,
+        *"--sequences 1,3 --new-tokens 8 --repeats 2 --requests 5 --loads 0.5,2 --dtype fp32".split(),
+    ]
+    code, results = run(tmp_path, *argv)
+    assert code == 0 and list(results["sequences"]) == ["1", "3"] and list(results["arrivals"]) == ["0.5", "2"]
+    for n, each in results["sequences"].items():
+        assert each["texts_equal"] == each["texts"] == 2 * int(n)
+        assert each["plain"]["mean_draft_length"] == 0.0 and len(each["speedup"]["values"]) == 2
+        for name in ("plain", "speculative"):
+            assert 0 < each[name]["wait_ms"]["p50"] <= each[name]["wait_ms"]["p95"]
+            assert each[name]["tok_s"]["median"] > 0
+    for each in results["arrivals"].values():
+        assert {each[name]["requests"] for name in each} == {5}
+        assert all(each[name]["ttft_ms"]["p50"] > 0 and each[name]["tok_s"]["p5"] > 0 for name in each)
+    assert not results["forced"] and results["settings"]["new_tokens"] == 8
+    printed = capsys.readouterr().out
+    assert "| 3 " in printed and "Forced" not in printed
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "| 3 " in tables.batch("results") and "| 0.5 " in tables.batch_arrivals("results")
+
+
+def test_forced_acceptance_is_what_was_asked_for_and_is_named(tmp_path, pair, capsys):
+    argv = ["batch", *pair[:2], *"--sequences 2 --new-tokens 30 --repeats 1 --loads 0 --dtype fp32".split()]
+    code, results = run(tmp_path, *argv, "--force-acceptance", "1", "--num-draft-tokens", "3")
+    each = results["sequences"]["2"]
+    assert code == 0 and results["forced"] and "forced" in results["drafter"] and results["arrivals"] == {}
+    assert each["speculative"]["acceptance_rate"] == 1.0 and each["texts_equal"] == 2
+    assert "**Forced:**" in capsys.readouterr().out
+
+
 # ---- interruption ----
 
 SHORT = {
@@ -544,6 +577,11 @@ def test_ctrl_c_in_verify_cost_and_peers_keeps_complete_repetitions(tmp_path, mo
         ("peers --num-draft-tokens 32", "32 is out of range"),
         ("peers --device tt", "--device tt: the suite peers measures on cpu and cuda"),
         ("bottleneck --context 0", "0 is out of range"),
+        ("batch --sequences 0,2", "0 is out of range"),
+        ("batch --loads -1", "are not loads"),
+        ("batch --force-acceptance 1.5", "forced acceptance 1.5: give a chance"),
+        ("batch --force-acceptance 0.5 --temperature 0.8", "repeats a greedy text"),
+        ("batch --force-acceptance 0.5 --drafter model", "--force-acceptance has no meaning with --drafter model"),
         ("bottleneck --context 4000", "--context 4000 is more than 2041"),
     ],
 )

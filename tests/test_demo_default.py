@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-import demo.default
-from demo.default import CHAT_TOKENS, TOKENS, everyday_target
+import demo.settings
+import models.cli.default
 from demo.harness import main
 from demo.settings import parse_settings
+from models.cli.default import CHAT_TOKENS, TOKENS, everyday_target
 from models.errors import UserError
 from models.options import NAMED
 
@@ -55,7 +56,7 @@ def test_offline_the_embedded_pair_runs_and_the_demo_says_why(monkeypatch, tmp_p
         raise UserError(f"{name} could not be fetched (no route to host)")
 
     monkeypatch.delenv("HF_MODEL")
-    monkeypatch.setattr(demo.default, "fetched", fetched)
+    monkeypatch.setattr(models.cli.default, "fetched", fetched)
     path = tmp_path / "run.json"
     assert main(["--max-prompts", "1", "--max-new-tokens", "3", "--json", str(path)]) == 0
     errors = capsys.readouterr().err
@@ -66,7 +67,7 @@ def test_offline_the_embedded_pair_runs_and_the_demo_says_why(monkeypatch, tmp_p
 
 def test_quiet_runs_fetch_in_silence(monkeypatch, capsys):
     said = []
-    monkeypatch.setattr(demo.default, "fetched", lambda name, announce: announce("fetching"))
+    monkeypatch.setattr(models.cli.default, "fetched", lambda name, announce: announce("fetching"))
     for quiet in ([], ["--quiet"]):
         options = demo.settings.build_parser(None, {}).parse_args(quiet)
         assert everyday_target(options) == "smollm2"

@@ -316,3 +316,14 @@ def test_what_early_exit_needs_is_checked_before_loading(pair, tmp_path, capsys)
     refused(capsys, [*short, str(tokens + 1)], "--exit-layer auto", "--max-seq-len")
     assert main([*short, str(tokens + 1), "--exit-layer", "1", "--quiet"]) == 0
     assert main([*short, str(tokens + 2), "--quiet"]) == 0
+
+
+def test_forced_acceptance_is_named_wherever_it_shows(run, pair, capsys, tmp_path):
+    page = tmp_path / "run.html"
+    argv = ["--target", str(pair[0]), "--force-acceptance", "1", "--num-draft-tokens", "3", "--dtype", "fp32"]
+    code, results = run(*argv, "--max-prompts", "1", "--html", str(page), models=False)
+    assert code == 0 and results["settings"]["force_acceptance"] == 1.0
+    assert results["speculative"]["acceptance_rate"] == 1.0 and results["prompts"][0]["identical"]
+    printed = capsys.readouterr().out
+    assert "forced acceptance 1.0" in printed and "acceptance rate, forced" in printed
+    assert "speed-up with forced acceptance" in printed and "speed-up, forced" in page.read_text(encoding="utf-8")

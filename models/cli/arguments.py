@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 from models.boards import PLACEMENTS
+from models.errors import UserError
 from models.fetch import PACKAGED
 from models.options import (
     AUTO,
@@ -12,11 +13,13 @@ from models.options import (
     DEVICES,
     DRAFT_TOKENS,
     DTYPES,
+    MAX_THREADS,
     NAMED,
     TREE_NODES,
     VERIFICATIONS,
 )
 from models.speculative.drafters import MAX_DRAFT_LENGTH, registry
+from models.speculative.drafters.forced import Forced, parsed_forced
 from models.ttnn_llama.shapes import MAX_ATTENTION_CORES, PREFILLS
 from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS, SMALL_HIDDEN_SIZE
 
@@ -46,9 +49,9 @@ def integer(low: int, high: int | None = None):
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: give one {bounds}") from None
+            raise argparse.ArgumentTypeError(f"{shown(text)!r} is not a whole number: give one {bounds}") from None
         if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{value} is out of range: give a whole number {bounds}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is out of range: give a whole number {bounds}")
         return value
 
     return parse
@@ -67,11 +70,23 @@ def integer_or_auto(low: int, high: int | None = None):
     return parse
 
 
+def shown(text: str) -> str:
+    """A value in a message: of a long one, the beginning."""
+    return text if len(text) <= 40 else f"{text[:40]}.. ({len(text)} characters)"
+
+
 def _count_by_length(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9]\d{0,17})x([1-9]\d{0,17})", text, re.ASCII)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not COUNTxLENGTH: give two whole numbers, such as 10x64")
+        raise argparse.ArgumentTypeError(f"{shown(text)!r} is not COUNTxLENGTH: give two whole numbers, such as 10x64")
     return int(match[1]), int(match[2])
+
+
+def _forced(text: str) -> Forced:
+    try:
+        return parsed_forced(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_model_arguments(
@@ -109,7 +124,7 @@ def add_model_arguments(
     )
     group.add_argument(
         "--threads",
-        type=integer(1),
+        type=integer(1, MAX_THREADS),
         metavar="N",
         help="CPU threads of torch, which on a board converts weights and draws samples (default: torch's own)",
     )
@@ -247,6 +262,14 @@ def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=f"{AUTO}|E",
         help=f"layers of the target that draft (--drafter early-exit), below the number it has; {AUTO}: by what each "
         f"number costs and gets accepted, measured on the first prompt (default: {AUTO}; a board needs a number)",
+    )
+    group.add_argument(
+        "--force-acceptance",
+        type=_forced,
+        default=None,
+        metavar="P|N,N,..",
+        help="for measurements: draft the target's own next tokens, known from a plain run of the same prompt, each "
+        "right with this chance, or as many right in each round in turn; what is reported is labelled as forced",
     )
     group.add_argument(
         "--verification",

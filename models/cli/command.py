@@ -5,13 +5,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
+from models.cli import interrupts
 from models.cli.text import visible
 from models.errors import OptionError, UserError
 
 USER_ERROR = 2
-INTERRUPTED = 130
+INTERRUPTED = interrupts.KEYBOARD
 BROKEN_PIPE = 141  # what a shell reports for a program that lost its reader
 
 
@@ -23,23 +24,46 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """Run a command and return its exit code: its own, 2 for a mistake of the user's, 130 for Ctrl-C, 141 without a
-    reader. Mistakes are one line on stderr, Ctrl-C prints `interrupted` there."""
+    """Run a command and return its exit code: its own, 2 for a mistake of the user's, 130 for Ctrl-C, 143 for SIGTERM,
+    141 without a reader. Mistakes are one line on stderr, signals print `interrupted` there."""
+    open_standard_streams()
+    with interrupts.caught():
+        try:
+            return interrupts.exit_code(command())
+        except UserError as error:
+            tell(f"error: {one_line(error)}")
+            return interrupts.exit_code(USER_ERROR)
+        except KeyboardInterrupt:
+            tell(interrupted)
+            return interrupts.exit_code(INTERRUPTED)
+        except BrokenPipeError:
+            discard_stdout()
+            return interrupts.exit_code(BROKEN_PIPE)
+        except OSError as error:  # a full disk under stdout, a file that went away
+            tell(f"error: {visible(str(error))}")
+            discard_stdout()
+            return interrupts.exit_code(USER_ERROR)
+
+
+def open_standard_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr one that leads nowhere.
+
+    Else the next file that is opened would take its number, and what is printed would end in that file.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            if os.open(os.devnull, os.O_RDWR) == number:
+                setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def tell(line: str) -> None:
+    """A line on stderr, if it takes one."""
     try:
-        return command()
-    except UserError as error:
-        print("error:", one_line(error), file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        discard_stdout()
-        return BROKEN_PIPE
-    except OSError as error:  # a full disk under stdout, a file that went away
-        print("error:", visible(str(error)), file=sys.stderr)
-        discard_stdout()
-        return USER_ERROR
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _discard(sys.stderr)
 
 
 def one_line(error: UserError) -> str:
@@ -49,5 +73,9 @@ def one_line(error: UserError) -> str:
 
 def discard_stdout() -> None:
     """Send what is still buffered nowhere, so that Python's own flush at exit does not complain."""
+    _discard(sys.stdout)
+
+
+def _discard(stream: TextIO) -> None:
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

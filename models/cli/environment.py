@@ -1,12 +1,16 @@
 """What a result was measured with (versions, machine), and the JSON file it goes to."""
 
+import contextlib
 import datetime
+import errno
 import json
 import os
 import platform
 import re
 import stat
+import sys
 import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,19 +92,65 @@ def peak_memory(device: str) -> dict[str, int | None]:
     }
 
 
+def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None] | None = None) -> None:
+    """UserError unless all files of a command can be written and none overwrites another one, or what is read.
+
+    Args:
+        outputs: by the flag that names them; None or "" for those that were not asked for.
+        inputs: files and directories that are read, by flag; of a directory no file that is there may be written.
+    """
+    written = {flag: name for flag, name in outputs.items() if name}
+    for flag, name in written.items():
+        check_writable(name, flag)
+        for other, file in written.items():
+            if other == flag:
+                break
+            if os.path.realpath(name) != os.devnull and _same(name, file):
+                raise UserError(f"{other} and {flag} both write {name}: choose another file for one of them")
+        for source, read in (inputs or {}).items():
+            if read and _overwrites(name, os.path.expanduser(read)):
+                raise UserError(f"{flag} {name} would overwrite what {source} reads: choose another file")
+
+
+def _same(one: str, other: str) -> bool:
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _overwrites(name: str, read: str) -> bool:
+    if not (os.path.exists(name) and os.path.exists(read)) or os.path.realpath(name) == os.devnull:
+        return False
+    if os.path.isdir(read):
+        return os.path.realpath(name).startswith(os.path.join(os.path.realpath(read), ""))
+    return os.path.samefile(name, read)
+
+
 def check_writable(name: str, flag: str = "--json") -> None:
     """UserError, with the flag that named it, unless a file can be written; found out without leaving a trace."""
     path = Path(name)
     try:
+        if (descriptor := _descriptor(name)) is not None:
+            import fcntl
+
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                raise PermissionError(None, "it is open for reading only")
+            return
         if path.is_dir():
             raise IsADirectoryError(None, "it is a directory")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(None, "permission denied")
-        if not path.exists() or path.is_file():
+        if path.exists():
+            if not os.access(path, os.W_OK):
+                raise PermissionError(None, "permission denied")
+        else:
+            os.stat(path.resolve().parent)
             with tempfile.NamedTemporaryFile(dir=path.resolve().parent):
                 pass
-    except OSError as error:
-        raise UserError(f"cannot write {flag} {name}: {error.strerror}: choose another file") from error
+            if path.is_symlink() and not path.resolve().parent.is_dir():
+                raise FileNotFoundError(None, "it leads to a directory that is not there")
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(path)  # a name that is too long, a loop of links
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unwritable(name, flag, error) from error
 
 
 def write_json(name: str, results: dict[str, Any]) -> None:
@@ -111,32 +161,68 @@ def write_json(name: str, results: dict[str, Any]) -> None:
 
 
 def write_text(name: str, text: str, flag: str) -> None:
-    """Write a file whole or not at all: to a temporary one beside it, then renamed. Devices and pipes directly.
+    """Write a file whole or not at all: to a temporary one beside it, then renamed. Devices, pipes, open files of this
+    process (/dev/stdout, /dev/fd/N) and files whose directory allows no renaming are written directly.
 
-    A file that was there keeps its permissions. Raises UserError that names the flag and the file.
+    A file that was there keeps its permissions. Text that is no UTF-8, which names of files may be, is written as
+    JSON's escapes. Raises UserError that names the flag and the file.
     """
     path = Path(name)
+    data = text.encode("utf-8", "backslashreplace")
     try:
-        if path.exists() and not path.is_file():  # /dev/stdout may be a link to a pipe that has no path
-            path.write_text(text, encoding="utf-8")
+        if (descriptor := _descriptor(name)) is not None:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()  # what was printed before comes first
+            with open(os.dup(descriptor), "wb") as file:
+                file.write(data)
+        elif path.exists() and not path.is_file():
+            path.write_bytes(data)
         else:
-            _replace(path.resolve(), text)
+            _replace(path.resolve(), data)
     except BrokenPipeError:  # no fault of the file: its reader has gone
         raise
-    except OSError as error:
-        raise UserError(f"cannot write {flag} {name}: {error.strerror}: choose another file") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unwritable(name, flag, error) from error
 
 
-def _replace(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _unwritable(name: str, flag: str, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(f"cannot write {flag} {name}: {reason}: choose another file")
+
+
+_STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+_RENAMING_IMPOSSIBLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
+
+
+def _descriptor(name: str) -> int | None:
+    """Of a name that stands for an open file of this process."""
+    if name in _STREAMS:
+        return _STREAMS[name]
+    match = re.fullmatch(r"(?:/dev|/proc/self)/fd/(\d{1,9})", name)
+    return int(match[1]) if match else None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = None
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        with open(handle, "wb") as file:
+            file.write(data)
         os.chmod(temporary, _permissions(path))
         os.replace(temporary, path)
+    except OSError as error:
+        _remove(temporary)
+        if error.errno not in _RENAMING_IMPOSSIBLE or not path.is_file():
+            raise
+        path.write_bytes(data)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def _remove(temporary: str | None) -> None:
+    if temporary:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _permissions(path: Path) -> int:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.cli.settings import RunSettings
-from models.errors import UserError
+from models.errors import UserError, is_text
 from models.options import describe_source
 
 if TYPE_CHECKING:
     from models.loading import OpenedPair
+
+
+MOST_RANDOM = 10**7  # token ids of all random prompts together
 
 
 @dataclass
@@ -38,6 +41,9 @@ def read_prompts(settings: RunSettings, default: Path) -> list[str]:
         prompts = settings.prompt
         if not all(prompt.strip() for prompt in prompts):
             raise UserError("--prompt '' is empty: give some text")
+        for number, prompt in enumerate(prompts, 1):
+            if not is_text(prompt):
+                raise UserError(f"--prompt {number} holds bytes that are no UTF-8 text: give UTF-8, or a file of it")
     else:
         prompts = read_prompt_file(Path(settings.prompts) if settings.prompts else default)
     return prompts[: settings.max_prompts]
@@ -67,10 +73,16 @@ def encode_prompts(settings: RunSettings, texts: Sequence[str], pair: OpenedPair
     Raises UserError without a tokenizer, and for a prompt that leaves no room in the context.
     """
     tokenizer, target = pair.target.tokenizer, pair.target
+    vocab = target.checkpoint.config.vocab_size
     if settings.random_prompts:
         count, length = settings.random_prompts
-        draw, vocab = random.Random(settings.seed), target.checkpoint.config.vocab_size
-        rows = [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)][: settings.max_prompts]
+        count = min(count, settings.max_prompts or count)
+        if length >= pair.max_seq_len:  # before so many numbers are drawn
+            raise _too_long(1, length, pair.max_seq_len)
+        if count * length > MOST_RANDOM:
+            raise UserError(f"--random-prompts {count}x{length} are more than {MOST_RANDOM} token ids: give fewer")
+        draw = random.Random(settings.seed)
+        rows = [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)]
         prompts = [Prompt(i, f"({length} random token ids)", ids) for i, ids in enumerate(rows, 1)]
     elif tokenizer is None:
         raise UserError(
@@ -82,17 +94,25 @@ def encode_prompts(settings: RunSettings, texts: Sequence[str], pair: OpenedPair
         prompts = [Prompt(i, text, encode(text)) for i, text in enumerate(texts, 1)]
     for prompt in prompts:
         if len(prompt.ids) >= pair.max_seq_len:
+            raise _too_long(prompt.number, len(prompt.ids), pair.max_seq_len)
+        if outside := [id for id in prompt.ids if id >= vocab]:
             raise UserError(
-                f"prompt {prompt.number} has {len(prompt.ids)} tokens, the context is {pair.max_seq_len}: "
-                "shorten it or raise --max-seq-len"
+                f"prompt {prompt.number} has the token id {outside[0]}, the target's vocabulary is {vocab}: "
+                f"{describe_source(target.source)} has the tokenizer.json of another model, copy its own there"
             )
     return prompts
+
+
+def _too_long(number: int, tokens: int, context: int) -> UserError:
+    return UserError(
+        f"prompt {number} has {tokens} tokens, the context is {context}: shorten it or raise --max-seq-len"
+    )
 
 
 def read_prompt_file(path: Path) -> list[str]:
     """The texts of a prompt file. Raises UserError for a bad one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a prompt
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"cannot read the prompt file {path}: {reason}") from error
@@ -112,8 +132,8 @@ def read_prompt_file(path: Path) -> list[str]:
 def _from_json(path: Path, text: str) -> list[str]:
     try:
         items = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"the prompt file {path} is not JSON ({error}): see --help for its format") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the prompt file {path} is not JSON ({error}): see --help for its format") from None
     if not isinstance(items, list):
         raise UserError(f"the prompt file {path} holds {type(items).__name__}, not a list: see --help for its format")
     prompts = []
@@ -121,5 +141,7 @@ def _from_json(path: Path, text: str) -> list[str]:
         prompt = item.get("prompt") if isinstance(item, dict) else item
         if not isinstance(prompt, str):
             raise UserError(f'entry {number} of {path} is neither a string nor an object with a "prompt" string')
+        if not is_text(prompt):
+            raise UserError(f"entry {number} of {path} holds half of a surrogate pair, which is no text: write it anew")
         prompts.append(prompt)
     return prompts

@@ -19,14 +19,15 @@ from models.options import (
     describe_source,
     named_target,
 )
-from models.speculative.drafters.registry import NONE, spec_of
+from models.speculative.drafters.registry import FORCED, NONE, spec_of
 from models.speculative.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from models.llm import LLM
 
-NO_SETTINGS = ("quiet", "no_color", "json", "html", "greedy", "speculative", "slots")  # in no report
-Settings = TypeVar("Settings", bound="RunSettings")
+NO_SETTINGS = ("quiet", "no_color", "json", "html", "greedy", "speculative", "slots", "reuse")  # in no report
+Settings = TypeVar("Settings", bound=EngineOptions)
+Run = TypeVar("Run", bound="RunSettings")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class RunSettings(EngineOptions):
         UserError: for what has no meaning.
     """
 
+    reuse: bool = False  # what is measured begins afresh
     prompts: str | None = None
     prompt: list[str] | None = None
     random_prompts: tuple[int, int] | None = None
@@ -74,7 +76,7 @@ class RunSettings(EngineOptions):
         """The engine's options alone."""
         return EngineOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)})
 
-    def resolved_as(self: Settings, options: EngineOptions) -> Settings:
+    def resolved_as(self: Run, options: EngineOptions) -> Run:
         """The same run with the engine's options as they took effect."""
         settings = copy.copy(self)
         vars(settings).update(vars(options))
@@ -91,6 +93,8 @@ def settings_of(
     """
     known = {field.name for field in dataclasses.fields(kind)}
     values = {name: value for name, value in vars(options).items() if name in known} | chosen
+    if values.get("force_acceptance") is not None and values.get("drafter") is None:
+        values["drafter"] = FORCED
     drafter = values.get("drafter")
     takes_draft = drafter is None or (drafter != NONE and spec_of(drafter).needs_draft_model)
     if values["target"] and takes_draft:
@@ -116,6 +120,8 @@ def describe_settings(settings: RunSettings, llm: LLM) -> dict[str, Any]:
     own = settings.drafter_settings
     values["tree_nodes"] = settings.tree_nodes if "tree_nodes" in own else None
     values["exit_layer"] = llm.exit_layer if "exit_layer" in own else None
+    if settings.force_acceptance is None:
+        del values["force_acceptance"]
     values["max_seq_len"] = llm.max_seq_len
     if llm.board:
         values["trace"], values["fused"] = llm.board.trace, llm.fused

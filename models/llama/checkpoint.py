@@ -92,8 +92,8 @@ class Checkpoint(StoredTensors):
     def open(cls, path_or_hub_id: str | Path) -> "Checkpoint":
         """Open a checkpoint directory, or download (or find in the cache) the hub id ``owner/name``.
 
-        Raises UserError if it is missing or unreachable, not a Llama, incomplete, damaged, or if a tensor is missing
-        or has another shape than config.json says. Reads no weights.
+        Raises UserError if it is missing or unreachable, not a Llama, incomplete, damaged, or if a tensor is missing,
+        has another shape than config.json says, or belongs to none of its layers. Reads no weights.
         """
         path = locate(path_or_hub_id)
         if not (path / "config.json").is_file():
@@ -113,7 +113,8 @@ class Checkpoint(StoredTensors):
                 raise UserError(
                     f"{path / INDEX} names {name} in {file.name}, which does not hold it: download both again"
                 )
-        for name, shape in config.tensor_shapes().items():
+        wanted_shapes = config.tensor_shapes()
+        for name, shape in wanted_shapes.items():
             if name not in stored:
                 raise UserError(f"{path} lacks the tensor {name}, which its config.json asks for: is it complete?")
             found = stored[name]
@@ -126,13 +127,20 @@ class Checkpoint(StoredTensors):
                 raise UserError(
                     f"{name} in {files[name]} is stored as {found.dtype}: use a bf16, fp16 or fp32 checkpoint"
                 )
+        for shard in shards:
+            for name in shard.tensors:
+                if name not in wanted_shapes and not _harmless(name, config):
+                    raise UserError(
+                        f"{shard.path} holds the tensor {name}, which a Llama of its config.json has not: these files "
+                        "are not of one model"
+                    )
         dtype = _DTYPES[stored["model.embed_tokens.weight"].dtype]
-        wanted = {name: files[name] for name in config.tensor_shapes()}
+        wanted = {name: files[name] for name in wanted_shapes}
         return cls(path, _replace(path, config, dtype=dtype), shards, wanted)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The model's tensors in forward order; no lm_head when tied; others that the files may hold are left out."""
+        """The model's tensors in forward order; no lm_head when tied; what else the files may hold is left out."""
         return tuple(self._files)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -227,6 +235,11 @@ def save_checkpoint(
     with CheckpointWriter(path, config, shard_bytes) as writer:
         for name in config.tensor_shapes():
             writer.add(name, tensors[name])
+
+
+def _harmless(name: str, config: LlamaConfig) -> bool:
+    """Whether a tensor that no layer uses says nothing new: old files hold rotary frequencies, and tied matrices."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
 
 
 def is_hub_id(source: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from models.errors import UserError
 
 DTYPES = ("bfloat16", "float16", "float32")
+_ARCHITECTURE = "LlamaForCausalLM"
 # What no file may leave out: a wrong guess here would be a different model.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -203,7 +204,7 @@ class LlamaConfig:
         rope = {"rope_type": "default"} if self.rope_scaling is None else _rope_dict(self.rope_scaling)
         eos = self.eos_token_ids
         return {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [_ARCHITECTURE],
             "model_type": "llama",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -293,7 +294,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; UserError naming the file if it is missing, unreadable or something else."""
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -302,6 +303,15 @@ def read_json(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a JSON {type(values).__name__}, not an object: download or write it again")
+    return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """ValueError for a key that is there twice: which of its values is meant, nobody knows."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
     return values
 
 
@@ -318,6 +328,11 @@ def _reject_unsupported(values: Mapping[str, Any]) -> None:
     model_type = values.get("model_type")
     if model_type != "llama":
         raise UserError(f'model_type is {model_type!r}, not "llama": only Llama 3.x checkpoints are supported')
+    names = values.get("architectures")
+    if names and names != [_ARCHITECTURE]:
+        raise UserError(
+            f'architectures is {names!r}, not ["{_ARCHITECTURE}"]: only Llama 3.x checkpoints are supported'
+        )
     activation = values.get("hidden_act", "silu")
     if activation != "silu":
         raise UserError(f'hidden_act is {activation!r}, not "silu": only Llama 3.x checkpoints are supported')

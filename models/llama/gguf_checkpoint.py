@@ -187,6 +187,8 @@ def _keep(file: Path, kept: Path) -> None:
         reader = gguf.GGUFReader(str(file))
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
+        if len(tensors) < len(reader.tensors):
+            raise ValueError("two tensors have the same name")
     except Exception as error:  # the library raises whatever a damaged file leads it to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file} is no readable GGUF file ({reason}): download it again") from None

@@ -209,7 +209,13 @@ class HeadConfig:
             if eagle.get(TAPS) is not None:
                 top[TAPS] = _after_outputs(eagle[TAPS])
         layer = LlamaConfig.from_dict(
-            {**sizes, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
+            {
+                **sizes,
+                "architectures": None,  # its own
+                "tie_word_embeddings": False,
+                "bos_token_id": None,
+                "eos_token_id": None,
+            }
         )
         switches = {name: top.get(name, False) for name in _SWITCHES}
         for name, value in switches.items():

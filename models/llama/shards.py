@@ -10,6 +10,7 @@ The library reads and checks headers (`safe_open`). What it lacks is here:
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -50,11 +51,21 @@ def read_layout(path: Path) -> tuple[list[Shard], dict[str, Path]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path / INDEX} has no weight_map: download it again")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{path / INDEX} names the file {name!r}: shards must lie beside their index")
-        if not (path / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or len(name) > 255:  # no file is called that
+            shown = repr(name) if len(repr(name)) < 100 else f"{str(name)[:60]!r}..."
+            raise UserError(f"{path / INDEX} names the file {shown}: shards must lie beside their index")
+        if not os.path.isfile(path / name):
             raise UserError(f"{path} lacks the file {name}, which its index names: download it again")
     shards = [_read_shard(path / name) for name in sorted(set(weight_map.values()))]
+    held: dict[str, Path] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if name in held:
+                raise UserError(
+                    f"{name} is in {held[name]} and in {shard.path.name}: which of them is meant, their index cannot "
+                    "say, download all of them again"
+                )
+            held[name] = shard.path
     return shards, {tensor: path / name for tensor, name in weight_map.items()}
 
 

@@ -2,19 +2,24 @@
 
 import codecs
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders
 
-from models.errors import UserError
+from models.errors import UserError, is_text
 from models.llama.config import LlamaConfig, as_token_ids, read_json
 
 # The date a chat template prints into its system block: fixed, so that a prompt has the same ids on every day.
 CHAT_DATE = "26 Jul 2024"
 # In front of a template, this hides the clock from it, for templates that read that whatever date they are given.
 _FIXED_CLOCK = "{%- macro strftime_now(format) -%}{{ date_string }}{%- endmacro -%}"
+
+
+# Files beside tokenizer.json that transformers reads.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class LlamaTokenizer:
@@ -36,6 +41,7 @@ class LlamaTokenizer:
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self._tokenizer = tokenizer
         self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._chat_renderer: Any = None
 
     @classmethod
@@ -88,9 +94,18 @@ class LlamaTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, behind exactly one BOS where the model's own tokenizer puts one, also if the text spells it.
 
-        Special tokens that the text spells out ("<|eot_id|>") become those tokens.
+        Special tokens that the text spells out ("<|eot_id|>") become those tokens. Raises UserError for half a
+        surrogate pair, and for a character that the tokenizer has no token for.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not is_text(text):
+            raise UserError("the text holds half of a surrogate pair, which no tokenizer knows: decode it as UTF-8")
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(
+                f"{self.path / 'tokenizer.json'} cannot encode the text ({' '.join(str(error).split())}): use another "
+                "text, or the tokenizer of the original checkpoint"
+            ) from None
         if not self.begins_with_bos or self.bos_id is None:
             return ids
         start = next((i for i, id in enumerate(ids) if id != self.bos_id), len(ids))
@@ -103,6 +118,19 @@ class LlamaTokenizer:
     def token_text(self, id: int) -> str | None:
         """The vocabulary's entry for ``id`` as tokenizer.json spells it; None if there is none."""
         return self._tokenizer.id_to_token(id)
+
+    def token_bytes(self, id: int) -> bytes:
+        """What one token adds to a text, in UTF-8, perhaps a part of a character; nothing for a special one."""
+        text = None if id in self._special else self.token_text(id)
+        if text is None:
+            return b""
+        if not self._byte_level:
+            byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", text)
+            return bytes.fromhex(byte[1]) if byte else self.decode([id]).encode()
+        try:
+            return bytes([_BYTE_OF[character] for character in text])
+        except KeyError:  # an added token, spelled in plain text
+            return text.encode()
 
     def chat(self, messages: str | Sequence[Mapping[str, str]], date: str = CHAT_DATE) -> list[int]:
         """Ids of a conversation in the checkpoint's chat template, up to where the assistant's answer begins.
@@ -135,13 +163,11 @@ class LlamaTokenizer:
         """Whether there is a chat template beside the tokenizer."""
         settings = self.path / "tokenizer_config.json"
         in_settings = settings.is_file() and read_json(settings).get("chat_template")
-        return bool(in_settings) or any(
-            (self.path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")
-        )
+        return bool(in_settings) or (self.path / "chat_template.jinja").is_file()
 
     def detokenizer(self) -> "StreamingDetokenizer":
         """A new detokenizer for one stream of ids."""
-        if isinstance(self._tokenizer.decoder, decoders.ByteLevel):
+        if self._byte_level:
             return StreamingDetokenizer(self)
         return _WindowDetokenizer(self)
 
@@ -150,7 +176,19 @@ class LlamaTokenizer:
             # Imported here: a second that only chat prompts need.
             from transformers import PreTrainedTokenizerFast
 
-            loaded = PreTrainedTokenizerFast.from_pretrained(str(self.path))
+            for file in self.path.glob("*.json"):  # the library would not say which file it cannot read
+                if file.name in _SETTINGS:
+                    read_json(file)
+            for file in [*self.path.glob("*.jinja"), *self.path.glob("additional_chat_templates/*.jinja")]:
+                _check_utf8(file)
+            try:
+                loaded = PreTrainedTokenizerFast.from_pretrained(str(self.path))
+            except Exception as error:  # whatever a setting of a wrong type leads the library to
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise UserError(
+                    f"{self.path / 'tokenizer_config.json'}, or a file beside it, has a setting that cannot be used "
+                    f"({reason}): copy the tokenizer's files from the original checkpoint"
+                ) from None
             if not loaded.chat_template:
                 raise UserError(
                     f"{self.path} has no chat template: use an Instruct checkpoint or leave --instruct away"
@@ -177,20 +215,11 @@ class StreamingDetokenizer:
 
     def push(self, id: int) -> str:
         """Take the next id; returns the text that is now certain, often empty."""
-        return self._utf8.decode(self._bytes(id))
+        return self._utf8.decode(self._tokenizer.token_bytes(id))
 
     def flush(self) -> str:
         """The text still held back, with U+FFFD for an unfinished character; the next push starts a new stream."""
         return self._utf8.decode(b"", final=True)
-
-    def _bytes(self, id: int) -> bytes:
-        text = None if id in self._tokenizer._special else self._tokenizer.token_text(id)
-        if text is None:
-            return b""
-        try:
-            return bytes([_BYTE_OF[character] for character in text])
-        except KeyError:  # an added token, spelled in plain text
-            return text.encode()
 
 
 class _WindowDetokenizer(StreamingDetokenizer):
@@ -261,6 +290,14 @@ def check_pair(
 
 def _quoted(text: str | None) -> str:
     return "absent" if text is None else json.dumps(text, ensure_ascii=False)
+
+
+def _check_utf8(file: Path) -> None:
+    try:
+        file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise UserError(f"cannot read {file} ({reason}): copy it from the original checkpoint") from None
 
 
 def _id_of(tokenizer: Tokenizer, token: Any) -> int | None:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+NO_TOKEN = -1  # in place of an id, where logits are NaN or infinite
+
 # A nucleus is rarely larger, and sorting a whole Llama vocabulary takes some 17 times as long as this search.
 _NUCLEUS = 1024
 
@@ -73,9 +75,11 @@ def _likeliest(probs: Tensor, top: Tensor, ids: Tensor, n: int) -> tuple[Tensor,
 def sample(probs: Tensor, generator: torch.Generator) -> int:
     """Draw from probs[V], which need not sum to one; a token of probability 0 is never drawn.
 
-    By inverse CDF from one uniform number, so that the draw is the same on every device.
+    By inverse CDF from one uniform number, so that the draw is the same on every device. NO_TOKEN where probs are none.
     """
     cdf = probs.cumsum(-1, dtype=torch.float64)
+    if not cdf[-1].isfinite():
+        return NO_TOKEN
     return int(torch.searchsorted(cdf, cdf[-1:] * _uniform(generator), right=True))
 
 

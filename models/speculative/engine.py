@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from models.errors import UserError
-from models.speculative.drafters import MAX_DRAFT_LENGTH, Budget, Draft
-from models.speculative.model import PROMPT, FusedRounds, LanguageModel, Rows
+from models.speculative.drafters import MAX_DRAFT_LENGTH, Budget, Draft, Drafter
+from models.speculative.model import FusedRounds, LanguageModel, Rows
+from models.speculative.scheduler import PROMPT_ROWS, Scheduler
 from models.speculative.sequence import WAITING, Request, Sequence, Token
-from models.speculative.stats import GenerationStats, Round
-from models.speculative.verify import Verified, first_token, verify, verify_sequentially
+from models.speculative.stats import GenerationStats, Joint, Round
+from models.speculative.verify import (
+    Part,
+    Result,
+    Verified,
+    compute_each,
+    decide,
+    first_token,
+    verification,
+    verify_sequentially,
+)
 
 NO_DRAFT = Draft([])
 
@@ -22,6 +30,22 @@ class Emission(NamedTuple):
 
     sequence: Sequence
     tokens: list[Token]
+
+
+class _Turn:
+    """One sequence's round while a step is under way."""
+
+    __slots__ = ("draft", "draft_s", "part", "round", "sequence", "taps", "verified")
+
+    def __init__(self, sequence: Sequence, draft: Draft, draft_s: float) -> None:
+        drafter = sequence.request.drafter
+        self.sequence = sequence
+        self.draft = draft
+        self.draft_s = draft_s  # reading of prompts apart
+        self.taps = drafter.taps if drafter is not None else ()
+        self.part: Part | None = None
+        self.verified: Verified | None = None
+        self.round: Round | None = None
 
 
 class Engine:
@@ -40,23 +64,31 @@ class Engine:
     4. Accept: a prefix of the draft, or a path down the tree, and one token of the target's own after it.
     5. Emit, and go on with 2. Nothing follows a stop token or the end of a stop string.
 
-    Sequences beyond the target's slots wait. `step` takes every running sequence one round further, one after the
-    other.
+    `step` takes every running sequence one round further, with ONE target forward for all of them: verifications of
+    any length, and pieces of prompts beside them. Each has its own drafter, draft length, sampling and end; nobody
+    waits for another one's rejection. Who starts when: see `scheduler.Scheduler`.
 
     Args:
         target: verifies; its limits say how many sequences have a slot.
         clock: seconds, for statistics and for the policies' costs.
+        prompt_rows: as of `Scheduler`.
     """
 
-    def __init__(self, target: LanguageModel, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        target: LanguageModel,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        prompt_rows: int = PROMPT_ROWS,
+    ) -> None:
         self.target = target
-        self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
-        self._free = list(range(target.limits.slots))
+        self._scheduler = Scheduler(target, prompt_rows)
+        self.running = self._scheduler.running
+        self.waiting = self._scheduler.waiting
         self._clock = clock
 
     def add(self, request: Request, stats: GenerationStats | None = None) -> Sequence:
-        """Take a request; it starts with the next step that finds a free slot.
+        """Take a request; it starts with the next step that finds room for it.
 
         stats: a fresh one, filled while tokens come. Raises UserError for a request that cannot be written: see
         `Request.check`.
@@ -72,45 +104,35 @@ class Engine:
         """Whether there is nothing to do."""
         return not (self.running or self.waiting)
 
-    def step(self) -> list[Emission]:
-        """Start sequences that wait where slots are free, take the others one round further: what was written.
+    def step(self, chosen: Collection[Sequence] | None = None) -> list[Emission]:
+        """Start sequences that wait where there is room, take all that run one round further: what was written.
 
-        An error ends only the sequence that it happened in, which keeps it as `error`.
+        An error ends only the sequence that it happened in, which keeps it as `error`; it is among those returned.
+
+        chosen: these sequences alone; others stay where they are. Raises UserError if none of them can do anything
+        before others end.
         """
-        emissions = []
-        for sequence in [*self.running, *self.waiting]:
-            if sequence.slot == WAITING and not self._free:
-                break
-            try:
-                tokens = self.advance(sequence)
-            except Exception as error:
-                sequence.error, tokens = error, []
-                self.abort(sequence)
-            emissions.append(Emission(sequence, tokens))
-        return emissions
+        refused = self._scheduler.admit(chosen)
+        for sequence in refused:
+            self.abort(sequence)
+        running = [each for each in self.running if chosen is None or each in chosen]
+        if not (running or refused) and any(chosen is None or each in chosen for each in self.waiting):
+            raise self._scheduler.no_room()
+        return [Emission(sequence, []) for sequence in refused] + self._take(running)
 
     def advance(self, sequence: Sequence) -> list[Token]:
         """Take one sequence one round further, or start it: its new tokens.
 
-        Raises UserError if it has to wait for a slot, RuntimeError if it has ended.
+        Raises UserError if it has to wait for room, RuntimeError if it has ended, and whatever ends it.
         """
         if sequence.finished:
             raise RuntimeError("the sequence has ended: nothing follows")
-        if sequence.slot == WAITING:
-            if not self._free:
-                raise UserError(
-                    f"all {len(self.running)} slots are taken by texts that are not complete: finish or close one, or "
-                    "load the model with more slots"
-                )
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
-            sequence.slot = self._free.pop(0)
-            tokens = self._first(sequence)
-        else:
-            tokens = self._round(sequence)
-        if sequence.finished:
-            self._leave(sequence)
-        return tokens
+        if sequence.slot == WAITING and not self._scheduler.start(sequence):
+            raise self._scheduler.no_room()
+        emissions = self._take([sequence])
+        if sequence.error is not None:
+            raise sequence.error
+        return emissions[0].tokens if emissions else []
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now, with the finish reason "interrupted"; nothing happens to one that has ended."""
@@ -121,87 +143,219 @@ class Engine:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    # ------------------------------------------------------------------------------------------------- one sequence
     def _leave(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
         if sequence.request.drafter is not None and sequence.begun:
             sequence.request.drafter.end(sequence)
-        self.target.free(sequence.slot)
-        self._free.append(sequence.slot)
+        self._scheduler.leave(sequence)
 
-    def _first(self, sequence: Sequence) -> list[Token]:
-        """Read the prompt and choose the first token."""
-        began = self._clock()
-        drafter, want = sequence.request.drafter, PROMPT
-        if drafter is not None and drafter.taps:
-            want = want._replace(taps=drafter.taps)
-        step = self.target.extend([Rows(sequence.slot, sequence.request.prompt, 0)], want)
-        token = Token(first_token(sequence, step), "prefill")
-        sequence.cached, sequence.prompt_step = len(sequence.tokens), step
-        tokens = sequence.taken([token])
-        sequence.stats.ttft_s = self._clock() - began
-        return tokens
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        sequence.error = error
+        self.abort(sequence)
 
-    def _round(self, sequence: Sequence) -> list[Token]:
-        """Draft, verify, accept, emit."""
-        clock, stats, drafter = self._clock, sequence.stats, sequence.request.drafter
+    # --------------------------------------------------------------------------------------------------------- a step
+    def _take(self, sequences: list[Sequence]) -> list[Emission]:
+        """One step of running sequences."""
+        clock = self._clock
         began = clock()
-        if not sequence.begun:
-            self._begin(sequence)
-        draft, draft_s = NO_DRAFT, 0.0
-        verified: Verified | None = None
-        sequence.wanted = 0
-        if drafter is not None:
+        written: dict[Sequence, list[Token]] = {}
+        reading: list[Sequence] = []
+        writing: list[Sequence] = []
+        for sequence in sequences:
+            (reading if sequence.reading else writing).append(sequence)
+        turns = self._propose(writing) if writing else []
+        joint: list[_Turn] = []
+        parts: list[Part] = []
+        for turn in turns:
+            by_itself = turn.draft.fused is not None or turn.sequence.request.verification != "batched"
+            if by_itself and self._verify_alone(turn):
+                self._guarded(turn.sequence, self._decided, turn, None, written)
+            elif not turn.draft.waits:
+                turn.part = verification(turn.sequence, turn.draft, turn.taps)
+                joint.append(turn)
+                parts.append(turn.part)
+        pieces = self._scheduler.pieces(reading, len(turns)) if reading else []
+        parts += [self._prompt_part(sequence, rows) for sequence, rows in pieces]
+        if parts:
             mark = clock()
-            draft = drafter.propose([sequence], Budget(self.target.limits.rows))[0]
-            if draft.fused is not None:
-                draft, verified = run_fused(sequence, draft, *draft.fused)
-            draft_s = clock() - mark
-        if verified is None:
-            check = verify if sequence.request.verification == "batched" else verify_sequentially
-            verified = check(self.target, sequence, draft, clock, drafter.taps if drafter else ())
+            results = compute_each(self.target, parts)
+            verify_s = clock() - mark
+            shared = self._shared(joint, pieces, verify_s) if len(sequences) > 1 else None
+            for turn, result in zip(joint, results, strict=False):
+                self._guarded(turn.sequence, self._decide, turn, result, verify_s, shared, written)
+            for (sequence, rows), result in zip(pieces, results[len(joint) :], strict=True):
+                self._guarded(sequence, self._read, sequence, rows, result, written)
+        self._clocked(turns, reading, clock() - began)
+        emissions = []
+        for sequence in sequences:
+            if sequence in written or sequence.finished:
+                emissions.append(Emission(sequence, written.get(sequence, [])))
+                if sequence.finished and sequence in self.running:
+                    self._leave(sequence)
+        return emissions
+
+    def _guarded(self, sequence: Sequence, call: Callable[..., None], *arguments: object) -> None:
+        """What goes wrong in this call is this sequence's error."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            self._fail(sequence, error)
+
+    @staticmethod
+    def _clocked(turns: list[_Turn], reading: list[Sequence], spent: float) -> None:
+        """All sequences of a step have waited for all of it."""
+        for turn in turns:
+            stats, prefill_s = turn.sequence.stats, turn.draft.prefill_s
+            stats.decode_s += spent
+            stats.draft_prefill_s += prefill_s
+            if turn.round is not None:
+                turn.round.host_s = spent - turn.round.draft_s - turn.round.verify_s - prefill_s
+        for sequence in reading:
+            sequence.stats.ttft_s += spent
+
+    # ---------------------------------------------------------------------------------------------------------- draft
+    def _propose(self, sequences: list[Sequence]) -> list[_Turn]:
+        """A round for each sequence: its draft, drafter by drafter. What goes wrong ends the sequence it happens to."""
+        groups: dict[Drafter | None, list[Sequence]] = {}
+        context = 0
+        for sequence in sequences:
+            sequence.wanted = 0
+            context += len(sequence.tokens)
+            if not sequence.begun:
+                self._guarded(sequence, self._begin, sequence)
+            if not sequence.finished:
+                groups.setdefault(sequence.request.drafter, []).append(sequence)
+        mark = self._clock()
+        budget = Budget(self.target.limits.rows, len(sequences), context, self._scheduler.prompt_rows)
+        drafts: dict[Sequence, Draft] = {}
+        for drafter, members in groups.items():
+            if drafter is None:
+                drafts.update(dict.fromkeys(members, NO_DRAFT))
+                continue
+            for sequence, draft in zip(members, self._proposals(drafter, members, budget), strict=True):
+                if isinstance(draft, Exception):
+                    self._fail(sequence, draft)
+                else:
+                    drafts[sequence] = draft
+        draft_s = self._clock() - mark - sum(draft.prefill_s for draft in drafts.values())
+        return [_Turn(sequence, drafts[sequence], draft_s) for sequence in sequences if sequence in drafts]
+
+    @staticmethod
+    def _proposals(drafter: Drafter, sequences: list[Sequence], budget: Budget) -> list[Draft | Exception]:
+        try:
+            return list(drafter.propose(sequences, budget))
+        except Exception as error:
+            if len(sequences) == 1:
+                return [error]
+            # Whose error it is shows when each is asked for alone.
+            return [each for one in sequences for each in Engine._proposals(drafter, [one], budget)]
+
+    def _begin(self, sequence: Sequence) -> None:
+        """What a sequence needs before its first round, and not before its first token."""
+        sequence.begin()
+        drafter = sequence.request.drafter
+        if drafter is not None:
+            drafter.begin(sequence)
+            for features, position, rows in sequence.prompt_states:
+                drafter.verified(sequence, features, range(rows), position)
+        sequence.prompt_states.clear()
+
+    # --------------------------------------------------------------------------------------------------------- verify
+    def _verify_alone(self, turn: _Turn) -> bool:
+        """Verify a round that takes forwards of its own, if it is one: fused, or token by token."""
+        sequence = turn.sequence
+        try:
+            if turn.draft.fused is not None:
+                mark = self._clock()
+                turn.draft, turn.verified = run_fused(sequence, turn.draft, *turn.draft.fused)
+                turn.draft_s += self._clock() - mark
+            if turn.verified is None and sequence.request.verification == "sequential" and not turn.draft.waits:
+                turn.verified = verify_sequentially(self.target, sequence, turn.draft, self._clock, turn.taps)
+        except Exception as error:
+            self._fail(sequence, error)
+            return True
+        return turn.verified is not None
+
+    def _decide(
+        self, turn: _Turn, result: Result | Exception, verify_s: float, shared: Joint | None, written: dict
+    ) -> None:
+        if isinstance(result, Exception):
+            raise result
+        assert turn.part is not None
+        verified = decide(self.target, turn.sequence, turn.draft, turn.part, result, self._clock)
+        turn.verified = verified._replace(seconds=verified.seconds + verify_s)
+        self._decided(turn, shared, written)
+
+    @staticmethod
+    def _shared(turns: list[_Turn], pieces: list[tuple[Sequence, Rows]], verify_s: float) -> Joint:
+        return Joint(
+            sequences=len(turns),
+            rows=sum(len(turn.part.rows.tokens) for turn in turns if turn.part is not None),
+            context=sum(len(turn.sequence.tokens) for turn in turns),
+            prompt_rows=sum(len(rows.tokens) for _, rows in pieces),
+            verify_s=verify_s,
+            drafting=0,
+            draft_s=0.0,
+            draft_steps=0,
+        )
+
+    def _decided(self, turn: _Turn, shared: Joint | None, written: dict[Sequence, list[Token]]) -> None:
+        """Emit what a verification decided, and tell everybody."""
+        sequence, draft, verified = turn.sequence, turn.draft, turn.verified
+        if verified is None:  # it has failed
+            return
+        drafter = sequence.request.drafter
         sequence.cached = verified.cached
         for features, rows, position in verified.computed:
             assert drafter is not None  # whose taps they are
             drafter.verified(sequence, features, rows, position)
-
         accepted, drafted = len(verified.kept), len(draft.tokens)
-        round_ = Round(
+        if shared is not None and drafted:
+            seconds = turn.draft_s if draft.seconds is None else draft.seconds
+            shared = shared._replace(drafting=draft.together, draft_s=seconds, draft_steps=draft.forwards)
+        turn.round = round_ = Round(
             drafted,
             accepted,
             emitted=0,
-            draft_s=draft_s - draft.prefill_s,
+            draft_s=turn.draft_s,
             verify_s=verified.seconds,
             source=draft.source,
             proposed=tuple(draft.tokens),
             parents=None if draft.parents is None else tuple(draft.parents),
             kept=tuple(verified.kept),
             path_probs=tuple(draft.path_probs),
+            joint=shared,
         )
         last = "plain" if not drafted else "bonus" if accepted == round_.depth else "corrected"
         block = [Token(draft.tokens[i], "drafted") for i in verified.kept] + [Token(verified.next_id, last)]
         remaining = sequence.remaining
-        tokens = sequence.taken(block)
+        written[sequence] = tokens = sequence.taken(block)
         round_.emitted = len(tokens)
         round_.cut = len(tokens) <= accepted or sequence.wanted > remaining - 1
-        stats.rounds.append(round_)
+        sequence.stats.rounds.append(round_)
         if draft.prefill_s:
-            stats.draft_prefill_s += draft.prefill_s
             sequence.policy.read(draft.source, draft.prefill_s)
         if drafted and drafter is not None:
             drafter.observe(sequence, accepted)
         sequence.policy.update(round_)
-        spent = clock() - began
-        round_.host_s = spent - draft_s - verified.seconds
-        stats.decode_s += spent
-        return tokens
 
-    def _begin(self, sequence: Sequence) -> None:
-        """What a sequence needs before its first round, and not before its first token."""
-        sequence.begin()
-        if sequence.request.drafter is not None and sequence.prompt_step is not None:
-            sequence.request.drafter.begin(sequence, sequence.prompt_step)
-        sequence.prompt_step = None
+    # -------------------------------------------------------------------------------------------------------- prompts
+    @staticmethod
+    def _prompt_part(sequence: Sequence, rows: Rows) -> Part:
+        """A piece of a prompt as a part of a forward; of the last one logits are wanted."""
+        drafter = sequence.request.drafter
+        ends = rows.position + len(rows.tokens) == len(sequence.request.prompt)
+        return Part(rows, ends, drafter.taps if drafter is not None else ())
+
+    def _read(self, sequence: Sequence, rows: Rows, result: Result | Exception, written: dict) -> None:
+        """A piece of a prompt has been read: after the last one the first token is chosen."""
+        if isinstance(result, Exception):
+            raise result
+        drafter, prompt = sequence.request.drafter, sequence.request.prompt
+        sequence.cached = rows.position + len(rows.tokens)
+        if drafter is not None and drafter.taps:
+            sequence.prompt_states.append((result.features, rows.position, len(rows.tokens)))
+        if sequence.cached == len(prompt):
+            written[sequence] = sequence.taken([Token(first_token(sequence, result), "prefill")])
 
 
 def run_fused(sequence: Sequence, draft: Draft, rounds: FusedRounds, k: int) -> tuple[Draft, Verified | None]:

@@ -2,7 +2,8 @@
 
 `LanguageModel` is what every target and every draft model fulfils: one call, `extend`, computes rows of any number of
 sequences. `SequenceModel` is one slot of it, seen as a model of one sequence: what drafters work with. What only some
-networks can do has protocols of its own: `Chains`, `Trees`, `EarlyExit`, `Tapped`, `DraftHead`, `FusedRounds`.
+networks can do has protocols of its own: `Chains`, `Trees`, `EarlyExit`, `Tapped`, `DraftHead`, `Paged`,
+`FusedRounds`.
 
 Addresses are absolute: a call that is given n tokens and a position writes the cache at position .. position+n-1 and
 attends to everything before. Rollback needs no call: pass the position to go on from; what lies beyond it is stale,
@@ -32,28 +33,29 @@ class Rows(NamedTuple):
     parents makes it a tree, whose rows lie in the cache at position, position+1, .. while each stands one behind its
     parent: the row of every token's parent, -1 for row 0. Tokens are the last n rows; those before them are in the
     cache from earlier calls.
+
+    last: only the result of the last row is wanted, as after a prompt; there may then be any number of rows.
     """
 
     slot: int
     tokens: Sequence[int]
     position: int
     parents: Sequence[int] | None = None
+    last: bool = False
 
 
 class Want(NamedTuple):
     """What a caller will read of a step.
 
     logits: logits; else ids of the greatest logits, so that only ids have to leave the device.
-    last: only the last row of each sequence, as after a prompt, which may then have any number of rows.
     taps: layers after which the hidden states are kept: 0 is the embedding, i the output of the i-th layer.
     """
 
     logits: bool = False
-    last: bool = False
     taps: tuple[int, ...] = ()
 
 
-IDS, LOGITS, PROMPT = Want(), Want(logits=True), Want(logits=True, last=True)
+IDS, LOGITS = Want(), Want(logits=True)
 
 
 class Limits(NamedTuple):
@@ -63,6 +65,7 @@ class Limits(NamedTuple):
     slots: int  # sequences
     positions: int  # of each sequence
     vocabulary: int
+    pool: int | None = None  # positions of all sequences together, where they share them; None: each has its own
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,23 @@ class HeadModel(DraftHead, TreeModel, Protocol):
 
 
 @runtime_checkable
+class Paged(Protocol):
+    """A model whose sequences share a pool of positions, in pages, and the pages of what they begin with."""
+
+    def reserve(self, slot: int, tokens: Sequence[int], positions: int) -> int | None:
+        """Promise a free slot that many positions, for a sequence that begins with these tokens.
+
+        `extend` then goes on from how many of them, at most all but one, the cache holds already: that number is
+        returned. tokens: () where nothing may be reused, because hidden states of every token are wanted. None: the
+        pool has not so many positions now; it has them when other sequences have ended. `LanguageModel.free` gives
+        them back.
+
+        Raises UserError for more positions than the pool, or a sequence, ever has.
+        """
+        ...
+
+
+@runtime_checkable
 class FusedRounds(Protocol):
     """Greedy rounds of two models as one program: k drafted tokens, their verification, the accepted count."""
 
@@ -380,13 +400,13 @@ class OneSlot(SlotBySlot):
 
 def _computed(model: SequenceModel, rows: Rows, want: Want) -> list[int] | Tensor:
     """Of one sequence: logits [n, V], or n ids; of the last row alone where that is wanted."""
-    _, tokens, position, parents = rows
-    if want.last and position == 0:
+    _, tokens, position, parents, last = rows
+    if last and position == 0:
         logits = model.prefill(tokens)[None]
         if want.logits:
             return logits
         return model.chooser()(logits) if isinstance(model, Chooses) else _argmax(logits)
-    if want.last and parents is None:  # a further piece of a prompt, of any length
+    if last and parents is None:  # a further piece of a prompt, of any length
         while len(tokens) > model.max_rows:
             model.greedy(tokens[: model.max_rows], position)
             tokens, position = tokens[model.max_rows :], position + model.max_rows
@@ -400,7 +420,7 @@ def _computed(model: SequenceModel, rows: Rows, want: Want) -> list[int] | Tenso
         result = compute(tokens, position, parents)
     else:
         raise ValueError(f"{type(model).__name__} computes no trees: leave out parents")
-    return result[-1:] if want.last else result
+    return result[-1:] if last else result
 
 
 def _side_by_side(states: list[Features]) -> Features:

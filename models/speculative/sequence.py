@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from models.errors import UserError
+from models.errors import NotFinite, UserError
 from models.speculative.control.policy import Controller, DraftPolicy, FixedDraftLength
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from models.speculative.drafters import Drafter
-    from models.speculative.model import Limits, Step
+    from models.speculative.model import Features, Limits
 
 VERIFICATIONS = ("batched", "sequential")
 WAITING = -1  # in place of a slot
@@ -39,6 +40,15 @@ class Watcher(Protocol):
         ...
 
 
+class LogitsReader(Protocol):
+    """Wants to see what tokens are chosen from: for log-probabilities."""
+
+    def read(self, logits: Tensor) -> None:
+        """Take the target's logits [m, V] that the next m tokens of the text are chosen from, before sampling changes
+        them. A stop, or the end, may leave out the last of these tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """A text that is asked for.
@@ -53,6 +63,8 @@ class Request:
         controller: how many; None: `FixedDraftLength()`, and none without a drafter.
         verification: "batched", or "sequential" for one token a forward up to the first rejection: the same text,
             slower, there to be compared.
+        reuse: whether keys and values may be taken over that another text, which began alike, has left in the cache.
+        reader: sees the logits of every token, so that greedy texts compute them too; None: nobody does.
     """
 
     prompt: list[int]
@@ -63,6 +75,8 @@ class Request:
     drafter: Drafter | None = None
     controller: Controller | None = None
     verification: str = "batched"
+    reuse: bool = True
+    reader: LogitsReader | None = None
 
     def check(self, limits: Limits) -> None:
         """Raise UserError for what no model, or none of these limits, can write."""
@@ -81,6 +95,14 @@ class Request:
             )
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
+        needed = min(len(prompt) + self.max_new_tokens, limits.positions)
+        if limits.pool is not None and needed > limits.pool:
+            fits = limits.pool - len(prompt)
+            remedy = f"ask for at most {fits} new tokens" if fits > 0 else f"shorten the prompt to {limits.pool - 1}"
+            raise UserError(
+                f"prompt of {len(prompt)} tokens and max_new_tokens {self.max_new_tokens} take {needed} positions, the "
+                f"cache has {limits.pool} for all texts: {remedy}, or load the model with a larger cache"
+            )
         if self.verification not in VERIFICATIONS:
             raise UserError(f"verification {self.verification!r}: must be 'batched' or 'sequential'")
 
@@ -94,7 +116,8 @@ class Sequence:
         tokens: prompt and emitted text. Not to be changed from outside.
         cached: leading tokens that the target's cache holds.
         begun: whether rounds have begun: it then has a policy, and its drafter knows of it.
-        prompt_step: what the target's prefill gave, until then.
+        prompt_states: hidden states of the prompt, a piece for each step that read it, with the position of its
+            first row; until rounds begin.
         wanted: tokens that the policy allowed in this round, whatever room there was.
         error: what ended the text, if it was an error.
         stats: what has happened so far; its finish_reason is "" while the text goes on.
@@ -107,7 +130,7 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.cached = 0
         self._policy: DraftPolicy | None = None
-        self.prompt_step: Step | None = None
+        self.prompt_states: list[tuple[Features, int, int]] = []  # states, position of the first, how many
         self.wanted = 0
         self.error: Exception | None = None
         self.stats = GenerationStats() if stats is None else stats
@@ -116,6 +139,16 @@ class Sequence:
         fits = request.max_new_tokens <= room
         self.limit, self.limit_reason = (request.max_new_tokens, "length") if fits else (room, "context")
         self.controller = request.controller or FixedDraftLength(0 if request.drafter is None else 4)
+
+    @property
+    def reading(self) -> bool:
+        """Whether the target has not read the whole prompt yet."""
+        return len(self.tokens) == len(self.request.prompt)
+
+    @property
+    def positions(self) -> int:
+        """That it takes at most: prompt and text."""
+        return len(self.request.prompt) + self.limit
 
     @property
     def begun(self) -> bool:
@@ -146,9 +179,14 @@ class Sequence:
     def taken(self, block: list[Token]) -> list[Token]:
         """The part of a block that belongs to the text, which ends inside it at a stop; notes why it ends, if it does.
 
-        The block is at most as long as what may still be emitted.
+        The block is at most as long as what may still be emitted. Raises NotFinite for an id that logits did not give.
         """
         request, reason = self.request, ""
+        if block[-1].id < 0:
+            raise NotFinite(
+                f"the target's logits after {len(self.tokens) + len(block) - 1} tokens are not finite: its weights are "
+                "damaged, or its numbers too large for its data type"
+            )
         for sent, token in enumerate(block, 1):
             watched = request.watcher is not None and request.watcher.push(token)
             if watched or token.id in request.stop_ids:

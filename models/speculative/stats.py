@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from models.speculative.tree import tree_levels
+
+
+class Joint(NamedTuple):
+    """The step that a round shared with other sequences: what its forwards cost, and whom they served."""
+
+    sequences: int  # whose rows were in the target's forward
+    rows: int  # of all of them; prompts apart
+    context: int  # positions that they read: those of all these sequences
+    prompt_rows: int  # of prompts that were read in the same forward
+    verify_s: float  # of that forward
+    drafting: int  # sequences that were drafted for in the same forwards; 0: this one by itself
+    draft_s: float  # of that drafting
+    draft_steps: int  # and how many forwards these were
 
 
 @dataclass
@@ -15,15 +29,16 @@ class Round:
     drafted: int
     accepted: int
     emitted: int  # accepted + 1, less what a stop token or an interruption cut off
-    draft_s: float = 0.0  # inside the drafter, but for its reading of the prompt
+    draft_s: float = 0.0  # inside drafters, but for their reading of prompts
     verify_s: float = 0.0  # inside the target
-    host_s: float = 0.0  # the rest: accepting, bookkeeping, handing tokens out
+    host_s: float = 0.0  # the rest: accepting, bookkeeping, and what other sequences needed for themselves
     cut: bool = False  # a stop token or interruption ended inside it, or a limit shortened its draft
     source: str = "model"  # what drafted, if anything was
     proposed: tuple[int, ...] = ()  # the drafted tokens
     parents: tuple[int, ...] | None = None  # of a tree: index of each token's parent among them, -1 for the text
     kept: tuple[int, ...] = ()  # indices of the accepted ones
     path_probs: tuple[float, ...] = ()  # the draft's probability of each and those before it, where it told
+    joint: Joint | None = None  # where other sequences shared the step: all waited for its whole time
 
     @property
     def depth(self) -> int:
@@ -39,6 +54,7 @@ class GenerationStats:
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, whose keys and values another text had left in the cache
     tokens: int = 0  # emitted, the first and a stop token included
     ttft_s: float = 0.0  # target prefill and choice of the first token; merged: the mean
     draft_prefill_s: float = 0.0  # the drafter's reading of the prompt, a part of decode_s
@@ -109,6 +125,7 @@ class GenerationStats:
         reasons = {part.finish_reason for part in parts}
         return cls(
             prompt_tokens=sum(part.prompt_tokens for part in parts),
+            reused_tokens=sum(part.reused_tokens for part in parts),
             tokens=sum(part.tokens for part in parts),
             ttft_s=sum(part.ttft_s * part.generations for part in begun) / max(generations, 1),
             draft_prefill_s=sum(part.draft_prefill_s for part in parts),

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from models.errors import UserError
-from models.speculative.model import IDS, LOGITS, PROMPT, LanguageModel, Rows, Tapped, Trees, Want
+from models.speculative.model import IDS, LOGITS, LanguageModel, Rows, Tapped, Trees, Want
 
 POSITIONS = (1, 6, 118, 125)  # the last ones just before a block of the cache ends
-LAST_IDS = Want(last=True)
 
 
 @dataclass(frozen=True)
@@ -114,24 +113,24 @@ class Conformance:
         chosen = with_logits.logits(0).argmax(-1).tolist()
         assert with_logits.ids() == [chosen]
         assert subject.model.extend(rows, IDS).ids() == [chosen]
-        assert subject.model.extend(rows, LAST_IDS).ids() == [chosen[-1:]]
+        assert subject.model.extend([rows[0]._replace(last=True)], IDS).ids() == [chosen[-1:]]
         assert len(set(chosen)) > 1
 
     def test_rows_that_were_computed_for_ids_have_no_logits(self, subject: Subject):
         subject.read(0, subject.ids(3))
-        for want in (IDS, LAST_IDS):
+        for last in (False, True):
             with pytest.raises(ValueError, match="ask for logits"):
-                subject.model.extend([Rows(0, [1, 2], 3)], want).logits(0)
+                subject.model.extend([Rows(0, [1, 2], 3, last=last)], IDS).logits(0)
 
     # ----------------------------------------------------------------------------------------------------- prompts
     def test_a_prompt_is_prefill(self, subject: Subject):
         for length in subject.prompts:
             prompt = subject.ids(length, seed=length)
             subject.read(0, prompt)
-            step = subject.model.extend([Rows(0, prompt, 0)], PROMPT)
+            step = subject.model.extend([Rows(0, prompt, 0, last=True)], LOGITS)
             assert torch.equal(step.logits(0), subject.model.slot(0).prefill(prompt)[None])
             assert step.ids() == [[int(step.logits(0).argmax())]]
-            assert subject.model.extend([Rows(0, prompt, 0)], LAST_IDS).ids() == step.ids()
+            assert subject.model.extend([Rows(0, prompt, 0, last=True)], IDS).ids() == step.ids()
             subject.near(step.logits(0), subject.reference(prompt)[-1:], subject.error)
 
     def test_a_prompt_may_come_in_pieces(self, subject: Subject):
@@ -140,7 +139,7 @@ class Conformance:
         expected = subject.reference(ids)
         for first, last in ((10, 13), (10, len(ids) - 1)):
             subject.read(0, ids[:first])
-            step = subject.model.extend([Rows(0, ids[first:last], first)], PROMPT)
+            step = subject.model.extend([Rows(0, ids[first:last], first, last=True)], LOGITS)
             subject.near(step.logits(0), expected[last - 1 : last], subject.error)
             subject.near(subject.logits(ids[last : last + 1], last), expected[last : last + 1], subject.error)
 
@@ -170,14 +169,14 @@ class Conformance:
 
     # ------------------------------------------------------------------------------------------------------ limits
     def test_limits_are_what_it_can_compute(self, subject: Subject):
-        rows, slots, positions, vocabulary = subject.model.limits
+        rows, slots, positions, vocabulary, _ = subject.model.limits
         ids = subject.ids(positions, seed=5)
         for slot in range(slots):
             subject.read(slot, ids[: positions - rows])
             assert subject.logits(ids[-rows:], positions - rows, slot=slot).shape == (rows, vocabulary)
 
     def test_what_exceeds_the_limits_is_refused_in_one_line(self, subject: Subject):
-        rows, slots, positions, _ = subject.model.limits
+        rows, slots, positions, _, _ = subject.model.limits
         subject.read(0, subject.ids(positions - 1))
         for tokens, position in (
             ([1] * (rows + 1), 0),
@@ -246,7 +245,7 @@ class TreeConformance:
             subject.near(made[-1:], subject.reference(text)[-1:], subject.error)
 
     def test_a_tree_needs_room_for_its_levels_not_for_its_rows(self, subject: Subject):
-        rows, _, positions, _ = subject.model.limits
+        rows, _, positions, _, _ = subject.model.limits
         position = positions - 2
         ids = subject.ids(positions, seed=9)
         subject.read(0, ids[:position])
@@ -272,7 +271,9 @@ class SlotConformance:
             subject.read(slot, texts[slot][: starts[slot]])
             alone.append(subject.steps(texts[slot][starts[slot] :], starts[slot], slot))
             subject.model.free(slot)
-        step = subject.model.extend([Rows(slot, texts[slot][: starts[slot]], 0) for slot in reversed(slots)], PROMPT)
+        step = subject.model.extend(
+            [Rows(slot, texts[slot][: starts[slot]], 0, last=True) for slot in reversed(slots)], LOGITS
+        )
         assert len(step.ids()) == len(slots)
         for i in range(20):
             rows = [Rows(slot, [texts[slot][starts[slot] + i]], starts[slot] + i) for slot in slots]

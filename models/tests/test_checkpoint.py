@@ -428,6 +428,35 @@ def test_a_malformed_index_is_named(sharded, weight_map):
     assert str(sharded / INDEX) in open_fails(sharded)
 
 
+# ------------------------------------------------------------------- what contradicts the config
+BIAS, EXTRA = "model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("name", [BIAS, EXTRA, "score.weight", "model.layers.0.self_attn.q_proj.weight_scale"])
+def test_a_tensor_that_no_layer_uses_is_named_and_refused(single, name):
+    edit_tensors(single / SINGLE, lambda tensors: tensors.update({name: torch.ones(64)}))
+    assert f"holds the tensor {name}, which a Llama of its config.json has not" in open_fails(single)
+
+
+def test_a_config_with_fewer_layers_than_the_file_is_refused(single):
+    edit_json(single / "config.json", num_hidden_layers=1)
+    assert "holds the tensor model.layers.1." in open_fails(single)
+
+
+def test_a_tensor_in_two_shards_is_refused_with_both(sharded):
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    other = next(file for file in weight_map.values() if file != weight_map[NORM])
+    edit_tensors(sharded / other, lambda tensors: tensors.update({NORM: torch.ones(64)}))
+    message = open_fails(sharded)
+    assert NORM in message and other in message and weight_map[NORM] in message
+
+
+def test_a_tensor_that_the_index_does_not_name_is_refused_where_no_layer_uses_it(sharded):
+    file = sorted(sharded.glob("*.safetensors"))[0]
+    edit_tensors(file, lambda tensors: tensors.update({BIAS: torch.ones(64)}))
+    assert BIAS in open_fails(sharded)
+
+
 # ------------------------------------------------------------------------------------------- large ones
 def test_opening_an_8b_checkpoint_reads_its_headers_and_none_of_its_16_gb(tmp_path):
     config = named_config("8b")

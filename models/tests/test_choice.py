@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.speculative.model import PROMPT, Rows
+from models.speculative.model import LOGITS, Rows
 from models.tests.llama_fixtures import random_tensors, tiny_config
 from models.torch_llama.choice import MOST_CANDIDATES, Head, greatest
 from models.torch_llama.model import TorchLlama
@@ -66,7 +66,7 @@ def test_a_model_decides_equal_logits_alike_in_all_its_forwards(tied):
     step = torch.nextafter(rows[best, column], torch.tensor(up, dtype=torch.bfloat16))
     rows[max(best, other), column] = step
     model = TorchLlama(config, tensors, max_seq_len=256, fixed_rows=5)
-    logits = model.extend([Rows(0, ids, 0)], PROMPT)
+    logits = model.extend([Rows(0, ids, 0, last=True)], LOGITS)
     assert logits.logits(0)[0, best] == logits.logits(0)[0, other]
     assert logits.logits(0)[0].argmax().item() == min(best, other)
     assert logits.ids()[0] == [max(best, other)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models.errors import UserError
-from models.speculative.model import LOGITS, PROMPT, OneSlot, Rows, Want
+from models.speculative.model import LOGITS, OneSlot, Rows, Want
 from models.tests.conformance import Conformance, SlotConformance, Subject, TreeConformance
 from models.tests.llama_fixtures import hf_model, random_tensors, tiny_config
 from models.torch_llama.model import PREFILL_CHUNK, TorchLlama
@@ -133,28 +133,28 @@ class TestFeatures:
 
     def test_they_are_those_of_the_reference(self, subject, states):
         """Of prompts of one chunk and of several, of one row and of all rows that a forward has."""
-        model, want = subject.model, Want(logits=True, last=True, taps=self.TAPS)
+        model, want = subject.model, Want(logits=True, taps=self.TAPS)
         most = model.limits.rows
         for length in subject.prompts:
             ids = subject.ids(length + most, seed=length)
             expected = states(ids)
-            step = model.extend([Rows(0, ids[:length], 0)], want)
+            step = model.extend([Rows(0, ids[:length], 0, last=True)], want)
             assert step.features(0).shape == (length, len(self.TAPS) * CONFIG.hidden_size)
             subject.near(step.features(0), expected[:length], subject.error)
             for n in (1, most):
-                step = model.extend([Rows(0, ids[length : length + n], length)], want._replace(last=False))
+                step = model.extend([Rows(0, ids[length : length + n], length)], want)
                 subject.near(step.features(0), expected[length : length + n], subject.error)
                 assert len(step.logits(0)) == n
 
     def test_the_first_one_is_the_embedding(self, subject):
         ids = subject.ids(40)
-        step = subject.model.extend([Rows(0, ids, 0)], PROMPT._replace(taps=(0,)))
+        step = subject.model.extend([Rows(0, ids, 0, last=True)], LOGITS._replace(taps=(0,)))
         table = TENSORS["model.embed_tokens.weight"]
         assert torch.equal(step.features(0), table[ids].to(step.features(0).dtype))
 
     def test_they_come_in_the_order_that_was_asked_for(self, subject, states):
         ids = subject.ids(40)
-        step = subject.model.extend([Rows(0, ids, 0)], PROMPT._replace(taps=(2, 0)))
+        step = subject.model.extend([Rows(0, ids, 0, last=True)], LOGITS._replace(taps=(2, 0)))
         subject.near(step.features(0), states(ids, (2, 0)), subject.error)
 
     def test_the_head_makes_the_logits_of_the_last_one(self, subject):
@@ -185,11 +185,13 @@ class TestFeatures:
     def test_each_sequence_has_its_own(self, subject, states):
         slots = range(subject.model.limits.slots)
         texts = [subject.ids(20 + 30 * slot, seed=slot) for slot in slots]
-        step = subject.model.extend([Rows(slot, texts[slot], 0) for slot in slots], PROMPT._replace(taps=self.TAPS))
+        step = subject.model.extend(
+            [Rows(slot, texts[slot], 0, last=True) for slot in slots], LOGITS._replace(taps=self.TAPS)
+        )
         for slot in slots:
             subject.near(step.features(slot), states(texts[slot]), subject.error)
 
     @pytest.mark.parametrize("layer", [-1, CONFIG.num_hidden_layers + 1])
     def test_a_layer_that_is_not_there_is_refused_in_one_line(self, subject, layer):
         with pytest.raises(UserError, match=f"tap after layer {layer}: the model has layers 0 .*to 3"):
-            subject.model.extend([Rows(0, [1, 2], 0)], PROMPT._replace(taps=(layer,)))
+            subject.model.extend([Rows(0, [1, 2], 0, last=True)], LOGITS._replace(taps=(layer,)))

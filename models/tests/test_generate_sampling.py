@@ -30,12 +30,12 @@ PROMPT = [3]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tiny_model(noise: float):
+def tiny_model(noise: float, **options):
     """One layer, 8 tokens, logits spread enough to be far from uniform; with noise a relative of the model without."""
     config = engine_config(VOCAB, layers=1)
     tensors = random_tensors(config, seed=7)
     tensors["lm_head.weight"] *= 1.5
-    return build(config, perturbed(tensors, noise, seed=8), max_seq_len=16)
+    return build(config, perturbed(tensors, noise, seed=8), **{"max_seq_len": 16, **options})
 
 
 @pytest.fixture(scope="module")

@@ -105,6 +105,54 @@ def test_a_prompt_is_a_text_or_token_ids(llm, plain_text):
     assert first.token_ids == plain_text.token_ids[:5] and second.token_ids != first.token_ids
 
 
+def test_a_list_of_prompts_is_written_side_by_side_in_its_order():
+    """Texts, token ids and limits as alone; each with its own sampling; those beyond the slots wait."""
+    prompts = [PROMPT, "class A:", "import os\n", "x = 1\n", "def f():"]
+    with LLM.load("tiny", max_seq_len=256, slots=3, dtype="fp32", num_draft_tokens=3) as llm:
+        warm = [SamplingParams(), *(SamplingParams(temperature=0.9, top_k=30, seed=seed) for seed in range(4))]
+        for sampling in (None, SamplingParams(temperature=0.8, seed=4), warm):
+            each = sampling if isinstance(sampling, list) else [sampling] * 5
+            alone = [llm.generate(p, s, max_new_tokens=20, stop="(") for p, s in zip(prompts, each, strict=True)]
+            written = llm.generate(prompts, sampling, max_new_tokens=20, stop="(")
+            assert [(w.text, w.token_ids, w.finish_reason) for w in written] == [
+                (a.text, a.token_ids, a.finish_reason) for a in alone
+            ]
+            assert llm.stats.tokens == sum(len(w.token_ids) for w in written)
+            assert any(r.joint and r.joint.sequences == 3 for r in llm.stats.rounds)
+        ids = [llm.encode(prompt) for prompt in prompts]
+        assert [w.text for w in llm.generate(ids, max_new_tokens=9)] == [
+            w.text for w in llm.generate(prompts, max_new_tokens=9)
+        ]
+
+
+def test_a_list_leaves_open_streams_alone_and_says_when_there_is_no_room():
+    with LLM.load("tiny", max_seq_len=256, slots=2, dtype="fp32") as llm:
+        expected = [llm.generate(prompt, max_new_tokens=12).text for prompt in (PROMPT, "class A:", "x = ")]
+        first = llm.stream(PROMPT, max_new_tokens=12)
+        text = next(first).text
+        assert [w.text for w in llm.generate(["class A:", "x = "], max_new_tokens=12)] == expected[1:]
+        second = llm.stream("class A:", max_new_tokens=12)
+        next(second)
+        with pytest.raises(UserError, match="slots are taken"):
+            llm.generate(["x = ", "y = "], max_new_tokens=3)
+        assert text + "".join(piece.text for piece in first) == expected[0]
+        second.close()
+        assert llm.engine.idle
+
+
+def test_a_list_that_cannot_be_written_is_refused_before_anything_is(llm):
+    for prompts, sampling, said in (
+        (["a", "b"], [SamplingParams()], "1 sampling parameters for 2 prompts"),
+        ("a", [SamplingParams()], "1 sampling parameters for one prompt"),
+        (["a", "b" * 5000], None, "context is"),
+    ):
+        with pytest.raises(UserError, match=said):
+            llm.generate(prompts, sampling, max_new_tokens=3)
+    with pytest.raises(UserError, match="each completion has its own"):
+        llm.generate(["a", "b"], stats=GenerationStats())
+    assert llm.engine.idle
+
+
 def test_sampled_text_repeats_with_a_seed_and_a_fixed_length(llm):
     drafting = llm.drafting(num_draft_tokens=3)
     texts = [
@@ -221,7 +269,7 @@ def test_a_conversation_goes_through_the_chat_template(chat_model):
         ({"draft": "x", "drafter": "prompt-lookup"}, ["draft has no meaning", "prompt-lookup"]),
         ({"precision": "bf16"}, ["precision has no meaning", "device"]),
         ({"max_seq_len": 10**9}, ["max_seq_len 1000000000", "tiny-target"]),
-        ({"slots": 0}, ["slots 0", "at least 1"]),
+        ({"slots": 0}, ["slots 0", "from 1 to"]),
         ({"temperature": 1}, ["unknown option 'temperature'", "drafter"]),
     ],
 )

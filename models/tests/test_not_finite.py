@@ -132,3 +132,25 @@ def test_a_damaged_draft_is_asked_once_a_text(kind):
     drafter = TreeDrafter(draft, WARM, 6) if kind == "tree" else ModelDrafter(draft, WARM)
     list(generate(target, drafter, PROMPT, sampling=WARM, controller=FixedDraftLength(4), max_new_tokens=30))
     assert [method for method, _, _ in draft.calls if method != "prefill"] in ([], ["forward"])
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["plain", "chain", "tree"])
+def test_a_target_that_is_damaged_for_a_later_token_writes_what_it_can_and_is_refused(kind, sampling):
+    """Embeddings of tokens that the prompt lacks are NaN: what precedes them is the sound target's text."""
+    tensors = random_tensors(CONFIG, 0)
+    sound, draft = build(CONFIG, tensors), build(CONFIG, perturbed(tensors, 0.05, seed=9))
+    whole = [token.id for token in generate(sound, None, PROMPT, sampling=sampling, max_new_tokens=30)]
+    kept = {*PROMPT, *whole[:4]}
+    place = next(i for i, id in enumerate(whole) if id not in kept)
+    embedding = tensors["model.embed_tokens.weight"].clone()
+    embedding[[id for id in range(CONFIG.vocab_size) if id not in kept]] = math.nan
+    target = build(CONFIG, {**tensors, "model.embed_tokens.weight": embedding})
+    drafter = {"plain": None, "chain": ModelDrafter(draft, sampling), "tree": TreeDrafter(draft, sampling, 6)}[kind]
+    written = []
+    with pytest.raises(NotFinite, match="logits after [4-7][0-9] tokens are not finite"):
+        for token in generate(target, drafter, PROMPT, sampling=sampling, max_new_tokens=30):
+            written.append(token.id)
+    if kind == "plain" or sampling.greedy:
+        assert written == whole[: len(written)] and len(written) <= place + 1
+    assert all(0 <= id < CONFIG.vocab_size for id in written)

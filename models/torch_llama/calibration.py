@@ -73,9 +73,9 @@ def calibrate(
     file = (directory or user_cache("calibration")) / f"{_key(config, dtype, threads)}.json"
     try:
         kept = json.loads(file.read_text())
-        costs, errors = ({int(n): float(x) for n, x in kept[name].items()} for name in ("costs", "errors"))
+        costs, errors = ({n: float(kept[name][str(n)]) for n in ROWS} for name in ("costs", "errors"))
         return Calibration(kept["one_row_ms"], costs, errors, kept["measured"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         pass  # not there yet, or not what it should be
     logger.info("timing padded rows, once for this model on this machine: a few seconds")
     before = torch.get_num_threads()

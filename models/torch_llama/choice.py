@@ -25,21 +25,28 @@ class Head:
         """The id of greatest logit in each row.
 
         Args:
-            logits: [n, V]. Of a row with NaN among them, the id of the first.
+            logits: [n, V]. Of a row whose greatest is not finite, -1 is chosen.
             hidden: [n or more, H], what the logits were computed from.
         """
         if self.weight is None:
-            return argmax(logits).tolist()
+            return _known(logits, argmax(logits)).tolist()
         ids, equal = greatest(logits)
-        chosen = ids.tolist()
+        chosen = _known(logits, ids).tolist()
         if not equal.any():
             return chosen
         for row in equal.nonzero().flatten().tolist():
+            if chosen[row] < 0:
+                continue
             candidates = (logits[row] == logits[row, chosen[row]]).nonzero().flatten()
             if len(candidates) <= MOST_CANDIDATES:
                 scores = self.weight[candidates].float() @ hidden[row].float()
                 chosen[row] = int(candidates[scores.argmax()])
         return chosen
+
+
+def _known(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """ids [n] of the greatest logits [n, V]; -1 where that one is not finite."""
+    return ids.where(logits.gather(-1, ids[:, None])[:, 0].isfinite(), -1)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:

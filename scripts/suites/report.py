@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.cli.environment import check_writable, date, machine, versions, write_json, write_text
+from models.cli import environment
+from models.cli.environment import date, machine, versions, write_json, write_text
 from models.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,9 +67,7 @@ def ranged(values: dict[str, Any] | None, show: Callable[[float | None], str] = 
 
 def check_outputs(options: Any) -> None:
     """UserError unless every file that was asked for can be written, found out before the run."""
-    for name in FORMATS:
-        if file := getattr(options, name):
-            check_writable(file, f"--{name}")
+    environment.check_outputs({f"--{name}": getattr(options, name) for name in FORMATS})
 
 
 def write_outputs(options: Any, results: dict[str, Any], text: str, draw: Callable) -> None:

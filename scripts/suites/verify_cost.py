@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from models.cli.tables import markdown_table
 from models.errors import UserError
 from models.llama.config import LlamaConfig, named_config
-from models.options import FREE_ROWS
+from models.options import FREE_ROWS, MAX_THREADS
 from scripts.suites.measuring import shuffled, spread
 from scripts.suites.report import header, number
 from scripts.suites.suite import Progress, Results, integer, integers
@@ -58,7 +58,9 @@ class VerifyCost:
         )  # fmt: skip
         parser.add_argument("--fixed-rows", type=integer(1, MAX_ROWS), default=FREE_ROWS, help="(%(default)s)")
         parser.add_argument("--no-hf", action="store_true", help="leave transformers out, which doubles the memory")
-        parser.add_argument("--threads", type=integer(1), metavar="N", help="CPU threads of torch (torch's own)")
+        parser.add_argument(
+            "--threads", type=integer(1, MAX_THREADS), metavar="N", help="CPU threads of torch (torch's own)"
+        )
 
     def __init__(self, options: argparse.Namespace, rest: Sequence[str]) -> None:
         if rest:

@@ -4,7 +4,10 @@ Tokens per second with K drafted tokens, for the costs of this machine and the a
 
     rate(K) = (1 + a1 + a1 a2 + ... + a1..aK) / (draft(K) + verify(K + 1))
 
-a_i is the chance that token i is accepted once those before it are. K = 0 is plain decoding.
+a_i is the chance that token i is accepted once those before it are. K = 0 is plain decoding. Where n sequences share a
+step, each is charged its share of one in which all draft as it does: draft(K, n) / n, where the drafter drafts for all
+of them together, and verify(n (K + 1)) / n. Rows that are free for one sequence are not for many, so that K shrinks as
+slots fill.
 """
 
 from __future__ import annotations
@@ -24,6 +27,10 @@ from models.speculative.stats import Round
 class DraftPolicy(Protocol):
     """One text's policy. Asked before every round, told about every round. It may learn from rounds and times, never
     from tokens ahead."""
+
+    def shares(self, sequences: int, context: int) -> None:
+        """A round begins: so many sequences share its forward, whose texts have so many tokens together."""
+        ...
 
     def draft_length(self, source: str) -> int:
         """Tokens that this source of drafts may propose now; 0: none, decode one token plainly."""
@@ -63,6 +70,9 @@ class FixedDraftLength:
     def begin(self, prompt_tokens: int, max_new_tokens: int) -> DraftPolicy:
         """Itself."""
         return self
+
+    def shares(self, sequences: int, context: int) -> None:
+        """Nothing that would change the number."""
 
     def draft_length(self, source: str) -> int:
         """The number."""
@@ -124,6 +134,8 @@ class AutoDraftLength:
         self.trust: dict[str, Trust] = {}
         self._run: dict[str, Acceptance] = {}  # by source, of all texts
         self._nodes: dict[str, float] = {}  # by source of trees: tokens that one has, on average
+        self._together: dict[str, int] = {}  # by source: sequences that it drafted for at once last, among several
+        self._seen = (0.0, 0.0)  # seconds of the joint verification and drafting that were noted last
         self.latest = AutoPolicy(self, 0, 0)
 
     def begin(self, prompt_tokens: int, max_new_tokens: int) -> DraftPolicy:
@@ -135,6 +147,10 @@ class AutoDraftLength:
     def chosen(self) -> list[int]:
         """Tokens drafted in the rounds of the text begun last."""
         return self.latest.chosen
+
+    def shares(self, sequences: int, context: int) -> None:
+        """As of the text begun last."""
+        self.latest.shares(sequences, context)
 
     def draft_length(self, source: str) -> int:
         """As of the text begun last."""
@@ -163,7 +179,7 @@ class AutoDraftLength:
         def milliseconds(what: str) -> dict[str, float]:
             return {str(which): 1000 * seconds for which, seconds in self.costs.known(what).items()}
 
-        drafted = list(dict.fromkeys(source for source, _ in self.costs.known("draft")))
+        drafted = list(dict.fromkeys(source for source, *_ in self.costs.known("draft")))
         source = next((name for name in drafted if reads_prompt(name)), next(iter(drafted), None))  # the dearest
         return {
             "lengths": self.lengths,
@@ -187,12 +203,38 @@ class AutoDraftLength:
         """How likely a token is accepted to which a draft gives this probability."""
         return self.trust[source].chance(path_prob) if source in self.trust else path_prob
 
-    def round_s(self, source: str, k: int) -> float:
-        """A round that drafts k tokens, or k levels, from this source."""
+    def round_s(self, source: str, k: int, sequences: int = 1, context: int = 0) -> float:
+        """One sequence's share of a round that drafts k tokens, or k levels, from this source for so many sequences."""
         if k and reads_prompt(source) and (whole := self.costs.whole_round_s(k)) is not None:
             return whole
         nodes = max(k, self._nodes.get(source, 0)) if k else 0
-        return self.costs.draft_s(source, k) + self.costs.verify_s(1 + round(nodes))
+        verify_s = self.costs.verify_s(sequences * (1 + round(nodes)), context)
+        return self.draft_s(source, k, sequences) + verify_s / sequences
+
+    def draft_s(self, source: str, k: float, sequences: int = 1) -> float:
+        """One sequence's share of drafting k tokens. Until it is known whether a source drafts for several at once, it
+        is taken to: that shows with the first draft."""
+        together = 1 if sequences == 1 else min(self._together.get(source, sequences), sequences)
+        if together <= 1:
+            return self.costs.draft_s(source, k)
+        return self.costs.draft_s(source, k, together) / together
+
+    def add_round(self, round: Round, context: int) -> float:
+        """Note what the forwards of a round cost: seconds of its verification that are this sequence's share."""
+        joint = round.joint
+        if joint is None:
+            if round.verify_s or not round.drafted:
+                self.costs.add("verify", round.drafted + 1, round.verify_s, context)
+            return round.verify_s
+        seen = self._seen
+        if joint.prompt_rows == 0 and joint.verify_s != seen[0]:  # once for all that shared it
+            self.costs.add("verify", joint.rows, joint.verify_s, joint.context)
+        if round.drafted and joint.sequences > 1:
+            self._together[round.source] = joint.drafting
+            if joint.drafting > 1 and joint.draft_s != seen[1]:
+                self.costs.add("draft", (round.source, joint.draft_steps, joint.drafting), joint.draft_s)
+        self._seen = joint.verify_s, joint.draft_s
+        return joint.verify_s / joint.sequences
 
     def add_nodes(self, source: str, drafted: int) -> None:
         """A tree had so many tokens."""
@@ -223,7 +265,14 @@ class AutoPolicy:
         self._read = False  # the draft has read the prompt
         self._wait, self._probing = 1, False
         self._asked = 0
+        self._sequences, self._context = 1, 0  # that share the step, and the tokens of all their texts
         self._outlooks: dict[str, _Outlook] = {}  # by source, until a round changes them
+
+    def shares(self, sequences: int, context: int) -> None:
+        """A round begins: its company is a part of every cost."""
+        if sequences != self._sequences or context // CostModel.CONTEXT != self._context // CostModel.CONTEXT:
+            self._outlooks.clear()
+        self._sequences, self._context = sequences, context
 
     def draft_length(self, source: str) -> int:
         """The best length, 0 where plain decoding is better."""
@@ -243,8 +292,9 @@ class AutoPolicy:
         """Whether a further token of a draft is worth its time: see `drafters.Limit`."""
         if self._probing:
             return True
-        outlook, verify_s = self.outlook(source), self.run.costs.verify_s
-        seconds, gained = verify_s(rows) - verify_s(rows - 1), self.run.trust_in(source, path_prob)
+        outlook, verify_s, n = self.outlook(source), self.run.costs.verify_s, self._sequences
+        seconds = (verify_s(n * rows, self._context) - verify_s(n * (rows - 1), self._context)) / n
+        gained = self.run.trust_in(source, path_prob)
         if steps:
             seconds += steps * outlook.step_s
             gained *= outlook.next_chance
@@ -261,22 +311,21 @@ class AutoPolicy:
         """Learn from a round."""
         run, costs = self.run, self.run.costs
         one_program = round.drafted > 0 and not round.verify_s
-        if not one_program:
-            costs.add("verify", round.drafted + 1, round.verify_s)
+        share_s = run.add_round(round, self._context)
         self.chosen.append(round.drafted)
         self._remaining -= round.emitted
         drafted_by_model = round.drafted and reads_prompt(round.source)
         self._unread = 0 if drafted_by_model else self._unread + round.emitted
         self._outlooks.clear()
         if not round.drafted:
-            run.saved += run.PROBE_SHARE / self._wait * round.verify_s
+            run.saved += run.PROBE_SHARE / self._wait * share_s
             return
         source, depth = round.source, round.depth
         # The first draft in a text prepares things that the others need not.
         if one_program:
             costs.add("round", depth, round.draft_s)
-        elif source in self._drafted:
-            costs.add("draft", (source, depth), round.draft_s)
+        elif source in self._drafted and (round.joint is None or round.joint.drafting <= 1):
+            costs.add("draft", (source, depth), round.draft_s if round.joint is None else round.joint.draft_s)
         self._drafted.add(source)
         if round.parents is not None:
             run.add_nodes(source, round.drafted)
@@ -307,12 +356,13 @@ class AutoPolicy:
         tokens = tokens_by_length(acceptance.chances(run.lengths[-1]))
         plain, best, length = 0.0, 0.0, 0
         for k in run.lengths:
-            seconds = run.round_s(source, k)
+            seconds = run.round_s(source, k, self._sequences, self._context)
             rate = tokens[k] / seconds if seconds else 0.0
             plain = plain if k else rate
             if rate > best:
                 best, length = rate, k
-        step_s, next_chance = run.costs.draft_step_s(source), acceptance.next_chance()
+        n, next_chance = self._sequences, acceptance.next_chance()
+        step_s = run.draft_s(source, 2, n) - run.draft_s(source, 1, n)
         return self._outlooks.setdefault(source, _Outlook(plain, best, length, step_s, next_chance))
 
     def _better_elsewhere(self, source: str) -> bool:
@@ -342,8 +392,11 @@ class AutoPolicy:
         """PROBE_LENGTH if its time has been saved up, else 0."""
         run = self.run
         k = min((k for k in run.lengths if k >= run.PROBE_LENGTH), default=0)
-        plain_s = run.round_s(source, 0)
-        price = run.round_s(source, k) - plain_s + self._reading_s(source)
+        n, verify_s = self._sequences, run.costs.verify_s  # of which it alone may draft: all wait for that
+        plain_s = verify_s(n, self._context)
+        whole = run.costs.whole_round_s(k) if k and reads_prompt(source) else None
+        price = (run.costs.draft_s(source, k) + verify_s(n + k, self._context) if whole is None else whole) - plain_s
+        price += self._reading_s(source)
         if not k or run.saved < price or not plain_s:
             return 0
         run.saved -= price

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 if TYPE_CHECKING:  # command lines import this and answer at once
     from torch import Tensor
 
-    from models.speculative.model import Features, FusedRounds, Step
+    from models.speculative.model import Features, FusedRounds
     from models.speculative.sequence import Sequence
 
 MAX_DRAFT_LENGTH = 31  # with the token before them, drafted tokens fill one tile of 32 rows
@@ -59,6 +60,9 @@ class Draft(NamedTuple):
     path_probs: the draft's own probability of each token and all before it, where it is known; one number more than
     tokens if one was looked at and not proposed. fused: instead of tokens, a greedy round to run that drafts and
     verifies k of them: (rounds, k).
+    together: for how many sequences the forwards were that drafted it, 0 if it had its own; forwards: their number;
+    seconds: that drafting for all of them took, prompts apart; None: what the call took. waits: nothing yet, the
+    drafter is still reading the prompt; the sequence has no round in this step.
     """
 
     tokens: list[int]
@@ -68,6 +72,10 @@ class Draft(NamedTuple):
     parents: list[int] | None = None
     path_probs: Items[float] = ()
     fused: tuple[FusedRounds, int] | None = None
+    together: int = 0
+    forwards: int = 0
+    seconds: float | None = None
+    waits: bool = False
 
 
 class SequenceDrafter(Protocol):
@@ -109,19 +117,29 @@ class ReadsStates(Protocol):
 
 
 class Budget(NamedTuple):
-    """What a step may draft. rows: of a target's forward, the tokens before the drafted ones included."""
+    """What a step may draft.
+
+    rows: of one sequence in a target's forward, the tokens before the drafted ones included. sequences: that share the
+    step. context: tokens of all their texts. prompt_rows: that drafters may read of texts, all together, where several
+    share the step.
+    """
 
     rows: int
+    sequences: int = 1
+    context: int = 0
+    prompt_rows: int = 512
 
     def share(self, sequence: Sequence) -> Limit:
         """What is allowed to one sequence, by its policy, its end, and the rows that the text itself leaves."""
         rows = self.rows - (len(sequence.tokens) - sequence.cached)
+        policy = sequence.policy
+        policy.shares(self.sequences, self.context)
 
         def length(source: str) -> int:
-            sequence.wanted = sequence.policy.draft_length(source)
+            sequence.wanted = policy.draft_length(source)
             return min(sequence.wanted, sequence.remaining - 1, rows)
 
-        return Limit(length, sequence.policy.pays, rows)
+        return Limit(length, policy.pays, rows)
 
 
 class Drafter(Protocol):
@@ -132,16 +150,18 @@ class Drafter(Protocol):
 
     taps: tuple[int, ...]
 
-    def begin(self, sequence: Sequence, prompt: Step) -> None:
-        """A sequence has its first token. prompt: what the target's prefill gave, with the states of `taps`."""
+    def begin(self, sequence: Sequence) -> None:
+        """A sequence has its first token."""
         ...
 
-    def propose(self, sequences: Items[Sequence], budget: Budget) -> list[Draft]:
-        """A draft for each of them, in their order; see `SequenceDrafter`."""
+    def propose(self, sequences: Items[Sequence], budget: Budget) -> Items[Draft | Exception]:
+        """A draft for each of them, in their order; see `SequenceDrafter`. An error that is one sequence's own stands
+        in the place of its draft; one that is raised while several are asked for makes the engine ask one by one."""
         ...
 
     def verified(self, sequence: Sequence, features: Features, rows: Items[int], position: int) -> None:
-        """The target has computed rows of a sequence's text; called after every round if there are `taps`."""
+        """The target has computed rows of a sequence's text; called for the prompt, in pieces, and after every round
+        if there are `taps`."""
         ...
 
     def observe(self, sequence: Sequence, accepted: int) -> None:
@@ -159,18 +179,23 @@ class PerSequence:
     Args:
         make: called when a sequence begins.
         taps: layers of the target whose hidden states they read; they are then `ReadsStates`.
+        free: called with the slot of a sequence that is over: what a draft model holds there is not needed any more.
     """
 
-    def __init__(self, make: Callable[[Sequence], SequenceDrafter], taps: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        make: Callable[[Sequence], SequenceDrafter],
+        taps: tuple[int, ...] = (),
+        free: Callable[[int], None] = lambda slot: None,
+    ) -> None:
         self.taps = taps
         self._make = make
+        self._free = free
         self._of: dict[Sequence, SequenceDrafter] = {}
 
-    def begin(self, sequence: Sequence, prompt: Step) -> None:
+    def begin(self, sequence: Sequence) -> None:
         """Make the sequence's drafter."""
         self._of[sequence] = self._make(sequence)
-        if self.taps:
-            self.verified(sequence, prompt.features(0), range(len(sequence.request.prompt)), 0)
 
     def verified(self, sequence: Sequence, features: Features, rows: Items[int], position: int) -> None:
         """Hand the states to the sequence's drafter."""
@@ -178,9 +203,15 @@ class PerSequence:
         assert isinstance(drafter, ReadsStates)  # as `taps` says
         drafter.states(features, rows, position)
 
-    def propose(self, sequences: Items[Sequence], budget: Budget) -> list[Draft]:
-        """One after the other."""
-        return [self._of[each].propose(each.tokens, budget.share(each)) for each in sequences]
+    def propose(self, sequences: Items[Sequence], budget: Budget) -> Items[Draft | Exception]:
+        """One after the other, each with its own time where there are several."""
+        if len(sequences) == 1:
+            return [self.of(sequences[0]).propose(sequences[0].tokens, budget.share(sequences[0]))]
+        return [self._timed(each, budget.share(each)) for each in sequences]
+
+    def of(self, sequence: Sequence) -> SequenceDrafter:
+        """The drafter of a sequence that has begun."""
+        return self._of[sequence]
 
     def observe(self, sequence: Sequence, accepted: int) -> None:
         """Tell the sequence's drafter."""
@@ -189,6 +220,15 @@ class PerSequence:
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence's drafter, if there is one: making it may have been interrupted."""
         self._of.pop(sequence, None)
+        self._free(sequence.slot)
+
+    def _timed(self, sequence: Sequence, limit: Limit) -> Draft | Exception:
+        began = time.perf_counter()
+        try:
+            draft = self._of[sequence].propose(sequence.tokens, limit)
+        except Exception as error:
+            return error
+        return draft._replace(seconds=time.perf_counter() - began - draft.prefill_s)
 
 
 class OneText(PerSequence):

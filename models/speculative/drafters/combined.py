@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from models.speculative.drafters import Draft, Limit, ReadsStates, SequenceDrafter
+from models.speculative.drafters.in_step import Answer, Ask, DraftsInSteps, Steps, alone
 from models.speculative.model import Features
 
 
@@ -19,18 +20,31 @@ class Combined:
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """The first draft that has tokens, if any. Its prefill_s is the time of all that have read the prompt now;
         where none has tokens, its source is the first that has read."""
+        return alone(self._first(tokens, limit, in_steps=False), _no_question)
+
+    def steps(self, tokens: list[int], limit: Limit) -> Steps:
+        """As `propose`, in steps where the drafters can."""
+        return self._first(tokens, limit, in_steps=True)
+
+    def _first(self, tokens: list[int], limit: Limit, in_steps: bool) -> Steps:
         nothing, prefill_s = Draft([]), 0.0
         for drafter in self._drafters:
-            draft = drafter.propose(tokens, limit)
+            if in_steps and isinstance(drafter, DraftsInSteps):
+                draft = yield from drafter.steps(tokens, limit)
+            else:
+                draft = drafter.propose(tokens, limit)
             if draft.prefill_s and not prefill_s:
                 nothing = draft
             prefill_s += draft.prefill_s
             if draft.tokens or draft.fused:
-                self._proposer = drafter
-                others = [each for each in self._drafters if isinstance(each, ReadsStates) and each is not drafter]
-                prefill_s += sum(each.settle(tokens) for each in others)
-                return draft._replace(prefill_s=prefill_s)
+                return self._taken(drafter, draft, tokens, prefill_s)
         return nothing._replace(prefill_s=prefill_s)
+
+    def _taken(self, drafter: SequenceDrafter, draft: Draft, tokens: list[int], prefill_s: float) -> Draft:
+        """This draft is the round's: the others that read states read them now."""
+        self._proposer = drafter
+        others = [each for each in self._drafters if isinstance(each, ReadsStates) and each is not drafter]
+        return draft._replace(prefill_s=prefill_s + sum(each.settle(tokens) for each in others))
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -51,3 +65,7 @@ class Combined:
         """Tell the drafter whose tokens they were."""
         if self._proposer is not None:
             self._proposer.observe(accepted)
+
+
+def _no_question(ask: Ask) -> Answer:
+    raise RuntimeError("a drafter that was asked alone has a question")

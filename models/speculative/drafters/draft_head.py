@@ -6,11 +6,12 @@ the target has now made of them: a head that goes on from its own guesses drifts
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
-from models.speculative.drafters import Draft, Limit
+from models.speculative.drafters import Limit
+from models.speculative.drafters.in_step import Answer, Ask, Steps
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.tree import TreeDrafter
 from models.speculative.model import Features, HeadModel
@@ -41,9 +42,9 @@ class _Head(ModelDrafter):
             return logits[None]
         return super()._last_logits(tokens, position)
 
-    def propose(self, tokens: list[int], limit: Limit) -> Draft:
+    def _steps(self, tokens: list[int], limit: Limit, company: bool) -> Steps:
         """As of `ModelDrafter`. Where nothing is drafted, states that would not last are read."""
-        draft = super().propose(tokens, limit)
+        draft = yield from super()._steps(tokens, limit, company)
         if draft.tokens or draft.fused:
             return draft
         return draft._replace(prefill_s=draft.prefill_s + self.settle(tokens), source=self.source)
@@ -57,6 +58,11 @@ class _Head(ModelDrafter):
         self.model.read(tokens[first:], first)
         self.cached = len(tokens)
         return time.perf_counter() - began
+
+    def _reading(self, tokens: list[int], company: bool) -> Generator[Ask, Answer, float]:
+        """Of one layer: in company too each reads by itself."""
+        yield from ()
+        return self.read(tokens)
 
     def read_before_round(self, tokens: list[int]) -> None:
         """Nothing: a round feeds all rows whose states are known."""

@@ -2,11 +2,14 @@
 
 import math
 import time
+from collections.abc import Generator
+from typing import cast
 
 import torch
 
 from models.speculative.acceptance import distribution, is_distribution, sample
 from models.speculative.drafters import Draft, Limit
+from models.speculative.drafters.in_step import Answer, Ask, Reads, Steps, alone, answer_of
 from models.speculative.model import DraftHead, DraftModel, FusedRounds
 from models.speculative.sampling import SamplingParams
 
@@ -60,19 +63,26 @@ class ModelDrafter:
 
     def propose(self, tokens: list[int], limit: Limit) -> Draft:
         """Draft as many tokens as allowed and as the model's own context has room for, after catching up."""
+        return alone(self._steps(tokens, limit, company=False), self._answer)
+
+    def steps(self, tokens: list[int], limit: Limit) -> Steps:
+        """As `propose`, in company: see `in_step.DraftsInSteps`."""
+        return self._steps(tokens, limit, company=True)
+
+    def _steps(self, tokens: list[int], limit: Limit, company: bool) -> Steps:
         k = min(limit(self.source), self.model.max_seq_len - len(tokens) + 1)  # the last one drafted is not written
         if k < 1 or self._broken:
             return Draft([])
-        prefill_s = self.read(tokens)
+        prefill_s = yield from self._reading(tokens, company)
         if self._broken:
             return Draft([], None, prefill_s, source=self.source)
         if self._rounds is not None and len(tokens) > 1:
             return self._fused(self._rounds, tokens, k, prefill_s)
         position, pending = self.cached, tokens[self.cached :]
-        if self.sampling.greedy and not (self._confident and limit.priced):
+        if self.sampling.greedy and not company and not (self._confident and limit.priced):
             self.fed(tokens, k)
             return Draft(self.model.draft_greedy(pending, position, k), None, prefill_s, source=self.source)
-        return self._step_by_step(tokens, pending, position, k, prefill_s, limit)
+        return (yield from self._step_by_step(tokens, pending, position, k, prefill_s, limit))
 
     def observe(self, accepted: int) -> None:
         """Advance over the kept tokens: all kept leaves the last, which was never fed, and its successor to feed."""
@@ -99,6 +109,18 @@ class ModelDrafter:
             self.cached += rows
         return time.perf_counter() - began
 
+    def _reading(self, tokens: list[int], company: bool) -> Generator[Ask, Answer, float]:
+        """As `read`; in company it is others that compute, and clock it."""
+        if not company:
+            return self.read(tokens)
+        if self.cached and len(tokens) - self.cached <= self.model.max_rows:
+            return 0.0
+        if len(tokens) - 1 > self.cached:
+            chance, _ = cast("tuple[float, int]", (yield Ask(tokens[self.cached : -1], self.cached, Reads.NOTHING)))
+            self._broken = not math.isfinite(chance)
+        self.cached = len(tokens) - 1
+        return 0.0
+
     def read_before_round(self, tokens: list[int]) -> None:
         """Read all that a fused round does not feed itself: all but the last two tokens."""
         if len(tokens) - self.cached > 2:
@@ -113,25 +135,37 @@ class ModelDrafter:
 
     def _step_by_step(
         self, tokens: list[int], pending: list[int], position: int, k: int, prefill_s: float, limit: Limit
-    ) -> Draft:
+    ) -> Steps:
         drafted: list[int] = []
         drawn_from: list[torch.Tensor] = []
         path_probs: list[float] = []  # likeliest token of each distribution, and those before
-        priced = self._confident and limit.priced
+        greedy, priced = self.sampling.greedy, self._confident and limit.priced
+        reads = Reads.LOGITS
+        if greedy:
+            reads = Reads.LIKELIEST if priced else Reads.BEST if self._confident else Reads.ID
         looked = 0  # tokens fed after `tokens`
         while len(drafted) < k:
             if priced and drafted and not limit.pays(self.source, path_probs[-1], 1, len(drafted) + 2):
                 break
-            logits = self._last_logits(pending, position)
+            answer = yield Ask(pending, position, reads)
             looked = len(drafted)
-            if not self._usable(logits):
-                break
-            probs, chance, token = self._distribution(logits, priced)
+            if isinstance(answer, torch.Tensor):
+                if not self._usable(answer):
+                    break
+                probs = self._drawn_from(answer)
+                chance = probs.max().item() if priced else 1.0
+            else:
+                chance, token = answer
+                self._broken = not math.isfinite(chance)
+                if self._broken:
+                    break
             if priced:
                 path_probs.append(chance * (path_probs[-1] if path_probs else 1.0))
                 if drafted and not limit.pays(self.source, path_probs[-1], 0, len(drafted) + 2):
                     break
-            if probs is not None:
+            if greedy:
+                token = token if reads is Reads.ID else self._id(token)
+            else:
                 drawn_from.append(probs)
                 token = sample(probs[0], self._generator)
             drafted.append(token)
@@ -140,6 +174,12 @@ class ModelDrafter:
         return Draft(
             drafted, torch.cat(drawn_from) if drawn_from else None, prefill_s, source=self.source, path_probs=path_probs
         )
+
+    def _answer(self, ask: Ask) -> Answer:
+        """Compute what is asked for in the sequence's own slot."""
+        if ask.reads is Reads.ID:
+            return 1.0, self.model.greedy(ask.tokens, ask.position)[-1]
+        return answer_of(self._last_logits(list(ask.tokens), ask.position), ask.reads)
 
     def _last_logits(self, tokens: list[int], position: int) -> torch.Tensor:
         """Logits [1, V] after the last of tokens at position.. ."""
@@ -150,15 +190,6 @@ class ModelDrafter:
         self._broken = not is_distribution(logits)
         return not self._broken
 
-    def _distribution(self, logits: torch.Tensor, priced: bool) -> tuple[torch.Tensor | None, float, int]:
-        """(distribution [1, V] to draw from, None if greedy; probability of its likeliest token; that token if
-        greedy)."""
-        if not self.sampling.greedy:
-            probs = self._drawn_from(logits)
-            return probs, probs.max().item() if priced else 1.0, 0
-        chance, token = torch.softmax(logits, -1, dtype=torch.float32).max(-1)
-        return None, float(chance), int(self._ids(token))
-
     def _drawn_from(self, logits: torch.Tensor) -> torch.Tensor:
         """Distributions [n, V] over the target's vocabulary: 0 for ids that the model cannot draft."""
         params = self.sampling
@@ -166,6 +197,10 @@ class ModelDrafter:
         if self._target_ids is None:
             return probs
         return probs.new_zeros(len(probs), self._target_vocab_size).index_copy_(1, self._target_ids, probs)
+
+    def _id(self, place: int) -> int:
+        """The target's id for a place in the model's logits."""
+        return place if self._target_ids is None else int(self._target_ids[place])
 
     def _ids(self, ids: torch.Tensor) -> torch.Tensor:
         """The target's ids for places in the model's logits."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from models.speculative.sampling import SamplingParams
 
 NONE = "none"  # the name for no drafter: plain decoding
+FORCED = "forced"  # acceptance by decree: see `drafters.forced`
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class DrafterSpec:
         settings: names of the options that are its own, of `options.DraftOptions`.
         when: it is the one to use, as half a sentence.
         drafter: makes the engine's `Drafter` itself, in place of `make`; for drafters that draft in step.
+        listed: whether it is one to choose from; else it has to be asked for by name.
     """
 
     name: str
@@ -83,6 +85,7 @@ class DrafterSpec:
     settings: tuple[str, ...] = ()
     when: str = ""
     drafter: Callable[[Callable[[Any], Parts]], Drafter] | None = None
+    listed: bool = True
 
     @property
     def needs_draft_model(self) -> bool:
@@ -112,13 +115,13 @@ def unregister(name: str) -> None:
 
 
 def names() -> list[str]:
-    """Of all drafters in the order of the table, and NONE."""
-    return [*_TABLE, NONE]
+    """Of all listed drafters in the order of the table, and NONE."""
+    return [*(spec.name for spec in specs()), NONE]
 
 
 def specs() -> list[DrafterSpec]:
-    """All rows."""
-    return list(_TABLE.values())
+    """All rows that are listed."""
+    return [spec for spec in _TABLE.values() if spec.listed]
 
 
 def spec_of(name: str) -> DrafterSpec:
@@ -202,6 +205,17 @@ def _early_exit(parts: Parts) -> SequenceDrafter:
     return early_exit.EarlyExit(target, layer, parts.sampling, confident=parts.confident, rounds=parts.rounds)
 
 
+def _forced(parts: Parts) -> SequenceDrafter:
+    from models.speculative.drafters.forced import ForcedDrafter
+
+    if not parts.sampling.greedy:
+        raise UserError("forced acceptance repeats a greedy text: leave out the temperature")
+    settings, vocabulary = parts.settings, parts.target.limits.vocabulary
+    return ForcedDrafter(
+        settings["recorded"], settings["prompt_tokens"], settings["force_acceptance"], vocabulary, parts.sampling.seed
+    )
+
+
 def _draft_of(parts: Parts) -> SequenceModel:
     if parts.draft is None:
         raise UserError("this drafter needs a draft model, and none is loaded: load one, or draft with prompt-lookup")
@@ -280,5 +294,17 @@ register(
         Workload("first-layers", fusible=True),
         settings=("exit_layer",),
         when="the target was trained to be left early",
+    )
+)
+register(
+    DrafterSpec(
+        FORCED,
+        "forced acceptance {force_acceptance}",
+        "nobody: tokens of a recorded run, right as often as is asked for",
+        _forced,
+        {"forced": Source("forced", "forced acceptance")},
+        settings=("force_acceptance",),
+        when="costs are to be measured apart from a draft",
+        listed=False,
     )
 )

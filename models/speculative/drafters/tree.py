@@ -1,11 +1,15 @@
 """Drafting a tree with a smaller model: several ways on where it is unsure, in one verification."""
 
+from collections.abc import Generator
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from models.errors import UserError
 from models.speculative.acceptance import sample
 from models.speculative.drafters import MAX_DRAFT_LENGTH, Draft, Limit
+from models.speculative.drafters.in_step import Answer, Ask, Steps
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.model import TreeModel
 from models.speculative.sampling import SamplingParams
@@ -52,20 +56,26 @@ class TreeDrafter(ModelDrafter):
         self._row: dict[tuple[int, int], int] = {}  # row of a parent and a token -> row of the token
         self._threshold = 0.5 / nodes
 
-    def propose(self, tokens: list[int], limit: Limit) -> Draft:
+    def _steps(self, tokens: list[int], limit: Limit, company: bool) -> Steps:
         """Draft a tree as deep as allowed and as the model's own context has room for, after catching up."""
         depth = min(limit(self.source), self.model.max_seq_len - len(tokens) + 1)  # the last level is not written
         self._most = min(self.nodes, limit.rows)
         if min(depth, self._most) < 1 or self._broken:
             return Draft([])
         self._keep_path(tokens)
-        prefill_s = self.read(tokens)
-        logits = self._last_logits(tokens[self.cached :], self.cached)
+        prefill_s = yield from self._reading(tokens, company)
+        logits = cast("Tensor", (yield Ask(tokens[self.cached :], self.cached)))
         self.cached, self._fed = len(tokens), [-1]
         if not self._usable(logits):
             return Draft([], None, prefill_s, source=self.source)
         grow = self._likeliest if self.sampling.greedy else self._drawn
-        return grow(logits, depth, limit).draft(prefill_s)
+        tree = yield from grow(logits, depth, limit)
+        return tree.draft(prefill_s)
+
+    def _answer(self, ask: Ask) -> Answer:
+        if ask.parents is None:
+            return super()._answer(ask)
+        return self.model.forward(ask.tokens, ask.position, ask.parents)
 
     def observe(self, accepted: int) -> None:
         """Nothing to learn: the text itself says which path was kept."""
@@ -88,16 +98,17 @@ class TreeDrafter(ModelDrafter):
         """Tokens that the next level may feed."""
         return min(FRONTIER, self.model.max_rows - len(self._fed))
 
-    def _feed(self, parents: list[int], tokens: list[int]) -> tuple[range, Tensor]:
+    def _feed(self, parents: list[int], tokens: list[int]) -> "Generator[Ask, Answer, tuple[range, Tensor]]":
         """(rows of these tokens, logits [n, V] after each). parents: the rows they follow."""
         rows = range(len(self._fed), len(self._fed) + len(tokens))
         for row, parent, token in zip(rows, parents, tokens, strict=True):
             self._row[parent, token] = row
         self._fed += parents
-        return rows, self.model.forward(tokens, self.cached - 1, self._fed)
+        logits = yield Ask(tokens, self.cached - 1, parents=list(self._fed))
+        return rows, cast("Tensor", logits)
 
     # --------------------------------------------------------------------------------------------------- greedy
-    def _likeliest(self, logits: Tensor, depth: int, limit: Limit) -> "_Tree":
+    def _likeliest(self, logits: Tensor, depth: int, limit: Limit) -> "Generator[Ask, Answer, _Tree]":
         nodes, width = self._most, min(WIDTH, self._most, logits.shape[-1])
         # (-path probability, number, token, number of the parent): in order, parents come before their children.
         pool: list[tuple[float, int, int, int]] = []
@@ -120,7 +131,7 @@ class TreeDrafter(ModelDrafter):
             frontier = [node for node in pool[: nodes - 1] if node[1] >= begin][: self._room]
             if level == depth or not frontier or (limit.priced and not self._level_pays(frontier, pool, limit)):
                 break
-            rows, logits = self._feed([row_of[node[3]] for node in frontier], [node[2] for node in frontier])
+            rows, logits = yield from self._feed([row_of[node[3]] for node in frontier], [node[2] for node in frontier])
             for row, node in zip(rows, frontier, strict=True):
                 row_of[node[1]] = row
             if not self._usable(logits):
@@ -139,7 +150,7 @@ class TreeDrafter(ModelDrafter):
         return limit.pays(self.source, gain, 1, 1 + min(self._most, len(pool) + 1))
 
     # ------------------------------------------------------------------------------------------------- sampling
-    def _drawn(self, logits: Tensor, depth: int, limit: Limit) -> "_Tree":
+    def _drawn(self, logits: Tensor, depth: int, limit: Limit) -> "Generator[Ask, Answer, _Tree]":
         threshold = self._threshold
         tree = _Tree([], [], [])
         frontier, row_of = [-1], {-1: 0}
@@ -163,7 +174,8 @@ class TreeDrafter(ModelDrafter):
                 unpaid = True
                 break
             parents = [tree.parents[node] for node in frontier]
-            rows, logits = self._feed([row_of[node] for node in parents], [tree.tokens[node] for node in frontier])
+            tokens = [tree.tokens[node] for node in frontier]
+            rows, logits = yield from self._feed([row_of[node] for node in parents], tokens)
             row_of |= zip(frontier, rows, strict=True)
             if not self._usable(logits):
                 break

@@ -7,7 +7,7 @@ import torch
 import ttnn
 
 from models.errors import UserError
-from models.speculative.model import LOGITS, PROMPT, DraftHead, Rows, Want
+from models.speculative.model import LOGITS, DraftHead, Rows, Want
 from models.tests.head_fixtures import head_config, made_to_agree, random_head_tensors
 from models.tests.llama_fixtures import random_tensors
 from models.tests.ttnn.model_fixtures import VOCAB, Weights, board, on_chips, random_ids, reduced, row_pccs
@@ -76,7 +76,7 @@ def reference(config, tensors, weights):
 
 def prefill(target, n):
     """The target reads n tokens: its states, on the board and in torch [n, taps x H]."""
-    kept = target.extend([Rows(0, IDS[:n], 0)], PROMPT._replace(taps=TAPS)).features(0)
+    kept = target.extend([Rows(0, IDS[:n], 0, last=True)], LOGITS._replace(taps=TAPS)).features(0)
     chunks = [torch.cat([on_chips(x)[0][0, 0] for x in chunk], -1) for chunk in kept.chunks]
     return kept, torch.cat(chunks)[:n].float()
 
@@ -192,7 +192,7 @@ class Pair:
 
     def begin(self, n):
         """Both have read n tokens: the text, with the first token of the target's own."""
-        step = self.target.extend([Rows(0, IDS[:n], 0)], PROMPT._replace(taps=TAPS))
+        step = self.target.extend([Rows(0, IDS[:n], 0, last=True)], LOGITS._replace(taps=TAPS))
         self.head.states(step.features(0), range(n), 0)
         self.head.read(IDS[1:n], 1)
         return [*IDS[:n], step.ids()[0][-1]]
@@ -248,7 +248,7 @@ def test_rounds_write_plain_text_and_draft_what_the_torch_head_drafts(pair):
     """The torch head has the states that the board kept; near-ties apart, it drafts the same."""
     torch_head = reference(pair.config, pair.tensors, pair.weights)
     text = pair.begin(20)
-    kept = pair.target.extend([Rows(0, IDS[:20], 0)], PROMPT._replace(taps=TAPS)).features(0)
+    kept = pair.target.extend([Rows(0, IDS[:20], 0, last=True)], LOGITS._replace(taps=TAPS)).features(0)
     states = torch.cat([torch.cat([on_chips(x)[0][0, 0] for x in chunk], -1) for chunk in kept.chunks])[:20].float()
     torch_head.states(states, range(20), 0)
     pair.begin(20)
@@ -275,7 +275,7 @@ def test_accepted_rows_are_computed_again_with_the_targets_states(target, weight
     head = head_on(target, weights, config, tensors_of(config))
 
     def begun():
-        step = target.extend([Rows(0, IDS[:20], 0)], PROMPT._replace(taps=TAPS))
+        step = target.extend([Rows(0, IDS[:20], 0, last=True)], LOGITS._replace(taps=TAPS))
         head.states(step.features(0), range(20), 0)
         head.read(IDS[1:20], 1)
         drafted = head.draft_greedy(IDS[20:21], 20, 4)

@@ -1,0 +1,325 @@
+"""The one thread that touches the models: it loads them, and takes the engine's steps as long as there are texts."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import queue
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from loguru import logger
+
+from models.errors import NotFinite, UserError
+from models.server.drafting import Draftings
+from models.server.errors import ApiError, internal, refused, unavailable
+from models.server.jobs import OPENAI_REASONS, Accepted, Choice, Delta, Event, Gone, Job, Summary, Written, clock
+from models.server.metrics import Metrics
+from models.server.scores import Scorer
+from models.speculative.drafters.degrading import Degrading
+
+if TYPE_CHECKING:
+    from models.llm import LLM, Drafting
+    from models.speculative.engine import Emission, Engine
+    from models.speculative.sequence import Sequence
+    from models.speculative.text import TextStream
+
+WARM_UP = ("Hello", 8)  # prompt, tokens
+FAILURES = 3  # steps in a row that raise, before the server calls itself unhealthy
+
+
+class Text:
+    """A choice that the engine writes. Belongs to the engine's thread."""
+
+    def __init__(self, job: Job, choice: Choice, text: TextStream, scorer: Scorer | None, drafting: Drafting) -> None:
+        self.job, self.choice, self.drafting = job, choice, drafting
+        self.text, self.scorer = text, scorer
+        self.written: list[Written] = []  # and not handed out
+        self.started = 0.0  # when it got a slot, first: its first token, last: its last one
+        self.first = self.last = 0.0
+        self.rounds = self.drafted = self.accepted = 0
+
+    def take(self, emission: Emission, now: float) -> int:
+        """Note what a step has added; returns how many tokens."""
+        tokens, ended = emission.tokens, emission.sequence.stats.finish_reason
+        scores = self.scorer.take([token.id for token in tokens]) if self.scorer else [None] * len(tokens)
+        last = len(tokens) - 1 if ended else -1
+        for i, (token, score) in enumerate(zip(tokens, scores, strict=True)):
+            text = self.text.finish() if i == last else self.text.take()
+            self.written.append(Written(text, token.id, token.origin, score))
+        self.first = self.first or now
+        self.last = now
+        return len(tokens)
+
+    def delta(self, sequence: Sequence) -> Delta | None:
+        """What is to be handed out now."""
+        reason = OPENAI_REASONS.get(sequence.stats.finish_reason, "")
+        if not reason and not (self.job.stream and self.written):
+            return None
+        written, self.written = self.written, []
+        counts = self.rounds, self.drafted, self.accepted
+        return Delta(self.choice.index, written, counts, reason, self._summary(sequence) if reason else None)
+
+    def _summary(self, sequence: Sequence) -> Summary:
+        drafter = self.drafting.drafter
+        failure = drafter.failure(sequence) if isinstance(drafter, Degrading) else ""
+        waited = max(self.first - sequence.stats.ttft_s - self.job.arrived, 0.0)
+        decode_s = self.last - self.first
+        name, length = self.drafting.name, self.drafting.length
+        return Summary(sequence.stats, waited, decode_s, name, length, sequence.wanted, failure)
+
+
+class EngineThread:
+    """Runs an engine for an event loop.
+
+    Jobs come by `submit`, from the event loop's thread, and get their events back there. At most `capacity` choices are
+    under way or wait.
+
+    Args:
+        load: makes the models, in this thread.
+        metrics: told what happens.
+        queued: choices that may wait beside those that have a slot.
+        failed: called in the event loop's thread where loading has failed.
+    """
+
+    def __init__(
+        self, load: Callable[[], LLM], metrics: Metrics, queued: int, failed: Callable[[Exception], None]
+    ) -> None:
+        self.state = "loading"  # then "ready", "draining", or "failing" after steps that raised
+        self.llm: LLM | None = None
+        self.chats = False  # whether there is a chat template
+        self.drafters: tuple[str, ...] = ()  # that requests may ask for
+        self.capacity = self.slots = 0
+        self.open = 0  # choices that are under way or wait
+        self._load, self._metrics, self._queued, self._failed = load, metrics, queued, failed
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._texts: dict[Sequence, Text] = {}
+        self._outbox: list[tuple[Job, Event]] = []
+        self._stopped, self._raised = False, 0
+        self._deadline = math.inf
+        self._request_s = 0.0  # seconds that a text takes, roughly
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ----------------------------------------------------------------------------- called in the event loop's thread
+    def start(self) -> None:
+        """Begin to load."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def check_ready(self) -> LLM:
+        """The models. Raises ApiError while there are none, and when no more requests are taken."""
+        if self.llm is None:
+            raise unavailable("the models are being loaded", "loading", 5)
+        if self.state == "draining":
+            raise unavailable("the server is shutting down", "draining", 10)
+        return self.llm
+
+    def submit(self, job: Job) -> None:
+        """Take a job. Raises ApiError where it cannot wait."""
+        self.check_ready()
+        count = len(job.choices)
+        if count > self.capacity:
+            message = f"{count} choices: this server takes at most {self.capacity} at once: ask for fewer"
+            raise ApiError(400, message, param="n", code="invalid_value")
+        if self.open + count > self.capacity:
+            retry_s = min(max(1, math.ceil(self._request_s * (self.open + count) / self.slots)), 60)
+            message = f"{self.open} texts are under way or wait, more cannot: try again in {retry_s} s"
+            raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(retry_s)})
+        job.open = count
+        self.open += count
+        self._commands.put(lambda: self._begin(job))
+
+    def cancel(self, job: Job) -> None:
+        """The client has gone: its slots are free after the step under way."""
+        if job.open and not job.cancelled:
+            job.cancelled = True
+            job.events.put_nowait(Gone())
+            self._commands.put(lambda: self._end(job, None))
+
+    def drain(self, seconds: float) -> None:
+        """Finish what is under way within so many seconds, and take nothing new."""
+        if self.state != "draining":
+            self.state = "draining"
+            deadline = clock() + seconds
+            self._commands.put(lambda: setattr(self, "_deadline", deadline))
+
+    def stop(self) -> None:
+        """End the thread, and wait for it unless it is still loading."""
+        self._commands.put(lambda: setattr(self, "_stopped", True))
+        if self.llm is not None:
+            self._thread.join()
+
+    def _deliver(self, events: list[tuple[Job, Event]]) -> None:
+        for job, event in events:
+            if isinstance(event, Gone):  # all choices of a job that was cancelled or refused
+                self._close(job, job.open)
+                continue
+            if isinstance(event, Delta) and event.summary:
+                self._close(job, 1)
+                self._request_s += 0.2 * (clock() - job.arrived - self._request_s)
+            if not job.cancelled:
+                job.events.put_nowait(event)
+
+    def _close(self, job: Job, count: int) -> None:
+        job.open -= count
+        self.open -= count
+
+    def _ready(self, llm: LLM) -> None:
+        self.chats = llm.tokenizer is not None and llm.tokenizer.has_chat_template
+        self.slots = llm.engine.target.limits.slots
+        self.capacity = self.slots + self._queued
+        self.llm = llm
+        if self.state == "loading":
+            self.state = "ready"
+
+    def _health(self, state: str) -> None:
+        if self.state in ("ready", "failing"):
+            self.state = state
+
+    # ------------------------------------------------------------------------------------------ the engine's thread
+    def _run(self) -> None:
+        try:
+            llm = self._load()
+            self._engine: Engine = llm.engine
+            self._llm = llm
+            self._draftings = Draftings(llm, self._lost_drafter)
+            self._warm_up()
+            self.drafters = self._draftings.names
+        except Exception as error:
+            self._loop.call_soon_threadsafe(self._failed, error)
+            return
+        self._loop.call_soon_threadsafe(self._ready, llm)
+        with torch.inference_mode(), llm:
+            while self._take_commands():
+                self._step()
+
+    def _take_commands(self) -> bool:
+        """Do what was asked for; wait for it where there is nothing else to do. False: the thread ends."""
+        while not self._stopped:
+            if not self._commands.empty():
+                self._commands.get()()
+            elif self._engine.idle:
+                self._flush()
+                self._commands.get()()
+            else:
+                break
+        return not self._stopped
+
+    def _begin(self, job: Job) -> None:
+        if job.cancelled:
+            self._outbox.append((job, Gone()))
+            return
+        begun = []
+        try:
+            drafting = self._draftings.of(*job.speculation)
+            for choice in job.choices:
+                scorer = None if job.top_logprobs is None else Scorer(job.top_logprobs)
+                request, text = self._llm.request(
+                    choice.prompt,
+                    choice.sampling,
+                    max_new_tokens=choice.max_new_tokens,
+                    stop=choice.stop,
+                    stop_ids=choice.stop_ids,
+                    speculate=drafting,
+                    reader=scorer,
+                )
+                sequence = self._engine.add(request)
+                begun.append(sequence)
+                self._texts[sequence] = Text(job, choice, text, scorer, drafting)
+        except Exception as error:
+            self._end(job, self._told(error))
+            return
+        self._metrics.prompt_tokens.inc(job.prompt_tokens)
+        self._outbox.append((job, Accepted()))
+
+    def _step(self) -> None:
+        if clock() > self._deadline:
+            for job in {text.job for text in self._texts.values()}:
+                self._end(job, unavailable("the server is shutting down", "draining", 10))
+        try:
+            emissions = self._engine.step()
+            failing = False
+        except Exception as error:  # the engine itself: nobody knows what its texts are worth
+            logger.exception("a step of the engine failed: the texts under way are given up")
+            failing, emissions = True, []
+            given_up = self._engine.running or list(self._texts)[:1]
+            for job in {text.job for sequence, text in self._texts.items() if sequence in given_up}:
+                self._end(job, self._told(error))
+        if failing or self._raised:
+            self._raised = self._raised + 1 if failing else 0
+            self._post(lambda: self._health("failing" if self._raised >= FAILURES else "ready"))
+        now = clock()
+        for emission in emissions:
+            if (text := self._texts.get(emission.sequence)) is not None:
+                self._emitted(text, emission, now)
+        self._flush()
+
+    def _emitted(self, text: Text, emission: Emission, now: float) -> None:
+        sequence, job, metrics = emission.sequence, text.job, self._metrics
+        if sequence.error is not None:
+            self._end(job, self._told(sequence.error))
+            return
+        before, first = text.last, not text.first
+        count = text.take(emission, now)
+        metrics.generation_tokens.inc(count)
+        if first:
+            metrics.first_token.observe(now - job.arrived)
+        elif count:
+            metrics.between_tokens.observe((now - before) / count)
+        for round_ in sequence.stats.rounds[text.rounds :]:
+            metrics.round(round_)
+            text.rounds += 1
+            text.drafted += round_.drafted
+            text.accepted += round_.accepted
+        if (delta := text.delta(sequence)) is not None:
+            self._outbox.append((job, delta))
+            if delta.summary:
+                del self._texts[sequence]
+                metrics.whole.observe(now - job.arrived)
+                metrics.ended(delta.finish_reason)
+
+    def _end(self, job: Job, error: ApiError | None) -> None:
+        """Give up all texts of a job. error: what its client is told; None: it has gone."""
+        for sequence in [sequence for sequence, text in self._texts.items() if text.job is job]:
+            del self._texts[sequence]
+            self._engine.abort(sequence)
+            self._metrics.ended("abort")
+        if error is not None:
+            self._outbox.append((job, error))
+        self._outbox.append((job, Gone()))
+
+    def _flush(self) -> None:
+        self._metrics.observe(self._engine)
+        if self._outbox:
+            events, self._outbox = self._outbox, []
+            self._post(lambda: self._deliver(events))
+
+    def _post(self, call: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(call)
+
+    def _told(self, error: Exception) -> ApiError:
+        """What a client is told of an error that its own request has met."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, UserError) and not isinstance(error, NotFinite):
+            return refused(error)
+        logger.opt(exception=error).error("a request failed")
+        return internal()
+
+    def _lost_drafter(self, error: Exception) -> None:
+        self._metrics.degraded.inc()
+        logger.opt(exception=error).warning("a drafter failed: its text is decoded plainly from here on")
+
+    def _warm_up(self) -> None:
+        """Write a few tokens, so that costs, an exit layer, and the chat template are there for the first client."""
+        llm = self._llm
+        text, tokens = WARM_UP
+        prompt = [0] if llm.tokenizer is None else llm.encode(text) or [0]
+        if llm.tokenizer is not None and llm.tokenizer.has_chat_template:
+            llm.tokenizer.chat(text)
+        tokens = min(tokens, llm.engine.target.limits.positions - len(prompt))
+        for drafting in (self._draftings.of("none", None), self._draftings.default):
+            with torch.inference_mode():
+                llm.generate(prompt, max_new_tokens=tokens, speculate=drafting)

@@ -1,0 +1,90 @@
+"""A drafter that may fail: texts go on without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from models.speculative.drafters import Budget, Draft, Drafter
+
+if TYPE_CHECKING:
+    from models.speculative.model import Features
+    from models.speculative.sequence import Sequence
+
+
+class Degrading:
+    """A `Drafter` around another one: where that raises, the sequence is decoded plainly from then on.
+
+    The text stays the target's own, as it does with any draft. What drafts for other sequences is not touched.
+
+    Args:
+        drafter: the one that may fail.
+        warn: told once for each sequence that loses its drafter: what has been raised.
+    """
+
+    def __init__(self, drafter: Drafter, warn: Callable[[Exception], None]) -> None:
+        self.taps = drafter.taps
+        self._drafter = drafter
+        self._warn = warn
+        self._failed: WeakKeyDictionary[Sequence, str] = WeakKeyDictionary()
+
+    def failure(self, sequence: Sequence) -> str:
+        """What has ended the drafting for a sequence; "": nothing has."""
+        return self._failed.get(sequence, "")
+
+    def begin(self, sequence: Sequence) -> None:
+        """As of `Drafter`."""
+        self._guard(sequence, lambda: self._drafter.begin(sequence))
+
+    def propose(self, sequences: Items[Sequence], budget: Budget) -> list[Draft | Exception]:
+        """As of `Drafter`; nothing for sequences that have lost their drafter.
+
+        What is raised while several are asked for is passed on: the engine then asks one by one.
+        """
+        sound = [each for each in sequences if each not in self._failed]
+        given: Items[Draft | Exception] = []
+        if sound:
+            try:
+                given = self._drafter.propose(sound, budget)
+            except Exception as error:
+                if len(sequences) > 1:
+                    raise
+                given = [error]
+        drafts = {}
+        for sequence, draft in zip(sound, given, strict=True):
+            if isinstance(draft, Exception):
+                self._lose(sequence, draft)
+            else:
+                drafts[sequence] = draft
+        return [drafts.get(each, Draft([])) for each in sequences]
+
+    def verified(self, sequence: Sequence, features: Features, rows: Items[int], position: int) -> None:
+        """As of `Drafter`."""
+        self._guard(sequence, lambda: self._drafter.verified(sequence, features, rows, position))
+
+    def observe(self, sequence: Sequence, accepted: int) -> None:
+        """As of `Drafter`."""
+        self._guard(sequence, lambda: self._drafter.observe(sequence, accepted))
+
+    def end(self, sequence: Sequence) -> None:
+        """As of `Drafter`; told of sequences that have lost their drafter too."""
+        try:
+            self._drafter.end(sequence)
+        except Exception as error:
+            if sequence not in self._failed:
+                self._lose(sequence, error)
+
+    def _guard(self, sequence: Sequence, call: Callable[[], None]) -> None:
+        if sequence in self._failed:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._lose(sequence, error)
+
+    def _lose(self, sequence: Sequence, error: Exception) -> None:
+        # In words: the error's frames would keep the sequence alive.
+        self._failed[sequence] = " ".join(f"{type(error).__name__}: {error}".split())
+        self._warn(error)
