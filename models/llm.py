@@ -31,6 +31,7 @@ from models.speculative.engine import Engine
 from models.speculative.generate import stream
 from models.speculative.model import DraftHead, Workload
 from models.speculative.sampling import SamplingParams
+from models.speculative.scheduler import PROMPT_ROWS
 from models.speculative.sequence import LogitsReader, Request
 from models.speculative.sequence import Sequence as TextSequence
 from models.speculative.stats import GenerationStats
@@ -138,10 +139,10 @@ class LLM:
         self._recorded: dict[tuple[int, ...], list[int]] = {}  # plain texts by prompt, for forced acceptance
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
-        if self.options.device == "tt":
+        options = self.options
+        if options.device == "tt":
             self._load_on_board(pair, announce, progress)
         else:
-            options = self.options
             self.target = load_model(
                 pair.target,
                 device=options.device,
@@ -161,7 +162,9 @@ class LLM:
                     max_seq_len=pair.draft_seq_len,
                     slots=options.slots,
                 )
-        self.engine = Engine(self.target.model)
+        # A board reads prompts whole: its kernels begin at whole pages, and pieces would be rounded otherwise.
+        prompt_rows = options.slots * self.max_seq_len if self.board else PROMPT_ROWS
+        self.engine = Engine(self.target.model, prompt_rows=prompt_rows)
 
     @classmethod
     def load(cls, target: str = "tiny", draft: str | None = None, device: str = "cpu", **options: Any) -> LLM:
@@ -647,4 +650,5 @@ def _board_options(options: ResolvedOptions, of_head: bool) -> BoardOptions:
         draft_lengths=lengths,
         greedy=options.greedy,
         batched=options.verification == "batched",
+        slots=options.slots,
     )

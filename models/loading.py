@@ -33,7 +33,7 @@ from models.options import (
     named_head,
     named_target,
 )
-from models.speculative.model import EarlyExit, HeadChains, LanguageModel, TreeModel
+from models.speculative.model import DraftModel, HeadChains, LanguageModel
 from models.torch_llama.calibration import Calibration, calibrate
 from models.torch_llama.draft_head import TorchHead
 from models.torch_llama.model import TorchLlama
@@ -64,8 +64,8 @@ class OpenedHead:
 OpenedDraft = OpenedModel | OpenedHead
 
 
-class Network(LanguageModel, TreeModel, EarlyExit, Protocol):
-    """A Llama on any device; it is its own first slot."""
+class Network(LanguageModel, DraftModel, Protocol):
+    """A Llama on any device; it is its own first slot. Most take trees and exit early too."""
 
     config: LlamaConfig
 

@@ -49,7 +49,7 @@ TORCH_OPTIONS = {
     "draft_dtype": "use [draft_precision] or leave it out",
     "row_invariant": "leave it out, on a board all rows are computed alike",
     "free_rows": "leave it out, on a board all rows are computed alike",
-    "pool_size": "leave it out, a board's cache holds one text of [max_seq_len]",
+    "pool_size": "leave it out, on a board every slot has [max_seq_len]",
 }
 BOARD_OPTIONS = (
     *("precision", "draft_precision", "draft_placement"),
@@ -69,7 +69,7 @@ class EngineOptions:
         device: "cpu", "cuda" or "tt", a Tenstorrent board.
         max_seq_len: positions to reserve, in tokens (default: the models' own, at most 2048).
         threads: CPU threads of torch, which on a board converts weights and draws samples (default: torch's own).
-        slots: texts that may be under way at once (CPU and CUDA).
+        slots: texts that may be under way at once.
         pool_size: positions of the target's KV cache, of all texts together, at least max_seq_len (CPU and CUDA;
             default: slots times max_seq_len, or what the memory that is free holds, if that is less).
         dtype, draft_dtype: "bf16" (default), "fp32", "fp16", or "int8" on CPU: 8-bit matrices; of the draft by default
@@ -275,8 +275,6 @@ class EngineOptions:
             option = f"[{given[0]}{'=False' * (getattr(self, given[0]) is False)}]"
             remedy = TORCH_OPTIONS[given[0]] if on_board else "add [device] tt or leave it out"
             raise OptionError(f"{option} has no meaning with [device] {self.device}: {remedy}")
-        if on_board and self.slots > 1:
-            raise OptionError(f"[slots] {self.slots}: a board writes one text at a time: leave it out")
 
     def _check_drafter(self) -> None:
         drafter, length = self.drafter, self.num_draft_tokens

@@ -47,6 +47,7 @@ from models.ttnn_llama.weights.tensors import check_split
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONTEXT = 2048
+MAX_SLOTS = 1024
 DEFAULT_ROWS = (1, 2, 5, 8, 32)
 TREES = (8, 32)  # rows that are a tree
 DEFAULT_PROMPTS = (1, 127, 128, 129, 1000)
@@ -116,6 +117,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         help="prompt lengths (default: 1 127 128 129 1000 as far as they fit, and the context)",
     )
+    parser.add_argument("--slots", type=int, default=1, help="texts at once, each of that context (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     return parser.parse_args(argv)
 
@@ -132,6 +134,7 @@ class Question:
     rows: list[int]
     prompts: list[int]
     draft_tokens: int
+    slots: int = 1
 
 
 def question(options: argparse.Namespace) -> Question:
@@ -188,6 +191,10 @@ def question(options: argparse.Namespace) -> Question:
             raise UserError(
                 f"{flag} {wrong[0]} is outside 1..{limit}, for a context of {length}: use one in that range"
             )
+    if not 1 <= options.slots <= MAX_SLOTS:
+        raise UserError(f"--slots {options.slots} is outside 1..{MAX_SLOTS}: use a number in that range")
+    if options.slots > 1 and options.draft_head is not None:
+        raise UserError("several texts at once are drafted by a model, not by a head: use --draft, or --slots 1")
     for name, config in configs.items():
         if isinstance(config, HeadConfig):
             head_specs(config, chips[name], precisions[name])
@@ -202,6 +209,7 @@ def question(options: argparse.Namespace) -> Question:
         rows=sorted(set(rows)),
         prompts=sorted(set(prompts)),
         draft_tokens=drafted,
+        slots=options.slots,
     )
 
 
@@ -216,6 +224,7 @@ def memory_plans(asked: Question) -> dict[str, memory.MemoryPlan]:
         placement=asked.placement,
         workload=spec_of("head" if isinstance(asked.configs.get("draft"), HeadConfig) else "model").workload,
         draft_lengths=(asked.draft_tokens,),
+        slots=asked.slots,
     )
     # of an opened model only the configuration is looked at
     opened = [
@@ -313,6 +322,7 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
     """Each check when it is done; the last item is the memory in use, by whose mesh it is."""
     import ttnn  # noqa: F401  first, under the mock
 
+    from models.ttnn_llama.batch_model import BatchLlama
     from models.ttnn_llama.device.runner import Runner
     from models.ttnn_llama.draft_head import TtnnHead
     from models.ttnn_llama.model import TtnnLlama
@@ -326,7 +336,7 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
         owners = places if own_chip else {" + ".join(asked.configs): meshes.target}
         before = {name: dram_in_use(mesh) for name, mesh in owners.items()}
         runner = Runner(meshes.target, trace=False)
-        models: dict[str, TtnnLlama] = {}
+        models: dict[str, TtnnLlama | BatchLlama] = {}
         heads: list[TtnnHead] = []
 
         def build(name: str) -> None:
@@ -338,13 +348,14 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
                 options = {"precision": asked.precisions[name], "max_seq_len": asked.max_seq_len}
                 heads.append(TtnnHead(config, models["target"], EmptySource(mesh), target_ids=ids, **options))
                 return
-            models[name] = TtnnLlama(
+            models[name] = (BatchLlama if asked.slots > 1 else TtnnLlama)(
                 config,
                 mesh,
                 EmptySource(mesh),
                 precision=asked.precisions[name],
                 max_seq_len=asked.max_seq_len,
                 runner=runner if mesh is meshes.target else None,
+                slots=asked.slots,
             )
 
         for name, config in asked.configs.items():
@@ -357,7 +368,7 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
             drafts = name == "draft" or len(asked.configs) == 1
             for what, body in uses(model, asked, drafts=drafts, early_exit=name == "target"):
                 yield try_out(f"{name}: {what}", places[name], body)
-        if len(models) == 2 and not own_chip:
+        if len(models) == 2 and not own_chip and asked.slots == 1:
             fused = FusedRound(models["target"], models["draft"])
 
             def one_round() -> None:
@@ -379,13 +390,15 @@ def uses(model, asked: Question, *, drafts: bool, early_exit: bool) -> Iterator[
     for rows in asked.rows:
         kind = "decode" if rows == 1 else f"verify {rows} rows"
         yield kind, lambda n=rows: model.greedy([1] * n, asked.max_seq_len - n)
-    for rows in TREES:  # most of them beyond the context, where there is room for a tree's
+    if asked.slots > 1:
+        yield from uses_together(model, asked)
+    for rows in TREES if asked.slots == 1 else ():  # most of them beyond the context, where there is room for a tree's
         yield (
             f"verify a tree of {rows} rows",
             lambda n=rows: model.greedy([1] * n, asked.max_seq_len - 2, [-1, *[0] * (n - 1)]),
         )
     k, layers = asked.draft_tokens, len(model.layers)
-    if early_exit and layers > 1:
+    if early_exit and layers > 1 and asked.slots == 1:
         count = max(1, layers // 4)
         yield (
             f"draft {k} tokens by the first {count} of {layers} layers",
@@ -397,6 +410,16 @@ def uses(model, asked: Question, *, drafts: bool, early_exit: bool) -> Iterator[
                 f"draft {k} tokens after {given}",
                 lambda m=given: model.draft_greedy([1] * m, asked.max_seq_len - k - m, k),
             )
+
+
+def uses_together(model, asked: Question) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Steps and verifications that all slots share, or as many of them as 32 rows have room for."""
+    from models.speculative.model import Rows
+
+    for rows in (1, asked.draft_tokens + 1):
+        users = min(asked.slots, MAX_ROWS // rows)
+        step = [Rows(slot, [1] * rows, asked.max_seq_len - rows) for slot in range(users)]
+        yield f"{users} users, {rows} rows each, in one forward", lambda step=step: model.extend(step)
 
 
 def uses_of_head(head, rounds, asked: Question) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -498,6 +521,7 @@ def command(argv: Sequence[str] | None) -> int:
         name for name in (options.model, options.draft, options.draft_head and f"{options.draft_head} head") if name
     )
     subject = f"{models} on {options.mesh}, context {asked.max_seq_len}"
+    subject += f", {asked.slots} slots" * (asked.slots > 1)
     checks: list[Check] = []
     usages: dict[str, Usage] = {}
     cluster.activate(options.mesh)

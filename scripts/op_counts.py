@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SIZES = ("1B", "3B", "8B")
 ROWS = (1, 5, 32)
 TREES = (32,)
+USERS = ("1x8", "2x8", "4x8", "8x4", "16x2", "32x1")  # users x rows of each
 POSITION = 1024
 HEAD_ROWS = 5  # verified before a head drafts
 COLUMNS = (
@@ -124,6 +125,69 @@ def measure(
                     }
                 )
     return entries
+
+
+USER_COLUMNS = ("users x rows", "ops per layer", "collectives per layer", "KV MB", "all MB", "bound ms")
+
+
+def by_users(board: Board, size: str, precision: Precision, shapes: Sequence[str], position: int) -> list[dict]:
+    """One entry for each shape of users x rows, of a greedy forward that they share with pages; this process must be on
+    the board's mock."""
+    from models.board_mock import graph
+    from models.ttnn_llama.batch_model import BatchLlama, UserRows
+    from models.ttnn_llama.device.mesh import open_mesh
+    from models.ttnn_llama.weights.tensors import EmptySource
+
+    config, costs = named_config(size), []
+    parted = [tuple(map(int, shape.split("x"))) for shape in shapes]
+    with open_mesh(board, trace_region_bytes=0) as meshes:
+        for layers in (1, 2):
+            source = Recorder(EmptySource(meshes.target))
+            model = BatchLlama(
+                dataclasses.replace(config, num_hidden_layers=layers),
+                meshes.target,
+                source,
+                precision=precision,
+                max_seq_len=position + MAX_ROWS,
+                slots=max(users for users, _ in parted),
+            )
+            weights = {tensor.buffer_address() for tensor in source.tensors.values()}
+            cache = {tensor.buffer_address() for layer in model.cache for tensor in (layer.keys, layer.values)}
+            costs.append([])
+            for users, rows in parted:
+                model.prepare("ids", users * rows, rows)
+                shared = [UserRows(slot, [1] * rows, position) for slot in range(users)]
+                model.run("ids", shared)  # makes the buffers that stay
+                positions = [*range(position, position + rows)] * users
+                ops = graph.capture(lambda m=model, shared=shared: m.run("ids", shared), positions, rows)
+                costs[-1].append(graph.cost(ops, weights, cache))
+    entries = []
+    for shape, once, twice in zip(shapes, *costs, strict=True):
+        layer, outside = graph.split(once, twice)
+        whole = outside + config.num_hidden_layers * layer
+        entries.append(
+            {
+                "users_by_rows": shape,
+                "layer": dataclasses.asdict(layer),
+                "forward": dataclasses.asdict(whole),
+                "bound_ms": whole.dram / board.dram_gb_per_s / 1e6,
+            }
+        )
+    return entries
+
+
+def show_users(board: Board, options: argparse.Namespace, entries: list[dict]) -> None:
+    rows = []
+    for entry in entries:
+        layer, forward = entry["layer"], entry["forward"]
+        dram = sum(forward[part] for part in ("weights", "kv_cache", "other"))
+        sizes = f"{forward['kv_cache'] / 1e6:.1f}", f"{dram / 1e6:.1f}", f"{entry['bound_ms']:.2f}"
+        rows.append([entry["users_by_rows"], str(layer["ops"]), str(layer["collectives"]), *sizes])
+    print(
+        f"{options.users_of} on {board.name}, {options.precision}, several users with pages, rows at position "
+        f"{options.position} and after, per chip. {BOUND.format(bandwidth=f'{board.dram_gb_per_s:.0f} GB/s')}"
+    )
+    print(markdown_table(USER_COLUMNS, rows, left=1))
 
 
 def each_in_its_process(boards: Sequence[str], options: argparse.Namespace) -> list[dict]:
@@ -249,6 +313,9 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--position", type=int, default=POSITION, help="of the first row (default: %(default)s)")
     parser.add_argument("--precision", default=PRECISION, help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
     parser.add_argument("--head", help="instead, on one board: a draft head of the published shape for 1B, 3B or 8B")
+    parser.add_argument(
+        "--users-of", metavar="SIZE", help=f"instead, on one board: forwards that users share, {', '.join(USERS)}"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
     options = parser.parse_args(argv)
@@ -269,6 +336,14 @@ def command(argv: Sequence[str] | None) -> int:
             raise UserError("--head counts on one board: name it with --boards")
         cluster.activate(boards[0].name)
         show_head(boards[0], options, precision)
+        return 0
+    if options.users_of:
+        named_config(options.users_of)
+        if len(boards) != 1:
+            raise UserError("--users-of counts on one board: name it with --boards")
+        cluster.activate(boards[0].name)
+        entries = by_users(boards[0], options.users_of, precision, USERS, options.position)
+        show_users(boards[0], options, entries)
         return 0
     if len(boards) == 1:
         cluster.activate(boards[0].name)

@@ -10,6 +10,8 @@ Stages; each leaves its result in the work directory, and the same command goes 
 4. checkpoint  in --out: weights in the layout that SGLang and SpecForge read, and a model card with
                what it is worth on answers that were held out
 
+--init-head begins with a head that there is, and trains it on: with other prompts, or with more.
+
 With --steps a run that was killed ends in the same head, bit for bit, as one that was not; with
 --hours alone the learning rate follows the clock. More time later: the same command with more --hours.
 """
@@ -37,7 +39,11 @@ def command(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, help="where the head's checkpoint is written")
     add("--work-dir", type=Path, help="state and answers (default: in the user's cache, by the target's name)")
     add("--hours", type=float, help="time of all stages and all runs together (default 1, without --steps)")
-    add("--answer-hours", type=float, help="of it for answers (default: a third)")
+    add(
+        "--answer-hours",
+        type=float,
+        help="of it for answers (default: a third; with --steps alone: until all are written)",
+    )
     add("--steps", type=int, help="training steps, instead of as many as there is time for")
     add("--prompts", type=Path, help="a file of prompts, as for the demo: texts between lines of ---, or JSON")
     add("--prompt-count", type=int, default=20000, help="prompts at most (default %(default)s)")
@@ -48,6 +54,8 @@ def command(argv: Sequence[str] | None = None) -> int:
     add("--disk-gb", type=float, default=20.0, help="answers stop at so many gigabytes (default %(default)s)")
     add("--draft-vocab", type=int, default=8192, help="ids that the head can draft (default %(default)s)")
     add("--taps", type=_taps, help="layers read, as 2,15,27 (default: the second, the middle one, the last but two)")
+    add("--init-head", help="a head to begin with, its weights and draft vocabulary: directory, hub id, or name")
+    add("--peak", type=float, help="share of the usual learning rates (default 1; with --init-head 0.5)")
     add("--rows", type=int, default=TrainingOptions.rows, help="positions in a training step (default %(default)s)")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--dtype", default="bf16", choices=("bf16", "fp32"))
@@ -60,6 +68,9 @@ def command(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.rows < 1:
         raise UserError(f"--rows {args.rows} must be at least 1")
+    peak = (0.5 if args.init_head else 1.0) if args.peak is None else args.peak
+    if not 0 < peak <= 10:
+        raise UserError(f"--peak {peak:g} must be more than 0 and at most 10")
     options = JobOptions(
         target=args.target,
         out=args.out,
@@ -74,11 +85,12 @@ def command(argv: Sequence[str] | None = None) -> int:
         taps=args.taps,
         part=args.part,
         disk_gb=args.disk_gb,
+        init_head=args.init_head,
         prompts=args.prompts,
         prompt_count=args.prompt_count,
         max_prompt=args.max_prompt,
         max_new_tokens=args.max_new_tokens,
-        training=TrainingOptions(rows=args.rows, seed=args.seed),
+        training=TrainingOptions(rows=args.rows, peak=peak, seed=args.seed),
     )
     with stage_bars() as watcher:
         result = train_head(options, watcher)

@@ -1,5 +1,6 @@
 """The README: short, and its example runs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,8 @@ def test_it_is_short_and_narrow():
 
 def test_its_example_runs(tmp_path):
     (example,) = blocks(README)
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    threads = os.environ.get("OMP_NUM_THREADS", "1")  # other tests run beside it
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
     done = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )

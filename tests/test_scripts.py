@@ -296,9 +296,10 @@ def test_ci_lints_and_checks_types_then_runs_the_test_script(machine):
     assert result.returncode == 0, result.stderr
     ran = f"ran in {machine.clone}:\n<-m>\n"
     lint = f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<mypy>\n"
+    some = "not once and not key_boards"
     others = [
-        f"ttnn tests, board {board}\n{ran}<pytest>\n<models/tests/ttnn>\n<--board>\n<{board}>\n"
-        for board in ("N300", "T3K", "P150")
+        f"ttnn tests, board {board}\n{ran}<pytest>\n<models/tests/ttnn>\n<--board>\n<{board}>\n<-m>\n<{chosen}>\n"
+        for board, chosen in (("N300", some), ("T3K", "not once"), ("P150", some))
     ]
     models = "".join(f"<models/tests/ttnn/test_{name}.py>\n" for name in WHOLE_MODELS)
     others.append(f"ttnn tests of whole models, board P300x2\n{ran}<pytest>\n{models}<--board>\n<P300x2>\n")

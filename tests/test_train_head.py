@@ -1,17 +1,21 @@
 """The command that trains a draft head: from a target to a checkpoint, and what it says to mistakes."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from models.cli.command import run_command
 from models.llama.checkpoint import Checkpoint
-from models.llama.head_config import HeadConfig
+from models.llama.head_checkpoint import EMBEDDING, save_head
+from models.llama.head_config import SPECULATORS, HeadConfig
 from models.loading import open_model
+from models.tests import head_fixtures
 from models.tests.llama_fixtures import tiny_config, write_tiny_checkpoint, write_tiny_tokenizer
 from models.torch_llama.draft_head import TorchHead
 from models.torch_llama.model import TorchLlama
@@ -115,6 +119,30 @@ def test_answers_stop_at_the_disk_limit(script, random_llama, tmp_path):
     assert len(AnswerStore(tmp_path / "work")) < 45
 
 
+def test_a_head_is_trained_on_with_other_answers_and_keeps_its_draft_vocabulary(script, random_llama, tmp_path):
+    assert script.command(arguments(random_llama, tmp_path)) == 0
+    first, second = tmp_path / "head", tmp_path / "second"
+    prompts = tmp_path / "others.txt"
+    prompts.write_text("\n---\n".join(f"What else is {i}?" for i in range(45)))
+    more = ("--init-head", first, "--out", second, "--work-dir", tmp_path / "other", "--prompts", prompts)
+    assert script.command(arguments(random_llama, tmp_path, *map(str, more))) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (first, second))
+    assert torch.equal(before["d2t"], after["d2t"]) and torch.equal(before["t2d"], after["t2d"])
+    assert not torch.equal(before["fc.weight"], after["fc.weight"])
+    # three steps are hardly anything beside where another seed would have begun
+    close = F.cosine_similarity(before["fc.weight"].float().flatten(), after["fc.weight"].float().flatten(), dim=0)
+    assert close > 0.9
+    assert "begun with | the weights of head (digest" in (second / "README.md").read_text()
+    assert "begun with | noise" in (first / "README.md").read_text()
+
+
+def test_time_for_answers_ends_them_with_steps_too(script, random_llama, tmp_path):
+    assert script.command(arguments(random_llama, tmp_path, "--part", "1/9", "--answer-hours", "0.1")) == 0
+    assert len(AnswerStore(tmp_path / "work")) == 5  # the part's all
+    assert script.command(arguments(random_llama, tmp_path, "--answer-hours", "0")) == 0
+    assert len(AnswerStore(tmp_path / "work")) == 5 and (tmp_path / "head" / "README.md").exists()
+
+
 def test_training_on_the_embedded_target_improves_on_an_untrained_head(tmp_path):
     """Tokens per verify at K = 4, held out, after a few steps on a few answers: by at least 0.2, from next to 1."""
     options = JobOptions(
@@ -122,9 +150,10 @@ def test_training_on_the_embedded_target_improves_on_an_untrained_head(tmp_path)
         out=tmp_path / "head",
         work=tmp_path / "work",
         hours=None,
-        steps=50,
+        steps=28,
+        dtype="fp32",
         batch=32,
-        prompt_count=200,
+        prompt_count=100,
         max_prompt=32,
         max_new_tokens=40,
         draft_vocab=1024,
@@ -138,17 +167,49 @@ def test_training_on_the_embedded_target_improves_on_an_untrained_head(tmp_path)
     result = train_head(options, Silent())
     target = Checkpoint.open(ROOT / "models" / "checkpoints" / "tiny-target")
     (tmp_path / "work" / "head.state").unlink()
-    data = DataOptions(AnswerOptions((2, 8, 13), 40), None, 200, 32)
+    data = DataOptions(AnswerOptions((2, 8, 13), 40), None, 100, 32)
     work = WorkDirectory(tmp_path / "work", open_model(str(target.path)), data)
     untrained = make_trainer(work, head_config(target.config, (2, 8, 13), 1024), options)
     before = evaluate(
         untrained.head, untrained.store, untrained.held_out, untrained.vocabulary, untrained.teacher
     ).tokens_per_verify
     assert before[3] < 1.1
-    assert result.tokens_per_verify[3] > before[3] + 0.2
+    assert result.tokens_per_verify[3] > before[3] + 0.2, result
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes
+def test_a_head_of_another_shape_is_nothing_to_begin_with(script, random_llama, tmp_path, capsys):
+    target = Checkpoint.open(random_llama).config
+    other = dataclasses.replace(target, vocab_size=301)
+    made = {
+        "other target": head_fixtures.head_config(other, 64, taps=(2, 4, 5), fc_norm=True),
+        "other vocabulary": head_fixtures.head_config(target, 60, taps=(2, 4, 5), fc_norm=True),
+        "no norms": head_fixtures.head_config(target, 64, taps=(2, 4, 5)),
+        "other layout": head_fixtures.head_config(target, 64, taps=(2, 4, 5), fc_norm=True, layout=SPECULATORS),
+        "good": head_fixtures.head_config(target, 64, taps=(1, 4, 5), fc_norm=True),
+    }
+    for name, config in made.items():
+        save_head(tmp_path / name, config, head_fixtures.random_head_tensors(config, 0))
+    embedding = {EMBEDDING: torch.zeros(300, target.hidden_size)} | head_fixtures.random_head_tensors(made["good"], 0)
+    save_head(tmp_path / "own embedding", made["good"], embedding)
+    save_file(embedding, tmp_path / "own embedding" / "model.safetensors")
+    cases = (
+        ("nothing", (), "nothing"),
+        ("other target", (), "the head is for a target of vocabulary 301, this one has 300"),
+        ("other vocabulary", (), "drafts 60 ids, this training 64: give --draft-vocab 60"),
+        ("no norms", (), "has fc_norm False, heads that are trained for this target have True"),
+        ("other layout", (), "has layout speculators, heads that are trained for this target have specforge"),
+        ("good", ("--taps", "2,4,5"), "reads the target after layers 1,4,5, --taps says 2,4,5"),
+        ("own embedding", (), "has an embedding of its own"),
+        ("good", ("--peak", "0"), "--peak 0 must be more than 0"),
+    )
+    for name, more, expected in cases:
+        told = failure(script, capsys, *arguments(random_llama, tmp_path, "--init-head", str(tmp_path / name), *more))
+        assert expected in told and told.count("\n") == 1 and "Traceback" not in told, told
+    assert not (tmp_path / "work").exists()
+    assert script.command(arguments(random_llama, tmp_path, "--init-head", str(tmp_path / "good"))) == 0
+
+
 def test_mistakes_are_told_in_one_line(script, random_llama, tmp_path, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("")

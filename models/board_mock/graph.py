@@ -5,7 +5,8 @@ the kernel touches, rules correct the size; they follow the kernel sources of tt
 
 - exact: sharded norms, element-wise ops, reshuffles, matmuls from sharded input (the weight's tiles, without the
   padding of its last bank); an embedding reads the rows it looks up, a slice what it returns; a cache update reads and
-  writes one row of tiles per KV head and position, `fill_cache` writes what it is given;
+  writes one row of tiles per KV head and position (of a paged cache, where every row has one turn of several, its share
+  of them), `fill_cache` and `paged_fill_cache` write what they are given;
 - estimated: decode attention, whole chunks of keys and values up to each row's position, once for each row and KV head
   (cores could share them); attention of a tree, whole chunks up to its last row, once for each query head; prefill
   attention, keys and values up to the chunk's end, once; matmuls of interleaved
@@ -85,11 +86,11 @@ def recorded() -> Iterator[Nodes]:
         nodes += ttnn.graph.end_graph_capture()
 
 
-def capture(function: Callable[[], object], positions: Sequence[int] | None = None) -> list[DeviceOp]:
+def capture(function: Callable[[], object], positions: Sequence[int] | None = None, turns: int = 1) -> list[DeviceOp]:
     """Run ``function`` and return its device ops; see `device_ops`."""
     with recorded() as nodes:
         function()
-    return device_ops(nodes, positions)
+    return device_ops(nodes, positions, turns)
 
 
 # ---- sums -----------------------------------------------------------------------------------------------------------
@@ -236,11 +237,12 @@ class _Call:
     made: dict[int, int]  # DRAM buffers: address -> bytes
 
 
-def device_ops(nodes: Nodes, positions: Sequence[int] | None = None) -> list[DeviceOp]:
+def device_ops(nodes: Nodes, positions: Sequence[int] | None = None, turns: int = 1) -> list[DeviceOp]:
     """The device ops of a captured graph, in their order.
 
     ``positions`` are the rows' positions in the cache, -1 for rows that are skipped: ops of decode attention and cache
-    updates with that many rows are counted accordingly. Others attend to the whole cache, an upper bound.
+    updates with that many rows are counted accordingly. Others attend to the whole cache, an upper bound. ``turns``:
+    updates of a paged cache in which these rows are written, as many in each.
     """
     tensors = {node["counter"]: _Tensor.of(node["params"]) for node in nodes if node["node_type"] == "tensor"}
     ops: list[DeviceOp] = []
@@ -261,11 +263,11 @@ def device_ops(nodes: Nodes, positions: Sequence[int] | None = None) -> list[Dev
             _, call = stack.pop()
             if call:
                 outputs = [tensor for i in node["connections"] if (tensor := tensors.get(i))]
-                ops.append(_device_op(call, outputs, positions))
+                ops.append(_device_op(call, outputs, positions, turns))
     return ops
 
 
-def _device_op(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> DeviceOp:
+def _device_op(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None, turns: int) -> DeviceOp:
     operation, factory = call.params["name"], call.params["program_factory_type"].rpartition("::")[2]
     exact = not _is_collective(call.call) and (operation != "MatmulDeviceOperation" or factory in _EXACT_MATMULS)
     read = {tensor.address: tensor.bytes for tensor in call.inputs if tensor.in_dram}
@@ -273,6 +275,10 @@ def _device_op(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | N
     written = {tensor.address: tensor.bytes for tensor in outputs if tensor.in_dram} | call.made
     traffic = {address: Traffic(address, 0, size, exact) for address, size in written.items()}
     traffic |= {address: Traffic(address, size, 0, exact) for address, size in read.items()}
+    if operation in _UPDATES and positions is not None:
+        ran = [position for position in positions if position >= 0]
+        positions = ran[:: turns if _table_width(call) else 1] + [-1] * (len(positions) - len(ran))
+        positions += [-1] * (_update_count(call) - len(positions))
     if operation in _RULES:
         traffic |= {corrected.address: corrected for corrected in _RULES[operation](call, outputs, positions)}
     return DeviceOp(call.call, operation, factory, call.params["program_cache_hit"], tuple(traffic.values()))
@@ -311,15 +317,31 @@ def _fill(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) 
     return [Traffic(cache.address, 0, new.bytes, "FILL" in call.arguments[0])]
 
 
+def _update_count(call: _Call) -> int:
+    """Rows that a cache update is given."""
+    return next(tensor for tensor in call.inputs if not tensor.in_dram).shape[1]
+
+
+def _table_width(call: _Call) -> int:
+    """Pages of a sequence in the page table that an op is given; 0 without one."""
+    tables = [tensor for tensor in call.inputs if tensor.in_dram and not tensor.tiled and len(tensor.shape) == 2]
+    return tables[0].shape[1] if tables else 0
+
+
 def _attend_rows(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
     queries, *caches = call.inputs[:3]
-    length = caches[0].shape[2]
+    length = caches[0].shape[2] * (_table_width(call) or 1)
     chunk = _chunk(call)
     rows = _rows(queries.shape[1], positions)
     if rows is None:
         rows = [length - 1] * queries.shape[1]
     attended = sum(min(length, (position // chunk + 1) * chunk) for position in rows)
     return [Traffic(cache.address, cache.rows_bytes(attended), 0, False) for cache in caches]
+
+
+def _fill_pages(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
+    cache, new = call.inputs[:2]
+    return [Traffic(cache.address, 0, new.bytes, True)]
 
 
 def _attend_sequence(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
@@ -365,12 +387,15 @@ def _rows(count: int, positions: Sequence[int] | None) -> list[int] | None:
     return [position for position in positions if position >= 0]
 
 
+_UPDATES = ("PagedFusedUpdateCacheDeviceOperation", "PagedUpdateCacheDeviceOperation")
+
 _RULES: dict[str, Callable[[_Call, list[_Tensor], Sequence[int] | None], list[Traffic]]] = {
     "EmbeddingsDeviceOperation": _embedding,
     "SliceDeviceOperation": _slice,
     "PagedFusedUpdateCacheDeviceOperation": _update_rows,
     "PagedUpdateCacheDeviceOperation": _update_rows,
     "UpdateKVCacheOperation": _fill,
+    "PagedFillCacheDeviceOperation": _fill_pages,
     "SdpaDecodeDeviceOperation": _attend_rows,
     "SDPAOperation": _attend_sequence,
 }

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
+from starlette.responses import FileResponse, Response
 
 from models.cli.environment import project_version
 from models.server import routes, text_routes
@@ -77,11 +76,25 @@ def _document(app: FastAPI) -> None:
 
 
 def add_page(app: FastAPI, folder: Path) -> None:
-    """Serve a folder's files at /, after everything else."""
-    if (folder / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=folder, html=True), name="page")
-        return
+    """Serve a folder's files, index.html at /.
 
-    @app.get("/", include_in_schema=False)
-    async def no_page(request: Request) -> Response:
-        raise ApiError(404, "this installation has no chat page: use the API below /v1", code="no_page")
+    A route for each: one mount for all would take the place of "this path has other methods" everywhere else.
+    """
+    if not (folder / "index.html").is_file():
+
+        @app.get("/", include_in_schema=False)
+        async def no_page(request: Request) -> Response:
+            raise ApiError(404, "this installation has no chat page: use the API below /v1", code="no_page")
+
+        return
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        path = "/" if name == "index.html" else f"/{name}"
+        app.add_api_route(path, _sender(file), methods=["GET", "HEAD"], include_in_schema=False)
+
+
+def _sender(file: Path) -> Callable[[], Awaitable[FileResponse]]:
+    async def send_file() -> FileResponse:
+        return FileResponse(file, headers={"Cache-Control": "no-cache"})
+
+    return send_file

@@ -17,6 +17,7 @@ from models.training.evaluate import evaluate
 from models.training.head import TrainedHead
 from models.training.loss import DraftVocabulary, SoftCrossEntropy, target_probabilities
 from models.training.shards import AnswerStore, save_shard
+from models.training.start import FirstHead
 from models.training.trainer import Trainer, TrainingOptions, first_weights
 
 TAPS = (1, 2, 4)
@@ -56,7 +57,7 @@ def trained_head(config, target, seed=3):
     return TrainedHead(config, tensors["model.embed_tokens.weight"], weights, torch.float32)
 
 
-def new_trainer(config, target, store, state, **options):
+def new_trainer(config, target, store, state, first=None, **options):
     tensors = target[1]
     return Trainer(
         config,
@@ -67,6 +68,7 @@ def new_trainer(config, target, store, state, **options):
         norm=tensors["model.norm.weight"],
         embedding=tensors["model.embed_tokens.weight"],
         compute=torch.float32,
+        first=first,
     )
 
 
@@ -242,6 +244,42 @@ def test_a_killed_training_ends_in_the_same_head_bit_for_bit(target, head_config
     other = new_trainer(head_config, target, store, tmp_path / "other.state", seed=2)
     other.run()
     assert not torch.equal(other.head.weights["fc.weight"], straight.head.weights["fc.weight"])
+
+
+def test_a_training_begins_with_the_head_that_it_is_given(target, head_config, store, tmp_path):
+    before = new_trainer(head_config, target, store, tmp_path / "before.state", steps=30)
+    before.run()
+    ids = before.vocabulary.ids.flip(0)  # in an order that counting would not give
+    weights = {name: weight.detach().clone() for name, weight in before.head.weights.items()}
+    weights["lm_head.weight"] = weights["lm_head.weight"].flip(0)
+    first = FirstHead("before", "0123", ids, weights)
+    trainer = new_trainer(head_config, target, store, tmp_path / "state", first, peak=0.5)
+    assert torch.equal(trainer.vocabulary.ids, ids) and trainer.progress.step == 0
+    for name, weight in trainer.head.weights.items():
+        assert torch.equal(weight, weights[name]), name
+    anew = new_trainer(head_config, target, store, tmp_path / "anew.state")
+    assert trainer.look(trainer.training).loss < anew.look(anew.training).loss - 0.1
+    trainer.run()
+    trained = trainer.head.weights["fc.weight"].detach()
+    assert not torch.equal(trained, weights["fc.weight"])
+    resumed = new_trainer(head_config, target, store, tmp_path / "state", first)
+    assert resumed.progress.step == 6 and torch.equal(resumed.head.weights["fc.weight"], trained)
+    assert torch.equal(resumed.vocabulary.ids, ids)
+    with pytest.raises(UserError, match="begun with the head of digest 0123, this run is without --init-head"):
+        new_trainer(head_config, target, store, tmp_path / "state")
+    anew.save()
+    with pytest.raises(UserError, match="begun anew, this run is with before, digest 0123"):
+        new_trainer(head_config, target, store, tmp_path / "anew.state", first)
+
+
+def test_half_the_peak_moves_the_first_steps_half_as_far(target, head_config, store, tmp_path):
+    moved = []
+    for peak in (1.0, 0.5):
+        trainer = new_trainer(head_config, target, store, tmp_path / f"{peak}.state", peak=peak)
+        before = trainer.head.weights["fc.weight"].detach().clone()
+        trainer.train_step(0.0)
+        moved.append((trainer.head.weights["fc.weight"].detach() - before).norm().item())
+    assert moved[1] == pytest.approx(moved[0] / 2, rel=1e-3)
 
 
 def test_evaluation_counts_what_drafting_from_every_position_accepts(target, head_config, store, tmp_path):

@@ -1,14 +1,19 @@
 """Prompts that a draft head is trained with: of a file, and built in."""
 
 import random
+import re
 from email.message import Message
+from pathlib import Path
 
 import pytest
 
+from models.cli.prompts import read_prompt_file
 from models.errors import UserError
 from models.llama.tokenizer import LlamaTokenizer
 from models.tests.llama_fixtures import write_tiny_tokenizer
 from models.training import material, prompts
+from models.training.everyday import KIND_SHARES, compose_everyday
+from models.training.everyday_words import WORDS_TEXT
 from models.training.material import passages, prose
 from models.training.prompts import questions, training_prompts
 from models.training.templates import SHARES, compose
@@ -45,18 +50,76 @@ def tokenizer(tmp_path_factory):
 
 def test_questions_are_all_different_mixed_and_repeat_with_their_seed(few_files):
     made = questions(1500, seed=3)
-    assert len({text for _, text in made}) == 1500
+    assert len({turns for _, turns in made}) == 1500
     kinds = {kind for kind, _ in made}
-    assert kinds == {*SHARES, "text", "function"}
+    assert kinds == {*SHARES, *KIND_SHARES, "text", "function"}
     early = [kind for kind, _ in made[:300]]
-    assert all(early.count(kind) < 60 for kind in kinds) and len(set(early)) > 12
+    assert all(early.count(kind) < 40 for kind in kinds) and len(set(early)) > 24
     assert questions(1500, seed=3) == made and questions(1500, seed=4) != made
 
 
 def test_no_question_has_a_hole(few_files):
     draw = random.Random(0)
-    for text in [compose(draw)[1] for _ in range(3000)]:
-        assert text == text.strip() and "{" not in text.replace("{t}", "") and "  " not in text, text
+    texts = [compose(draw)[1] for _ in range(3000)]
+    texts += [turn for _ in range(6000) for turn in compose_everyday(draw)[1]]
+    for text in texts:
+        assert text and text == text.strip() and not re.search(r"[{}|]|  |---", text), text
+
+
+def test_every_list_of_words_has_a_slot_that_draws_from_it():
+    draw = random.Random(1)
+    said = " ".join(turn for _ in range(30000) for turn in compose_everyday(draw)[1])
+    for name, entries in WORDS_TEXT.items():
+        words = [" ".join(entry.split()) for entry in entries.split("|") if "{" not in entry]
+        assert not words or any(word.lower() in said.lower() for word in words), name
+
+
+def test_conversations_go_through_the_chat_template_turn_by_turn(few_files, tokenizer):
+    made = training_prompts(tokenizer, None, 3000, 2000, seed=2)
+    talks = [turns for kind, turns in questions(3000, seed=2) if kind == "follow-up"]
+    assert len(talks) > 50 and {len(turns) for turns in talks} == {3}
+    roles = ("user", "assistant", "user")
+    expected = [
+        tokenizer.chat([{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)])
+        for turns in talks
+    ]
+    assert [prompt.ids for prompt in made if prompt.kind == "follow-up"] == expected
+
+
+def test_prompts_that_figures_are_measured_on_are_not_among_the_training_prompts(few_files):
+    """Neither themselves nor near copies: no common run of six words, and few common words."""
+    root = Path(__file__).resolve().parents[2]
+    folders = [root / "demo" / "prompts", root / "scripts" / "suites" / "prompts"]
+    if not folders[0].is_dir():
+        pytest.skip("an installed package has no prompts of the demo")
+    measured = [text for folder in folders for path in sorted(folder.glob("*.txt")) for text in read_prompt_file(path)]
+    assert len(measured) > 25
+    runs = {run for text in measured for run in _runs(text)}
+    own = [(set(_words(text)) - COMMON, text) for text in measured]
+    near = "Explain to me, in plain words: why does the sky look red in the late evening?"
+    assert _nearest(near, own) > NEAR and any(run in runs for run in _runs(measured[0] + " " + near))
+    for _, turns in questions(20000, seed=1):
+        text = " ".join(turns)
+        assert not any(run in runs for run in _runs(text)), text
+        assert _nearest(text, own) <= NEAR, text
+
+
+NEAR = 1 / 3  # common words over all words of two texts, those of COMMON not counted
+COMMON = set("a an the of to in and or is are for with that this it i me my at on by as be do how what".split())
+
+
+def _words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def _runs(text, length=6):
+    words = _words(text)
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
+def _nearest(text, measured):
+    words = set(_words(text)) - COMMON
+    return max(len(words & own) / len(words | own) for own, _ in measured)
 
 
 def test_passages_are_prose_and_short_functions(few_files):

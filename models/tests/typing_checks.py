@@ -30,6 +30,7 @@ from models.speculative.sequence import Watcher
 from models.speculative.text import TextStream
 from models.torch_llama.first_layers import FirstLayers as TorchFirstLayers
 from models.torch_llama.model import TorchLlama
+from models.ttnn_llama.batch_model import BatchLlama, Slot
 from models.ttnn_llama.model import TtnnLlama
 from models.ttnn_llama.modules.first_layers import FirstLayers as TtnnFirstLayers
 from models.ttnn_llama.programs.fused import FusedRound
@@ -50,6 +51,18 @@ class Networks:
         self.measured: list[MeasuredModel] = [on_torch, on_board]
         self.whole: list[Network] = [on_torch, on_board]
         self.tapped: list[Tapped] = [on_torch, on_board]
+
+
+class Batches:
+    """A model of several sequences, and one of its slots: chains, no trees, no early exit."""
+
+    def __init__(self, whole: BatchLlama, slot: Slot) -> None:
+        self.several: list[LanguageModel] = [whole, slot]
+        self.single: list[DraftModel] = [whole, slot]
+        self.network: Network = whole
+        self.no_trees: Trees = whole  # type: ignore[assignment]
+        self.no_trees_in_a_slot: Trees = slot  # type: ignore[assignment]
+        self.no_early_exit: EarlyExit = whole  # type: ignore[assignment]
 
 
 class Loaded:

@@ -32,6 +32,7 @@ this target alone. {terms}
 | draft vocabulary | {vocab} |
 | prompts | {prompts} |
 | answers | {answered} |
+| begun with | {begun} |
 | training | {trained} |
 
 Held-out figures, along {held:,} greedy answers of the target to prompts that were not trained on ({held_rows:,}
@@ -64,6 +65,7 @@ class CardFacts:
     greedy: str
     temperature: float
     answer_minutes: float
+    begun: str
     steps: int
     epochs: float
     rows: int

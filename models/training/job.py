@@ -18,11 +18,12 @@ from models.fetch import PACKAGED
 from models.llama.config import LlamaConfig
 from models.llama.head_config import HeadConfig, default_taps
 from models.loading import OpenedModel, open_model
-from models.options import describe_source, named_target
+from models.options import describe_source, named_head, named_target
 from models.torch_llama.model import TorchLlama
 from models.training.answers import AnswerOptions, Stopwatch
 from models.training.checkpoint import CardFacts, check_writable, save_head
 from models.training.evaluate import Evaluation
+from models.training.start import FirstHead, first_head, open_first_head
 from models.training.trainer import Progress, Trainer, TrainingOptions
 from models.training.workdir import DataOptions, WorkDirectory
 from models.user_cache import user_cache
@@ -37,12 +38,15 @@ class JobOptions:
     Args:
         target: a checkpoint directory, a hub id, a GGUF file, or a name. out: where the checkpoint is written.
         work: the work directory; None: one in the user's cache, named after the target.
-        hours: of all runs on the work directory together. answer_hours: of it for answers; None: a third.
+        hours: of all runs on the work directory together. answer_hours: of it for answers; None: a third, or with steps
+            alone until all prompts are answered.
         steps: of training, instead of as many as there is time for.
         device, dtype: of the target; the head is trained on the same device.
         batch: answers side by side. draft_vocab: ids that the head can draft, None for all. taps: None for the usual.
         part: (i, n): answer only each n-th prompt from the i-th on, then stop.
         disk_gb: of answers, at most.
+        init_head: a head that training begins with, its weights and its draft vocabulary: a directory, a hub id or a
+            name.
     """
 
     target: str
@@ -58,6 +62,7 @@ class JobOptions:
     taps: tuple[int, ...] | None = None
     part: tuple[int, int] | None = None
     disk_gb: float = 20.0
+    init_head: str | None = None
     prompts: Path | None = None
     prompt_count: int = 20000
     max_prompt: int = 190
@@ -118,9 +123,12 @@ def train_head(options: JobOptions, watcher: Watcher) -> Evaluation | None:
     check_device(options.device)
     target = open_model(named_target(options.target))
     config = target.checkpoint.config
-    taps = options.taps or default_taps(config.num_hidden_layers)
+    source = named_head(options.init_head) if options.init_head else None
+    opened = open_first_head(source, config, options.taps) if source else None
+    taps = opened.config.taps if opened else options.taps or default_taps(config.num_hidden_layers)
     head = head_config(config, taps, options.draft_vocab)
     head.check_target(config)
+    first = first_head(source, opened, head) if source and opened else None
     check_writable(options.out)
     work = WorkDirectory(
         options.work or default_work(options.target),
@@ -135,12 +143,12 @@ def train_head(options: JobOptions, watcher: Watcher) -> Evaluation | None:
     answer(work, options, watcher)
     if options.part:
         return None
-    trainer = make_trainer(work, head, options)
+    trainer = make_trainer(work, head, options, first)
     trainer.run(_reporter(trainer, watcher))
     logger.info(f"looking at {len(trainer.held_out)} held-out answers")
     result = trainer.look(trainer.held_out)
     trainer.save()
-    facts = card_facts(work, trainer, options)
+    facts = card_facts(work, trainer, options, first)
     save_head(options.out, head, trainer.head.weights, trainer.vocabulary, result, facts)
     (work.path / "curve.json").write_text(json.dumps(trainer.progress.curve, indent=1))
     return result
@@ -154,10 +162,10 @@ def default_work(target: str) -> Path:
 def answer(work: WorkDirectory, options: JobOptions, watcher: Watcher) -> None:
     """The answers that are missing, within the time for them."""
     part = options.part or (0, 1)
-    limit = None
-    if options.hours is not None:
-        share = options.hours if options.part else options.hours / 3
-        hours = share if options.answer_hours is None else options.answer_hours
+    hours, limit = options.answer_hours, None
+    if hours is None and options.hours is not None:
+        hours = options.hours if options.part else options.hours / 3
+    if hours is not None:
         limit = 3600 * hours - work.answering_seconds(*part)
         if limit <= 0:
             return
@@ -188,8 +196,8 @@ def load_batched(target: OpenedModel, options: JobOptions, room: int) -> TorchLl
         ) from None
 
 
-def make_trainer(work: WorkDirectory, head: HeadConfig, options: JobOptions) -> Trainer:
-    """The trainer of a work directory, at the state where it was left."""
+def make_trainer(work: WorkDirectory, head: HeadConfig, options: JobOptions, first: FirstHead | None = None) -> Trainer:
+    """The trainer of a work directory, at the state where it was left; first: what it begins with, None: anew."""
     store = work.answers()
     seconds = None
     if options.steps is None:
@@ -203,7 +211,9 @@ def make_trainer(work: WorkDirectory, head: HeadConfig, options: JobOptions) -> 
     teacher = embedding if config.tie_word_embeddings else checkpoint["lm_head.weight"].to(device, compute)
     norm = checkpoint["model.norm.weight"]
     state = work.path / "head.state"
-    return Trainer(head, training, store, state, teacher=teacher, norm=norm, embedding=embedding, compute=compute)
+    return Trainer(
+        head, training, store, state, teacher=teacher, norm=norm, embedding=embedding, compute=compute, first=first
+    )
 
 
 def _reporter(trainer: Trainer, watcher: Watcher):
@@ -217,7 +227,7 @@ def _reporter(trainer: Trainer, watcher: Watcher):
     return report
 
 
-def card_facts(work: WorkDirectory, trainer: Trainer, options: JobOptions) -> CardFacts:
+def card_facts(work: WorkDirectory, trainer: Trainer, options: JobOptions, first: FirstHead | None = None) -> CardFacts:
     """What the model card says of the data and the training."""
     store, progress, about = trainer.store, trainer.progress, work.options
     licence, base = LICENCES.get(options.target, ("other", describe_source(options.target)))
@@ -243,6 +253,7 @@ def card_facts(work: WorkDirectory, trainer: Trainer, options: JobOptions) -> Ca
         greedy=f"{100 * greedy:.0f} %",
         temperature=about.answers.temperature,
         answer_minutes=work.answering_time("busy" if on_cpu else "seconds") / 60,
+        begun=f"the weights of {first.name} (digest {first.digest})" if first else "noise, lm_head of the target",
         steps=progress.step,
         epochs=trainer.order.epoch(progress.step),
         rows=progress.rows,

@@ -1,12 +1,13 @@
 """Prompts for training: of a file, or built in; as token ids.
 
-A chat model gets questions (`templates`, and texts and functions of installed packages as `material`); a base model the
-beginnings of the standard library's source files.
+A chat model gets questions (`templates`, `everyday`, and texts and functions of installed packages as `material`); a
+base model the beginnings of the standard library's source files.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from loguru import logger
 from models.cli.prompts import read_prompt_file
 from models.errors import UserError
 from models.llama.tokenizer import LlamaTokenizer
+from models.training.everyday import compose_everyday
 from models.training.material import library_files, package_files, passages
 from models.training.templates import compose
 
@@ -39,8 +41,8 @@ CODE_TASKS = (
     "Are there mistakes in this code?\n\n{x}",
     "What does this function do?\n\n{x}",
 )
-# Of 100 questions so many are about a text, and about a function.
-TEXT_SHARE, CODE_SHARE = 14, 7
+# Of 100 questions so many are about a text, about a function, and everyday ones; the others are of `templates`.
+TEXT_SHARE, CODE_SHARE, EVERYDAY_SHARE = 8, 4, 55
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def training_prompts(
         encode = tokenizer.chat if chat else tokenizer.encode
         made = [TrainingPrompt("file", encode(text)) for text in read_prompt_file(file)]
     elif chat:
-        made = [TrainingPrompt(kind, tokenizer.chat(text)) for kind, text in questions(count, seed)]
+        made = [TrainingPrompt(kind, tokenizer.chat(_messages(turns))) for kind, turns in questions(count, seed)]
     else:
         made = source_beginnings(tokenizer, count, longest, seed)
     kept = list({tuple(prompt.ids): prompt for prompt in made if len(prompt.ids) <= longest}.values())[:count]
@@ -80,25 +82,35 @@ def training_prompts(
     return kept
 
 
-def questions(count: int, seed: int) -> list[tuple[str, str]]:
-    """(kind, text) of `count` different questions for a chat model, mixed."""
+def questions(count: int, seed: int) -> list[tuple[str, tuple[str, ...]]]:
+    """(kind, turns) of `count` different questions for a chat model, mixed.
+
+    Most have one turn, the user's. Others are conversations: user and assistant take turns, and the user has the last.
+    """
     draw = random.Random(seed)
     found: dict[str, list[str]] = {"text": [], "function": []}
     for kind, passage in passages([*library_files(), *package_files(PACKAGE_FILES, draw)], draw):
         found[kind].append(passage)
-    made: dict[str, str] = {}
+    made: dict[tuple[str, ...], str] = {}
     for _ in range(20 * count):  # short kinds run out of new ones
         if len(made) == count:
             break
         share = draw.randrange(100)
-        if share < TEXT_SHARE and found["text"]:
-            kind, text = "text", draw.choice(TEXT_TASKS).format(x=draw.choice(found["text"]))
-        elif TEXT_SHARE <= share < TEXT_SHARE + CODE_SHARE and found["function"]:
-            kind, text = "function", draw.choice(CODE_TASKS).format(x=draw.choice(found["function"]))
+        if share < EVERYDAY_SHARE:
+            kind, turns = compose_everyday(draw)
+        elif share < EVERYDAY_SHARE + TEXT_SHARE and found["text"]:
+            kind, turns = "text", (draw.choice(TEXT_TASKS).format(x=draw.choice(found["text"])),)
+        elif EVERYDAY_SHARE + TEXT_SHARE <= share < EVERYDAY_SHARE + TEXT_SHARE + CODE_SHARE and found["function"]:
+            kind, turns = "function", (draw.choice(CODE_TASKS).format(x=draw.choice(found["function"])),)
         else:
             kind, text = compose(draw)
-        made.setdefault(text, kind)
-    return [(kind, text) for text, kind in made.items()]
+            turns = (text,)
+        made.setdefault(turns, kind)
+    return [(kind, turns) for turns, kind in made.items()]
+
+
+def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
+    return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
 
 
 def source_beginnings(tokenizer: LlamaTokenizer, count: int, longest: int, seed: int) -> list[TrainingPrompt]:

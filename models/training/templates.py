@@ -28,7 +28,7 @@ spring flowers; houseplants; minimalism; fashion; architecture; city planning; p
 fishing; honey; cheese; fermentation; antibiotics; vitamins; first aid; tooth care; ageing; childhood; family
 traditions; weddings; birthdays; volunteering; human rights; justice; ethics; logic; probability; statistics;
 algebra; geometry; prime numbers; calculus; maps; clocks; glass; paper; cotton; rice; potatoes; salt; sugar; soap;
-tides; rainbows; glaciers; caves; lighthouses; postal services; newspapers; radio; cinema; theatre; circus; dance;
+tides; rainbows; glaciers; caves; harbours; postal services; newspapers; radio; cinema; theatre; circus; dance;
 knitting; pottery; woodworking; camping; cycling holidays; beach holidays; birdwatching; astronomy; genealogy;
 puzzles; magic tricks; crossword puzzles; electric guitars; street food; vegetarian cooking; soup; pasta; apple pie;
 lemonade; taxes; insurance; rent; mortgages; unemployment; trade; supply and demand; elections; parliaments; the
@@ -99,7 +99,7 @@ Explain what a {d} is and when one would use it.|Compare a {d} with a {e}.|How i
 What is the time complexity of searching in a {d}?|Write a {l} class for a {d} with methods to add and remove.|
 How do I handle errors in {l}?|How do I write a loop in {l}? Give two examples.|Show a small example of a {d} in {l}."""
 
-STRUCTURES = """linked list; array; stack; queue; hash map; binary search tree; heap; graph; set; trie; dictionary;
+STRUCTURES = """linked list; array; stack; queue; binary search tree; heap; graph; set; trie; dictionary;
 matrix; priority queue; string buffer; ring buffer; database index"""
 
 NAMES = """Anna Ben Clara David Emma Frank Grace Henry Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor Wendy
@@ -128,7 +128,7 @@ SUMS = (
 )
 
 ERRANDS = (
-    "Write an e-mail from {n} to {m} that moves the meeting on {d} because of a trip to {i}.",
+    "Write an e-mail from {n} to {m}: the call on {d} cannot take place because of a trip to {i}.",
     "Write a polite e-mail to {n} that asks for the report by {d}.",
     "Write an e-mail to a hotel in {i} that asks for a room for {c} nights from {d}.",
     "Write a short note that thanks {n} for the help on {d}.",
@@ -190,7 +190,7 @@ SENTENCE_TASKS = {
         "Turn this into a question: {s}",
         "Make this sentence shorter: {s}",
         "Rewrite this for a child: {s} {r}",
-        "Correct any mistakes and print only the corrected text: {b}",
+        "Repair spelling and grammar, without any comment: {b}",
         "Fix the grammar of this text: {b}",
     ),
     "summarise": (

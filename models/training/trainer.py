@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from models.errors import UserError
 from models.llama.head_config import HeadConfig
 from models.training.batches import BatchOrder, read_batch, rows_of, usable
 from models.training.evaluate import Evaluation, evaluate
 from models.training.head import TrainedHead
 from models.training.loss import DraftVocabulary, SoftCrossEntropy, target_probabilities
 from models.training.shards import AnswerStore
+from models.training.start import FirstHead
 
 HELD_OUT = 20  # every so manyth prompt is held out
 QUICK_ANSWERS = 64  # held-out answers looked at in between
@@ -33,7 +35,8 @@ class TrainingOptions:
         unroll: drafted tokens that are trained. decay: weight of each step against the one before.
         survive: a row is drafted on while the answer's token is among so many first choices of the head, as a draft
             that is read on was right so far.
-        muon, adamw: learning rates. warm_up: steps. seed: of order and first weights.
+        muon, adamw: learning rates. peak: share of both that is reached. warm_up: steps. seed: of order and first
+            weights.
         evaluate_every, save_every: seconds.
     """
 
@@ -45,6 +48,7 @@ class TrainingOptions:
     survive: int = 2
     muon: float = 0.02
     adamw: float = 1e-3
+    peak: float = 1.0
     warm_up: int = 20
     seed: int = 1
     evaluate_every: float = 600.0
@@ -117,7 +121,10 @@ class Trainer:
     Args:
         config, store: what is trained, and on what. teacher: [target V, H] the target's lm_head. norm: [H] its last.
         embedding: [target V, H]. state: a file. device: where it is trained.
-        compute: dtype of products.
+        compute: dtype of products. first: what it begins with; None: anew.
+
+    Raises:
+        UserError: the state was begun with another head.
     """
 
     def __init__(
@@ -131,6 +138,7 @@ class Trainer:
         norm: torch.Tensor,
         embedding: torch.Tensor,
         compute: torch.dtype = torch.bfloat16,
+        first: FirstHead | None = None,
     ) -> None:
         self.config, self.options, self.store, self._state = config, options, store, state
         numbers = usable(store)
@@ -139,9 +147,14 @@ class Trainer:
         self.order = BatchOrder({n: rows_of(store, n) for n in self.training}, options.rows, options.seed)
         device = embedding.device
         saved = torch.load(state, weights_only=True, map_location=device) if state.exists() else None
+        self._first = first.digest if first else None
         if saved:
+            _check_first(state, saved.get("first"), first)
             ids, weights = saved["vocabulary"], saved["weights"]
             self.progress = Progress(**saved["progress"])
+        elif first:
+            ids, self.progress = first.ids.to(device), Progress(curve=[])
+            weights = {name: weight.clone() for name, weight in first.weights.items()}
         else:
             counts = count_replies(store, self.training, len(embedding))
             ids = DraftVocabulary.of_counts(counts, config.draft_vocab_size).ids.to(device)
@@ -216,7 +229,7 @@ class Trainer:
             total = total + loss
         total.backward()
         torch.nn.utils.clip_grad_norm_(head.weights.values(), 1.0)
-        factor = min(1.0, (self.progress.step + 1) / options.warm_up) * (1.0 - share)
+        factor = min(1.0, (self.progress.step + 1) / options.warm_up) * (1.0 - share) * options.peak
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * factor
@@ -242,11 +255,24 @@ class Trainer:
             "weights": {name: weight.detach() for name, weight in self.head.weights.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "vocabulary": self.vocabulary.ids,
+            "first": self._first,
             "progress": asdict(self.progress),
         }
         partial = self._state.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, self._state)
+
+
+def _check_first(state: Path, before: str | None, first: FirstHead | None) -> None:
+    """Raise UserError unless a saved training was begun with this head."""
+    if before == (first.digest if first else None):
+        return
+    begun = "anew" if before is None else f"with the head of digest {before}"
+    now = f"with {first.name}, digest {first.digest}" if first else "without --init-head"
+    raise UserError(
+        f"{state} was begun {begun}, this run is {now}: give the same --init-head, or remove {state.name} to train "
+        "again on the same answers"
+    )
 
 
 def make_optimizers(weights: dict[str, torch.Tensor], options: TrainingOptions) -> list[torch.optim.Optimizer]:

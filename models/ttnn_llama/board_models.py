@@ -12,17 +12,17 @@ from models.boards import Board
 from models.errors import UserError
 from models.llama.config import check_exit_layer
 from models.loading import LoadedHead, LoadedModel, OpenedDraft, OpenedHead, OpenedModel
-from models.speculative.model import SequenceModel
+from models.ttnn_llama.batch_model import BatchLlama
 from models.ttnn_llama.device.mesh import detect_board, errors_passed_on, open_mesh, target_chips
 from models.ttnn_llama.device.runner import Runner
 from models.ttnn_llama.draft_head import TtnnHead
-from models.ttnn_llama.model import TtnnLlama
+from models.ttnn_llama.model import BoardLlama, TtnnLlama
 from models.ttnn_llama.modules.decoder import Decoder
 from models.ttnn_llama.programs.fused import FusedRound
 from models.ttnn_llama.programs.head_round import HeadRound
 from models.ttnn_llama.programs.needed import KEPT, TREE, Program, programs, reads_late, trace_bytes, usable_lengths
 from models.ttnn_llama.programs.options import BoardOptions
-from models.ttnn_llama.shapes import KV_BLOCK, padded_prompt, padded_rows
+from models.ttnn_llama.shapes import KV_BLOCK, MAX_ROWS, padded_prompt, padded_rows
 from models.ttnn_llama.weights.head_tensors import HeadTensors, head_specs
 from models.ttnn_llama.weights.memory import MemoryPlan, check_fit, plan
 from models.ttnn_llama.weights.precision import precision_named
@@ -51,6 +51,7 @@ def memory_plans(
             max_seq_len,
             reserved,
             dram_banks=board.dram_banks,
+            slots=options.slots,
         )
     }
     if draft:
@@ -61,6 +62,7 @@ def memory_plans(
             max_seq_len,
             reserved if own_chip else 0,
             dram_banks=board.dram_banks,
+            slots=options.slots,
         )
     return plans
 
@@ -80,7 +82,7 @@ def _trace_bytes(target: OpenedModel, draft: OpenedDraft | None, options: BoardO
     needed = programs(options, _lengths(draft, options, chips["target"], shared), shared)
     layers = target.checkpoint.config.num_hidden_layers
     drafting = draft.checkpoint.config.num_hidden_layers if draft else options.exit_layer or 0
-    return trace_bytes(needed, layers, drafting, chips)
+    return trace_bytes(needed, layers, drafting, chips, options.slots)
 
 
 class BoardModels:
@@ -136,7 +138,7 @@ class BoardModels:
             for each in self._runners:
                 stack.callback(each.release)
             self.target = self._load("target", target, options.precision, runner, progress)
-            self.draft: LoadedModel[TtnnLlama] | LoadedHead | None = None
+            self.draft: LoadedModel[BoardLlama] | LoadedHead | None = None
             if isinstance(draft, OpenedHead):
                 self.draft = self._load_head(draft, progress)
             elif draft:
@@ -152,7 +154,7 @@ class BoardModels:
     def _check_attention_cores(self) -> None:
         """A verification has to leave every row as many cores as plain decoding takes, or their bits would differ."""
         layout, asked = self.target.model.layout, self.options.attention_cores
-        rows = padded_rows(max(self.lengths) + 1)
+        rows = padded_rows(min(MAX_ROWS, self.options.slots * (max(self.lengths) + 1)))
         most = max(1, layout.cores.count // (rows * layout.kv_heads))
         if asked > most:
             raise UserError(
@@ -162,7 +164,7 @@ class BoardModels:
 
     def _load(
         self, role: str, opened: OpenedModel, precision_name: str, runner: Runner, progress: Progress | None
-    ) -> LoadedModel[TtnnLlama]:
+    ) -> LoadedModel[BoardLlama]:
         start = time.perf_counter()
         precision = precision_named(precision_name)
         source = CheckpointSource(
@@ -173,7 +175,7 @@ class BoardModels:
             (lambda done, total, tensor: progress(role, done, total, tensor)) if progress else None,
         )
         with errors_passed_on(f"{opened.source} could not be loaded"):
-            model = TtnnLlama(
+            model = (BatchLlama if self.options.slots > 1 else TtnnLlama)(
                 opened.checkpoint.config,
                 runner.mesh_device,
                 source,
@@ -182,6 +184,7 @@ class BoardModels:
                 runner=runner,
                 attention_cores=self.options.attention_cores,
                 prefill=self.options.prefill,
+                slots=self.options.slots,
             )
         return LoadedModel(opened, model, precision_name, opened.seconds + time.perf_counter() - start)
 
@@ -189,6 +192,7 @@ class BoardModels:
         """The head beside the target, which is there."""
         start, name = time.perf_counter(), self.options.draft_precision
         precision, target = precision_named(name), self.target.model
+        assert isinstance(target, TtnnLlama)  # `BoardOptions` refuses a head beside several slots
         config = opened.checkpoint.config
         tensors = HeadTensors(config, opened.checkpoint, self.target.opened.checkpoint)
         source = CheckpointSource(
@@ -213,6 +217,7 @@ class BoardModels:
 
     def _drafting_model(self) -> Decoder | TtnnHead | None:
         if self.options.exits is not None:
+            assert isinstance(self.target.model, TtnnLlama)  # as of a head
             return self.target.model.first_layers(self.options.exits)
         draft = self.draft.model if self.draft else None
         assert draft is None or isinstance(draft, (Decoder, TtnnHead))  # loaded here
@@ -226,7 +231,10 @@ class BoardModels:
             models["draft"] = drafting
         rounds: FusedRound | HeadRound | None = None
         if any(program.what == "round" for program in needed) and drafting is not None:
-            rounds = HeadRound(drafting) if isinstance(drafting, TtnnHead) else FusedRound(self.target.model, drafting)
+            if isinstance(drafting, TtnnHead):
+                rounds = HeadRound(drafting)
+            elif isinstance(self.target.model, TtnnLlama):  # `programs` has no rounds of several slots
+                rounds = FusedRound(self.target.model, drafting)
         keys = []
         for program in needed:
             if program.what == "round" and rounds is not None:
@@ -237,6 +245,8 @@ class BoardModels:
                     keys.append(model.prepare_chain(program.k))
                 else:
                     keys.append(model.prepare_chain(program.n, program.k))
+            elif isinstance(model := models[program.model], BatchLlama):
+                keys.append(model.prepare(program.what, program.n * program.users, program.n))
             else:
                 keys.append(models[program.model].prepare(program.what, program.n))
         self._paths = {"baseline": keys[0], "speculative": keys[-1]}
@@ -270,10 +280,13 @@ class BoardModels:
                 texts = self._texts(prompts, max_new_tokens) if reads_late(self.options) else prompts
                 self._warm |= texts
                 for length in sorted(prompts):
-                    self.target.model.prefill([0] * length)
+                    self.target.model.warm_up(length)
                 if self.draft is not None:
                     for length in sorted(texts):
-                        self._read(self.draft.model, length)
+                        self._read(self.draft, length)
+                for each in (self.target, self.draft):
+                    if isinstance(each, LoadedModel):
+                        each.model.rest()
                 for runner in self._runners:
                     runner.capture()
         except BaseException:
@@ -282,11 +295,11 @@ class BoardModels:
         return time.perf_counter() - start
 
     @staticmethod
-    def _read(drafting: SequenceModel, length: int) -> None:
-        if isinstance(drafting, TtnnHead):
-            drafting.warm_up([0] * length)
+    def _read(draft: LoadedModel[BoardLlama] | LoadedHead, length: int) -> None:
+        if isinstance(draft, LoadedHead):
+            draft.model.warm_up([0] * length)
         else:
-            drafting.prefill([0] * length)
+            draft.model.warm_up(length)
 
     def prepare_prompt(self, length: int, max_new_tokens: int | None = None) -> float:
         """Compile what a prompt of this length needs, if nothing as long was compiled yet; returns seconds.

@@ -1,8 +1,12 @@
-"""Llama in TT-NN on one mesh: weights, the KV cache of one sequence, and prefill; `decoder` has the other forwards."""
+"""Llama in TT-NN on one mesh: weights, the KV cache, and prefill; `decoder` has the other forwards.
+
+`TtnnLlama` has one sequence, `batch_model.BatchLlama` several.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -17,7 +21,7 @@ from models.ttnn_llama.modules.attention import Attention
 from models.ttnn_llama.modules.decoder import Decoder
 from models.ttnn_llama.modules.first_layers import FirstLayers
 from models.ttnn_llama.modules.kept_states import Kept, KeptStates, NothingKept
-from models.ttnn_llama.modules.kv_cache import LayerCache, make_cache
+from models.ttnn_llama.modules.kv_cache import LayerCache, PagedCache, make_cache
 from models.ttnn_llama.modules.layout import Layout
 from models.ttnn_llama.modules.lm_head import LMHead
 from models.ttnn_llama.modules.mlp import MLP
@@ -39,7 +43,13 @@ class WeightSource(Protocol):
 class Layer:
     """One decoder layer: x + attention(norm(x)), then that + mlp(norm(that))."""
 
-    def __init__(self, weights: dict[str, ttnn.Tensor], cache: LayerCache, layout: Layout, collectives: OneChip | Line):
+    def __init__(
+        self,
+        weights: dict[str, ttnn.Tensor],
+        cache: LayerCache | PagedCache,
+        layout: Layout,
+        collectives: OneChip | Line,
+    ):
         self.attention_norm = RMSNorm(weights["attention_norm"], layout)
         self.attention = Attention(weights["wqkv"], weights["wo"], cache, layout, collectives)
         self.mlp_norm = RMSNorm(weights["mlp_norm"], layout)
@@ -60,21 +70,19 @@ class Layer:
         return ttnn.add(middle, self.mlp.prefill_forward(self.mlp_norm.prefill_forward(middle)))
 
 
-class TtnnLlama(Decoder):
-    """A Llama on all chips of a mesh.
-
-    Implements `models.speculative.model.LanguageModel` of one slot, and `SequenceModel` with the capabilities `Chains`,
-    `Trees` and `EarlyExit`.
+class BoardLlama(Decoder):
+    """Weights, rope tables and KV cache of a Llama on all chips of a mesh, and the forward of a prompt's chunk.
 
     Args:
         config: the architecture.
         mesh_device: an open mesh; heads, intermediate size and vocabulary are split over its chips.
         source: the weights.
         precision: formats of weights and cache.
-        max_seq_len: positions the cache holds (<= config.max_position_embeddings).
+        max_seq_len: positions of a sequence (<= config.max_position_embeddings).
         runner: of this mesh, shared by all models on it; None: one that runs everything eagerly.
         attention_cores: that share one row and KV head in decode attention.
         prefill: "chunks", or "rows" to read prompts by decode forwards.
+        slots: sequences that the cache has room for.
 
     Raises:
         UserError: a context longer than the model's; sizes that the chips do not divide.
@@ -91,6 +99,7 @@ class TtnnLlama(Decoder):
         runner: Runner | None = None,
         attention_cores: int = 1,
         prefill: str = PREFILLS[0],
+        slots: int = 1,
     ):
         if not 0 < max_seq_len <= config.max_position_embeddings:
             raise UserError(
@@ -102,13 +111,14 @@ class TtnnLlama(Decoder):
         self.config = config
         self.vocab_size = config.vocab_size
         self.max_seq_len = max_seq_len
+        self.slots = slots
+        self._prompts_in_rows = prefill == "rows"
         self.mesh_device = mesh_device
         self.runner = runner or Runner(mesh_device, trace=False)
         self.layout = Layout(config, mesh_device, precision, max_seq_len, attention_cores)
-        self._read_prompt = self._read_in_rows if prefill == "rows" else self._read_in_chunks
         self.collectives = collectives(self.layout.chips, self.layout.residual)
         self.rope = RopeTables(config, self.layout.cache_length, mesh_device)
-        self.cache = make_cache(self.layout)
+        self.cache = self._make_cache()
         weights = {spec.name: source.tensor(spec) for spec in specs}
         self.embedding = weights["embedding"]
         self.layers = [
@@ -117,19 +127,72 @@ class TtnnLlama(Decoder):
         ]
         pieces = [weights[spec.name] for spec in specs if spec.name.startswith("head.")]
         self.head = LMHead(RMSNorm(weights["norm"], self.layout), pieces, self.layout, self.collectives)
-        self.weight_bytes = sum(weight_bytes(spec, self.layout.chips, self.layout.banks) for spec in specs) * (
-            self.layout.chips
+        chips, banks = self.layout.chips, self.layout.banks
+        self.weight_bytes = chips * sum(weight_bytes(spec, chips, banks) for spec in specs)
+        self.kv_cache_bytes = chips * kv_cache_bytes(config, precision, chips, max_seq_len, banks, slots)
+
+    def _make_cache(self) -> Sequence[LayerCache | PagedCache]:
+        """One for each layer."""
+        raise NotImplementedError
+
+    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Fill the cache from position 0: logits [V] fp32 that follow the last token."""
+        raise NotImplementedError
+
+    def warm_up(self, length: int) -> None:
+        """Compile what a prompt of this length needs."""
+        raise NotImplementedError
+
+    def rest(self) -> None:
+        """Before programs are compiled or captured: one sequence has nothing to lose by what they write."""
+
+    def _prefill_chunk(self, tokens: Sequence[int], start: int, states: KeptStates | None = None) -> ttnn.Tensor:
+        """Hidden states [1, 1, m, H] of tokens at positions start.., padded to m."""
+        kept = states or NothingKept()
+        m = padded_prompt(len(tokens))
+        ids = self._on_device([[*tokens, *[0] * (m - len(tokens))]])
+        tables = self.rope.range(start, m)
+        x = ttnn.unsqueeze_to_4D(ttnn.embedding(ids, self.embedding, layout=ttnn.TILE_LAYOUT))
+        kept.keep_chunk(0, x)
+        for i, layer in enumerate(self.layers, 1):
+            x = layer.prefill_forward(x, tables, self.rope.rotation, start)
+            kept.keep_chunk(i, x)
+        return x
+
+    def _last_logits(self, x: ttnn.Tensor, last: ttnn.Tensor) -> torch.Tensor:
+        """Logits [V] of a row of a chunk's hidden states [1, 1, m, H]; last [1, 1] uint32: which.
+
+        By a lookup: cut out at its place, it would need programs of its own for every length.
+        """
+        row = ttnn.embedding(last, ttnn.untilize(x, use_multicore=True), layout=ttnn.TILE_LAYOUT)
+        logits = self.head.logits(ttnn.interleaved_to_sharded(ttnn.unsqueeze_to_4D(row), self.layout.residual))
+        return self._logits_of(logits).view(-1)
+
+    def _on_device(self, ids: list[list[int]]) -> ttnn.Tensor:
+        return ttnn.from_torch(
+            torch.tensor(ids, dtype=torch.int32),
+            dtype=ttnn.uint32,
+            layout=ttnn.ROW_MAJOR_LAYOUT,
+            device=self.mesh_device,
+            mesh_mapper=ttnn.ReplicateTensorToMesh(self.mesh_device),
         )
-        self.kv_cache_bytes = kv_cache_bytes(config, precision, self.layout.chips, max_seq_len, self.layout.banks) * (
-            self.layout.chips
-        )
-        self._first_layers: dict[int, FirstLayers] = {}
+
+
+class TtnnLlama(BoardLlama):
+    """A Llama on all chips of a mesh, for one sequence; its arguments and errors are those of `BoardLlama`.
+
+    Implements `models.speculative.model.LanguageModel` of one slot, and `SequenceModel` with the capabilities `Chains`,
+    `Trees` and `EarlyExit`.
+    """
+
+    def _make_cache(self) -> Sequence[LayerCache]:
+        return make_cache(self.layout)
 
     # ------------------------------------------------------------------------------------------------ prefill
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         """Fill the cache from position 0: logits [V] fp32 that follow the last token."""
         self._check(len(tokens), 0)
-        return self._read_prompt(tokens)
+        return self._read_in_rows(tokens) if self._prompts_in_rows else self._read_in_chunks(tokens)
 
     def _read_in_rows(self, tokens: Sequence[int]) -> torch.Tensor:
         """By decode forwards of up to 32 tokens."""
@@ -148,35 +211,14 @@ class TtnnLlama(Decoder):
         for start in range(0, n, PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
             x = self._prefill_chunk(chunk, start, kept)
-        # The last row by a lookup: cut out at its place, it would need programs of its own for every length.
         last = self._on_device([[(n - 1) % PREFILL_CHUNK]])
         if kept is not None:
             kept.keep_row(last)
-        row = ttnn.embedding(last, ttnn.untilize(x, use_multicore=True), layout=ttnn.TILE_LAYOUT)
-        logits = self.head.logits(ttnn.interleaved_to_sharded(ttnn.unsqueeze_to_4D(row), self.layout.residual))
-        return self._logits_of(logits).view(-1)
+        return self._last_logits(x, last)
 
-    def _prefill_chunk(self, tokens: Sequence[int], start: int, states: KeptStates | None = None) -> ttnn.Tensor:
-        """Hidden states [1, 1, m, H] of tokens at positions start.., padded to m."""
-        kept = states or NothingKept()
-        m = padded_prompt(len(tokens))
-        ids = self._on_device([[*tokens, *[0] * (m - len(tokens))]])
-        tables = self.rope.range(start, m)
-        x = ttnn.unsqueeze_to_4D(ttnn.embedding(ids, self.embedding, layout=ttnn.TILE_LAYOUT))
-        kept.keep_chunk(0, x)
-        for i, layer in enumerate(self.layers, 1):
-            x = layer.prefill_forward(x, tables, self.rope.rotation, start)
-            kept.keep_chunk(i, x)
-        return x
-
-    def _on_device(self, ids: list[list[int]]) -> ttnn.Tensor:
-        return ttnn.from_torch(
-            torch.tensor(ids, dtype=torch.int32),
-            dtype=ttnn.uint32,
-            layout=ttnn.ROW_MAJOR_LAYOUT,
-            device=self.mesh_device,
-            mesh_mapper=ttnn.ReplicateTensorToMesh(self.mesh_device),
-        )
+    def warm_up(self, length: int) -> None:
+        """Compile what a prompt of this length needs; overwrites the cache."""
+        self.prefill([0] * length)
 
     # ------------------------------------------------------------------------------------------- hidden states
     def keep_states(self, taps: Sequence[int]) -> KeptStates:
@@ -184,7 +226,7 @@ class TtnnLlama(Decoder):
 
         Raises UserError where prompts are read by decode forwards, whose states would not last.
         """
-        if self._read_prompt == self._read_in_rows:
+        if self._prompts_in_rows:
             raise UserError(
                 "a draft head on a board reads prompts that prefill kernels have read: use --prefill chunks"
             )
@@ -217,6 +259,10 @@ class TtnnLlama(Decoder):
         Nothing is moved. The others are fed again with the next round, where rows are free.
         """
         return next((i for i, row in enumerate(rows) if row != i), len(rows))
+
+    @functools.cached_property
+    def _first_layers(self) -> dict[int, FirstLayers]:
+        return {}
 
     def first_layers(self, count: int) -> FirstLayers:
         """The first `count` layers with the norm and the head, as a model that drafts in this one's cache. Made once,

@@ -1,7 +1,7 @@
 """Sizes that everything in this package agrees on. Importable where ttnn is not installed."""
 
 TILE = 32
-KV_BLOCK = 128  # cache lengths and prefill chunks are multiples of it, and so is every chunk of attention
+KV_BLOCK = 128  # cache lengths and prefill chunks are multiples of it, and so is every chunk of attention; a page
 PREFILL_CHUNK = 1024  # positions of one prefill forward
 # Rows a decode or verify forward is built for; other numbers are padded up. Heads are concatenated on a rectangle of
 # cores, one row a core, at most 8 wide.
@@ -20,6 +20,11 @@ def padded_rows(n: int) -> int:
 def padded_prompt(n: int) -> int:
     """Positions that a chunk of n tokens takes in prefill."""
     return -(-n // KV_BLOCK) * KV_BLOCK
+
+
+def pages_of(positions: int) -> int:
+    """Pages of a paged cache that so many positions take."""
+    return -(-positions // KV_BLOCK)
 
 
 def cache_length(max_seq_len: int) -> int:

@@ -8,6 +8,7 @@ import ttnn
 
 from models.board_mock import graph
 from models.tests.ttnn.model_fixtures import reduced
+from models.ttnn_llama.batch_model import BatchLlama, UserRows
 from models.ttnn_llama.model import TtnnLlama
 from models.ttnn_llama.weights.precision import precision_named, tile_bytes
 from models.ttnn_llama.weights.tensors import EmptySource
@@ -274,3 +275,27 @@ def test_costs_multiply_and_subtract():
     assert cost.dram == 111
     assert 2 * cost - cost == cost
     assert dataclasses.astuple(graph.split(cost, 3 * cost)[1]) == (-3, -1, -100, -10, -1)
+
+
+def test_pages_move_the_bytes_that_a_flat_cache_moves(mesh_device):
+    """Of one user's rows the same; of several each its own."""
+    flat = Counted(mesh_device, layers=1)
+    source, precision = EmptySource(mesh_device), precision_named("accuracy")
+    model = BatchLlama(flat.config, mesh_device, source, precision=precision, max_seq_len=CONTEXT, slots=4)
+    cache = [tensor.buffer_address() for layer in model.cache for tensor in (layer.keys, layer.values)]
+
+    def kv_bytes(users, rows):
+        asked = [UserRows(slot, [1] * rows, POSITION) for slot in range(users)]
+        model.prepare("ids", users * rows, rows)
+        model.run("ids", asked)
+        positions = [*range(POSITION, POSITION + rows)] * users
+        return graph.cost(graph.capture(lambda: model.run("ids", asked), positions, rows), (), cache).kv_cache
+
+    assert kv_bytes(4, 1) == 4 * flat.cost(1).kv_cache  # before there are programs of more rows
+    assert kv_bytes(1, 8) == flat.cost(8).kv_cache
+    assert kv_bytes(4, 8) == 4 * kv_bytes(1, 8)
+    model.prefill([1] * 200)
+    filled = only(graph.capture(lambda: model.prefill([1] * 200)), "SDPAOperation")
+    assert sum(traffic.read for traffic in filled.traffic if traffic.address in cache) == 2 * flat.bytes_of_positions(
+        256
+    )

@@ -9,6 +9,8 @@ from models.ttnn_llama.modules.layout import TILE, Layout
 from models.ttnn_llama.shapes import MAX_ROWS
 from models.ttnn_llama.weights.precision import precision_named
 
+pytestmark = pytest.mark.once
+
 WORMHOLE, BLACKHOLE = 12, 8  # DRAM banks
 # The workers that are left of a chip: what is harvested differs from card to card, and with where ttnn dispatches from.
 GRIDS = [

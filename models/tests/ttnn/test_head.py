@@ -85,7 +85,12 @@ def in_buffers(kept, n):
     return torch.cat([on_chips(buffer)[0][0, 0, :n] for buffer in kept.states.buffers], -1).float()
 
 
-@pytest.fixture(params=OPTIONS, scope="module")
+key_boards = pytest.mark.key_boards
+# Switches of the head's arithmetic are the same on all boards: one kind with all of them, one reduced.
+EVERYWHERE = ("reduced", "everything")
+
+
+@pytest.fixture(params=[n if n in EVERYWHERE else pytest.param(n, marks=key_boards) for n in OPTIONS], scope="module")
 def heads(request, target, weights):
     """A head of one kind on the board and in torch."""
     config = config_of(weights, **OPTIONS[request.param])

@@ -59,8 +59,18 @@ def text_and_rounds(llm, count=40, **options):
     return ids, llm.stats.rounds
 
 
+key_boards = pytest.mark.key_boards  # the loop is the same on all boards
+
+
 @pytest.mark.parametrize(
-    ("drafter", "tokens"), [(None, 4), (None, "auto"), ("head", 6), ("combined", 4), ("combined", "auto")]
+    ("drafter", "tokens"),
+    [
+        pytest.param(None, 4, marks=key_boards),
+        pytest.param(None, "auto", marks=key_boards),
+        ("head", 6),
+        pytest.param("combined", 4, marks=key_boards),
+        pytest.param("combined", "auto", marks=key_boards),
+    ],
 )
 def test_text_with_a_head_equals_plain_text(values, files, drafter, tokens):
     """With rounds as one program, with prompt lookup between them, and with lengths that a controller chooses."""
@@ -80,6 +90,7 @@ def test_text_with_a_head_equals_plain_text(values, files, drafter, tokens):
         assert again == plain
 
 
+@key_boards
 def test_sampled_text_repeats_with_its_seed_and_drafts_are_accepted(values, files):
     with load(files, greedy=False) as llm:
         assert not llm.fused
@@ -90,6 +101,7 @@ def test_sampled_text_repeats_with_its_seed_and_drafts_are_accepted(values, file
         assert text_and_rounds(llm, 16)[0] == text_and_rounds(llm, 16, speculate=False)[0]
 
 
+@key_boards
 def test_a_prompt_of_one_token_and_a_long_one(values, files):
     with load(files) as llm:
         for prompt in ([5], random_ids(133, seed=8)):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import ttnn
 
+pytestmark = pytest.mark.once
 CHUNK = 128
 
 

@@ -78,9 +78,33 @@ def test_sampled_text_repeats_with_its_seed(board, shadowed):
 def test_what_a_board_cannot_do_is_refused_in_one_line(board):
     for options, words in (
         ({"dtype": "fp32"}, "dtype has no meaning with device tt: use precision"),
-        ({"slots": 2}, "slots 2"),
+        ({"slots": 2, "drafter": "early-exit", "exit_layer": 1}, "2 texts at once .* cannot be drafted by early exit"),
+        ({"slots": 2, "drafter": "tree"}, "2 texts at once .* cannot be drafted by a tree"),
         ({"max_seq_len": 10**6}, "max_seq_len 1000000"),
         ({"drafter": "early-exit"}, "exit_layer"),
     ):
         with pytest.raises(UserError, match=words):
             LLM.load(str(NAMED["tiny"][0]), device="tt", **options)
+
+
+def test_texts_at_once_are_what_each_is_alone(board, shadowed):
+    """The second starts while the first is under way, and needs programs of its own, whose preparation leaves the
+    first one's cache as it is; then two of a list, in step."""
+    options = {"device": "tt", "max_seq_len": 256, "drafter": "model", "slots": 2, "weight_cache": False}
+    with LLM.load("tiny", num_draft_tokens=2, **options) as llm:
+        long = [llm.tokenizer.bos_id, *llm.encode(PROMPT)[1:] * 20][:140]
+        first = llm.stream(PROMPT, max_new_tokens=6)
+        ids = [next(first).id, next(first).id]
+        programs = len(llm.target.model._inputs)
+        second = llm.stream(long, max_new_tokens=3)
+        written = [piece.id for piece in second]
+        ids += [piece.id for piece in first]
+        assert len(llm.target.model._inputs) == programs  # all had been prepared
+        assert ids == llm.generate(PROMPT, max_new_tokens=6, speculate=False).token_ids
+        assert written == llm.generate(long, max_new_tokens=3, speculate=False).token_ids
+        together = llm.generate([PROMPT, "import"], max_new_tokens=4)
+        assert len(llm.target.model._inputs) == programs
+        assert [each.token_ids for each in together] == [
+            llm.generate(prompt, max_new_tokens=4, speculate=False).token_ids for prompt in (PROMPT, "import")
+        ]
+        assert llm.target.model.pages.free_count == llm.target.model.pages.count

@@ -54,6 +54,7 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "board, expected",
     [
@@ -76,12 +77,14 @@ def test_board_opens_whole_and_runs_an_operation_quietly(board, expected, home):
     assert stderr == ""
 
 
+@pytest.mark.once
 def test_environment_switches_a_process_that_knows_nothing_of_the_mock(home, tmp_path):
     variables = cluster.environment("N150", tmp_path)
     stdout, stderr = python(OPEN, home=home, **variables).communicate(timeout=120)
     assert stdout.startswith("wormhole_b0 1"), stderr
 
 
+@pytest.mark.once
 def test_processes_that_make_the_runtime_root_at_once_all_succeed(tmp_path):
     runs = [python(OPEN, "N150", home=tmp_path) for _ in range(3)]
     outputs = [run.communicate(timeout=240) for run in runs]
@@ -89,6 +92,7 @@ def test_processes_that_make_the_runtime_root_at_once_all_succeed(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if re.search(r"\.\d+$", path.name)]  # half-written files
 
 
+@pytest.mark.once
 def test_what_the_user_set_for_the_log_is_kept(monkeypatch, tmp_path):
     monkeypatch.delenv(cluster.LOG_LEVEL_VARIABLE, raising=False)
     assert cluster.environment("N150", tmp_path)[cluster.LOG_LEVEL_VARIABLE] == "error"
@@ -102,12 +106,14 @@ def test_the_grid_of_a_board_is_the_one_that_its_mock_has(mesh_opener):
     assert (grid.x, grid.y) == BOARDS[cluster.mock_board()].grid
 
 
+@pytest.mark.once
 def test_environment_changes_nothing_in_this_process(tmp_path):
     before = dict(os.environ)
     cluster.environment("T3K", tmp_path)
     assert dict(os.environ) == before
 
 
+@pytest.mark.once
 def test_mock_is_known_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv(MOCK_VARIABLE, raising=False)
     assert not cluster.is_mock() and cluster.mock_board() is None
@@ -116,22 +122,26 @@ def test_mock_is_known_from_the_environment(monkeypatch, tmp_path):
     assert cluster.is_mock() and cluster.mock_board() == "T3K"
 
 
+@pytest.mark.once
 def test_unknown_board_names_the_known_ones():
     with pytest.raises(UserError, match=r"unknown board 'N151': use one of N150, N300, T3K .*, P150, P300, P300x2"):
         cluster.environment("N151")
 
 
+@pytest.mark.once
 def test_missing_ttnn_is_a_user_error(monkeypatch, tmp_path):
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="ttnn is not installed"):
         cluster.environment("N150", tmp_path)
 
 
+@pytest.mark.once
 def test_cluster_needs_nothing_but_the_standard_library(home):
     program = "import sys, models.board_mock.cluster; print({'ttnn', 'torch', 'loguru'} & set(sys.modules))"
     assert python(program, home=home).communicate(timeout=60)[0] == "set()\n"
 
 
+@pytest.mark.once
 def test_activate_after_the_import_of_ttnn_is_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ttnn", sys)
     before = dict(os.environ)
@@ -140,6 +150,7 @@ def test_activate_after_the_import_of_ttnn_is_refused(monkeypatch, tmp_path):
     assert dict(os.environ) == before
 
 
+@pytest.mark.once
 def test_runtime_root_only_links_into_the_package(tmp_path):
     package = Path(cluster.importlib.util.find_spec("ttnn").submodule_search_locations[0])
     before = {path.name: path.stat().st_mtime_ns for path in package.iterdir()}
@@ -148,6 +159,7 @@ def test_runtime_root_only_links_into_the_package(tmp_path):
     assert (tmp_path / "tt_metal").readlink() == package / "tt_metal"
 
 
+@pytest.mark.once
 def test_home_that_cannot_hold_the_runtime_root_is_avoided(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     fallback = tmp_path / "temporary"
@@ -160,6 +172,7 @@ def test_home_that_cannot_hold_the_runtime_root_is_avoided(monkeypatch, tmp_path
     assert Path(cluster.environment("N150")["TT_METAL_RUNTIME_ROOT"]).is_relative_to(tmp_path / "cache")
 
 
+@pytest.mark.once
 def test_unusable_arguments_of_the_runner_are_one_line(home):
     for arguments, expected in (
         (["N150"], "error: usage: python -m models.board_mock"),

@@ -1084,6 +1084,7 @@ ttnn.close_mesh_device(mesh)
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("as_module", [False, True])
 def test_script_runs_on_a_mock_board_with_numbers(tmp_path, pytestconfig, as_module):
     (tmp_path / "squares.py").write_text(SCRIPT)

@@ -1,6 +1,6 @@
-"""How R rows attend to a flat cache [1, KV, S, D]: as positions one behind the other, or as a tree.
+"""How R rows attend: as positions one behind the other, to a flat cache [1, KV, S, D] or to pages, or as a tree.
 
-Both give the heads' results of all rows side by side, [1, 1, R or 32, Q D], one head a core, as `wo` wants them.
+All give the heads' results of all rows side by side, [1, 1, R or 32, Q D], one head a core, as `wo` wants them.
 
 Cost per layer and chip, by the kernels' sources: causal rows stream keys and values up to their position once for each
 row, each on a core of its own for each KV head; rows of a tree stream them once for each query head (of Q / KV that
@@ -10,17 +10,18 @@ do, and one of few rows no less; on 8 chips, where Q is 3 or 4, few cores do it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy
 import torch
 import ttnn
 
-from models.ttnn_llama.modules.kv_cache import LayerCache
+from models.ttnn_llama.modules.kv_cache import LayerCache, PagedCache
 from models.ttnn_llama.modules.layout import Layout, attention_compute_config
 from models.ttnn_llama.shapes import TILE
 
 if TYPE_CHECKING:
+    from models.ttnn_llama.modules.batch_rows import BatchInputs
     from models.ttnn_llama.modules.rows import RowInputs, TreeInputs
 
 
@@ -29,12 +30,8 @@ def attention_scale(head_dim: int) -> float:
     return float(numpy.float32(head_dim**-0.5))
 
 
-class CausalRows:
-    """Each row sees all up to its own position.
-
-    Paged attention reads the flat cache as one block of S positions through a page table of R equal rows: unpaged
-    attention with share_cache returns one row only in ttnn 0.81.1 (tt-metal PR 50149).
-    """
+class PagedRows:
+    """Each row sees all up to its own position, in the pages that its row of `batch_rows.BatchInputs.tables` names."""
 
     def __init__(self, rows: int, layout: Layout):
         cores = layout.cores
@@ -44,21 +41,18 @@ class CausalRows:
         self.compute = attention_compute_config(layout.mesh_device, exact=False)
         # where nlp_concat_heads_decode wants its input: one position a core, on a rectangle
         self.attended = cores.height_sharded(layout.head_dim, cores.in_rectangle(rows))
-        self.page_table = ttnn.from_torch(
-            torch.zeros(rows, 1, dtype=torch.int32),
-            dtype=ttnn.int32,
-            layout=ttnn.ROW_MAJOR_LAYOUT,
-            device=layout.mesh_device,
-            mesh_mapper=ttnn.ReplicateTensorToMesh(layout.mesh_device),
-        )
 
-    def __call__(self, q_1RQD: ttnn.Tensor, cache: LayerCache, inputs: RowInputs) -> ttnn.Tensor:
+    def tables(self, inputs: RowInputs) -> ttnn.Tensor:
+        """The page table of each row, [R, pages]."""
+        return cast("BatchInputs", inputs).tables
+
+    def __call__(self, q_1RQD: ttnn.Tensor, cache: LayerCache | PagedCache, inputs: RowInputs) -> ttnn.Tensor:
         """[1, 1, 32, Q D]: heads are concatenated for a whole tile of rows."""
         attended_1RQD = ttnn.transformer.paged_scaled_dot_product_attention_decode(
             q_1RQD,
             cache.keys,
             cache.values,
-            self.page_table,
+            self.tables(inputs),
             cur_pos_tensor=inputs.positions,
             scale=self.scale,
             program_config=self.program,
@@ -67,6 +61,28 @@ class CausalRows:
         )
         attended_1RQD = ttnn.interleaved_to_sharded(attended_1RQD, self.attended)
         return ttnn.experimental.nlp_concat_heads_decode(attended_1RQD, num_heads=self.heads)
+
+
+class CausalRows(PagedRows):
+    """Each row sees all up to its own position, in a flat cache.
+
+    Paged attention reads the flat cache as one block of S positions through a page table of R equal rows: unpaged
+    attention with share_cache returns one row only in ttnn 0.81.1 (tt-metal PR 50149).
+    """
+
+    def __init__(self, rows: int, layout: Layout):
+        super().__init__(rows, layout)
+        self.page_table = ttnn.from_torch(
+            torch.zeros(rows, 1, dtype=torch.int32),
+            dtype=ttnn.int32,
+            layout=ttnn.ROW_MAJOR_LAYOUT,
+            device=layout.mesh_device,
+            mesh_mapper=ttnn.ReplicateTensorToMesh(layout.mesh_device),
+        )
+
+    def tables(self, inputs: RowInputs) -> ttnn.Tensor:
+        """Zeros [R, 1]: all rows have the one block."""
+        return self.page_table
 
 
 class TreeRows:

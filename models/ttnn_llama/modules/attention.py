@@ -1,7 +1,7 @@
-"""Grouped-query attention over a flat cache, for one sequence.
+"""Grouped-query attention over a cache, flat for one sequence or of pages for several.
 
 Decode and verify treat the R positions as rows of a batch that shares one cache: `paged_*update_cache` writes them in
-turn (share_cache), then each attends to what it may see (`attend`).
+turn (share_cache, or calls one after the other: `batch_rows`), then each attends to what it may see (`attend`).
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import ttnn
 
 from models.ttnn_llama.device.collectives import Line, OneChip
 from models.ttnn_llama.modules.attend import attention_scale
-from models.ttnn_llama.modules.kv_cache import LayerCache
+from models.ttnn_llama.modules.kv_cache import LayerCache, PagedCache
 from models.ttnn_llama.modules.layout import Layout, attention_compute_config
 from models.ttnn_llama.modules.linear import Linear, SplitLinear
 from models.ttnn_llama.modules.rows import RowInputs, RowPlan
@@ -31,7 +31,7 @@ class Attention:
         self,
         wqkv: ttnn.Tensor | Sequence[ttnn.Tensor],
         wo: ttnn.Tensor,
-        cache: LayerCache,
+        cache: LayerCache | PagedCache,
         layout: Layout,
         collectives: OneChip | Line,
     ):

@@ -85,9 +85,7 @@ class Decoder(SlotBySlot):
         # A longer chain that is there already costs less than making a shorter one.
         key = self._preferred(key for key in self._chain_inputs if key[2] == m and key[3] >= k)
         key = key or self.prepare_chain(m, k)
-        first, step = self._chain_inputs[key]
-        first.fill(tokens, position)
-        step.place(position + m)
+        self._place_chain(self._chain_inputs[key], tokens, position, key[3])
         return self.read(self.runner.run(key))[:k]
 
     def prepare(self, what: str, n: int) -> tuple:
@@ -185,10 +183,15 @@ class Decoder(SlotBySlot):
         drafted = [ids if first.rows == 1 else ttnn.slice(ids, [0, m - 1], [1, m])]
         for i in range(k - 1):
             if i:
-                ttnn.plus_one(step.positions)
-                ttnn.plus_one(step.lookups)
+                self._step_on(step)
             drafted.append(self.head.argmax(self.decode(step, self.plan(1), drafted[-1])))
         return drafted
+
+    @staticmethod
+    def _step_on(step: RowInputs) -> None:
+        """One position further, on the device."""
+        ttnn.plus_one(step.positions)
+        ttnn.plus_one(step.lookups)
 
     @staticmethod
     def read(ids: ttnn.Tensor) -> list[int]:
@@ -213,6 +216,12 @@ class Decoder(SlotBySlot):
             key = self._program(what, n) or self.prepare(what, n)
             self._tree_inputs[key].fill_tree(tokens, position, parents)
         return self.runner.run(key)
+
+    def _place_chain(self, inputs: tuple[RowInputs, RowInputs], tokens: Sequence[int], position: int, k: int) -> None:
+        """Fill the inputs of a chain of k ids after tokens at position.."""
+        first, step = inputs
+        first.fill(tokens, position)
+        step.place(position + len(tokens))
 
     def _program(self, what: str, n: int) -> tuple | None:
         """Key of the program that runs n rows: of those that have room, one that is a trace, then the smallest."""

@@ -1,9 +1,12 @@
-"""The KV cache: one flat pair of tensors a layer, for one sequence."""
+"""The KV cache: for one sequence a flat pair of tensors a layer, for several a pair of tensors of pages."""
+
+from collections.abc import Sequence
 
 import torch
 import ttnn
 
 from models.ttnn_llama.modules.layout import Layout
+from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, pages_of
 from models.ttnn_llama.weights.precision import ttnn_dtype
 
 
@@ -14,24 +17,56 @@ class LayerCache:
     """
 
     def __init__(self, layout: Layout, page_table: ttnn.Tensor):
-        shape = (1, layout.kv_heads, layout.cache_length, layout.head_dim)
         self.dtype = ttnn_dtype(layout.precision.kv_cache)
         self.page_table = page_table
-        self.keys, self.values = (
-            ttnn.zeros(
-                shape,
-                dtype=self.dtype,
-                layout=ttnn.TILE_LAYOUT,
-                device=layout.mesh_device,
-                memory_config=ttnn.DRAM_MEMORY_CONFIG,
-            )
-            for _ in range(2)
-        )
+        self.keys, self.values = _zeros((1, layout.kv_heads, layout.cache_length, layout.head_dim), layout)
 
     def fill(self, k: ttnn.Tensor, v: ttnn.Tensor, start: int) -> None:
         """Write k and v [1, KV, m, D] of a prefill at positions start.., a multiple of 32."""
         for kept, new in ((self.keys, k), (self.values, v)):
             ttnn.fill_cache(kept, new, 0, update_idx=start)
+
+
+class PromptPages:
+    """The page tables of the prompt that is being read, in buffers that stay: of all of its sequence's pages [1, W],
+    and of those that the chunk at hand is written to [1, up to 8], -1 where it writes nothing."""
+
+    def __init__(self, layout: Layout):
+        self._width = pages_of(layout.cache_length)
+        self._chunk = min(PREFILL_CHUNK // KV_BLOCK, self._width)  # ttnn wants no table wider than the pool
+        self._mapper = ttnn.ReplicateTensorToMesh(layout.mesh_device)
+        self.sequence, self.chunk = (
+            ttnn.to_device(self._host([], width), layout.mesh_device, memory_config=ttnn.DRAM_MEMORY_CONFIG)
+            for width in (self._width, self._chunk)
+        )
+
+    def place(self, pages: Sequence[int], start: int) -> None:
+        """Before a chunk at positions start.., a multiple of 128, of a sequence with these pages."""
+        ttnn.copy_host_to_device_tensor(self._host(pages, self._width, 0), self.sequence)
+        first = start // KV_BLOCK
+        ttnn.copy_host_to_device_tensor(self._host(pages[first : first + self._chunk], self._chunk), self.chunk)
+
+    def _host(self, pages: Sequence[int], width: int, padding: int = -1) -> ttnn.Tensor:
+        table = torch.tensor([[*pages, *[padding] * (width - len(pages))]], dtype=torch.int32)
+        return ttnn.from_torch(table, dtype=ttnn.int32, layout=ttnn.ROW_MAJOR_LAYOUT, mesh_mapper=self._mapper)
+
+
+class PagedCache:
+    """keys and values [P, KV, 128, D] of one layer (per chip): pages of any number of sequences.
+
+    They start as zeros, as `LayerCache` does.
+    """
+
+    def __init__(self, layout: Layout, pages: int, prompt: PromptPages):
+        self.dtype = ttnn_dtype(layout.precision.kv_cache)
+        self._prompt = prompt
+        self.page_table = prompt.sequence
+        self.keys, self.values = _zeros((pages, layout.kv_heads, KV_BLOCK, layout.head_dim), layout)
+
+    def fill(self, k: ttnn.Tensor, v: ttnn.Tensor, start: int) -> None:
+        """Write k and v [1, KV, m, D] of a prefill to the pages that `PromptPages.place` has set for its start."""
+        for kept, new in ((self.keys, k), (self.values, v)):
+            ttnn.experimental.paged_fill_cache(kept, new, self._prompt.chunk, batch_idx=0)
 
 
 def make_cache(layout: Layout) -> list[LayerCache]:
@@ -44,3 +79,18 @@ def make_cache(layout: Layout) -> list[LayerCache]:
         mesh_mapper=ttnn.ReplicateTensorToMesh(layout.mesh_device),
     )
     return [LayerCache(layout, page_table) for _ in range(layout.config.num_hidden_layers)]
+
+
+def _zeros(shape: tuple[int, ...], layout: Layout) -> tuple[ttnn.Tensor, ttnn.Tensor]:
+    """Two of them, in DRAM, in the cache's format."""
+    keys, values = (
+        ttnn.zeros(
+            shape,
+            dtype=ttnn_dtype(layout.precision.kv_cache),
+            layout=ttnn.TILE_LAYOUT,
+            device=layout.mesh_device,
+            memory_config=ttnn.DRAM_MEMORY_CONFIG,
+        )
+        for _ in range(2)
+    )
+    return keys, values

@@ -11,8 +11,8 @@ import torch
 import ttnn
 
 from models.speculative.tree import tree_depths, tree_sights
-from models.ttnn_llama.modules.attend import CausalRows, TreeRows
-from models.ttnn_llama.modules.kv_cache import LayerCache
+from models.ttnn_llama.modules.attend import CausalRows, PagedRows, TreeRows
+from models.ttnn_llama.modules.kv_cache import LayerCache, PagedCache
 from models.ttnn_llama.modules.layout import Layout
 from models.ttnn_llama.modules.rope import RopeTables, rotation_tile
 from models.ttnn_llama.shapes import HIDDEN, KV_BLOCK, TILE
@@ -138,7 +138,7 @@ class RowPlan:
     overlap_heads: bool
     lookups: int  # rope rows looked up
 
-    def __init__(self, rows: int, layout: Layout, rope: RopeTables, attend: CausalRows | TreeRows):
+    def __init__(self, rows: int, layout: Layout, rope: RopeTables, attend: PagedRows | TreeRows):
         mesh_device, cores = layout.mesh_device, layout.cores
         self.rows = rows
         self.rope = rope
@@ -161,7 +161,7 @@ class RowPlan:
     def rotate(self, q: ttnn.Tensor, k: ttnn.Tensor, tables: list[ttnn.Tensor]) -> tuple[ttnn.Tensor, ttnn.Tensor]:
         raise NotImplementedError
 
-    def store(self, cache: LayerCache, k: ttnn.Tensor, v: ttnn.Tensor, inputs: RowInputs) -> None:
+    def store(self, cache: LayerCache | PagedCache, k: ttnn.Tensor, v: ttnn.Tensor, inputs: RowInputs) -> None:
         raise NotImplementedError
 
 
@@ -170,7 +170,7 @@ class FusedRowPlan(RowPlan):
 
     overlap_heads = False
 
-    def __init__(self, rows: int, layout: Layout, rope: RopeTables, attend: CausalRows | TreeRows):
+    def __init__(self, rows: int, layout: Layout, rope: RopeTables, attend: PagedRows | TreeRows):
         self.lookups = 2 * rows
         super().__init__(rows, layout, rope, attend)
 
@@ -189,7 +189,7 @@ class SeparateRowPlan(RowPlan):
 
     overlap_heads = True
 
-    def __init__(self, rows: int, layout: Layout, rope: RopeTables, attend: CausalRows | TreeRows):
+    def __init__(self, rows: int, layout: Layout, rope: RopeTables, attend: PagedRows | TreeRows):
         self.lookups = rows
         super().__init__(rows, layout, rope, attend)
 

@@ -17,7 +17,7 @@ LEVEL_ROWS = (1, 2, 4, 8)
 # Where several chips leave room for one trace of a round, the length of it: the one nearest to what suits most pairs.
 TYPICAL_LENGTH = 4
 # An upper estimate: tt_transformers reserves 25 MB for a trace of 32 layers with about 20 ops each.
-TRACE_BYTES_PER_LAYER = 800_000
+TRACE_BYTES_PER_LAYER, TRACED_OPS = 800_000, 20
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,14 @@ class Program:
     """One program of "target" or "draft" (or the target's first layers, where they draft), or a "round" of both.
 
     what: "ids", "logits", with TREE or KEPT before them, "chain" or "round"; of a head also "read" and "step".
-    n: tokens that it is given, k: tokens it drafts.
+    n: tokens that it is given, k: tokens it drafts. users: how many sequences give it n tokens each.
     """
 
     model: str
     what: str
     n: int = 1
     k: int = 0
+    users: int = 1
 
     def layers(self, target: int, draft: int) -> int:
         """Layers that it runs through, of models with so many."""
@@ -39,10 +40,15 @@ class Program:
             return self.k * draft + target
         return max(self.k, 1) * (draft if self.model == "draft" else target)
 
+    @property
+    def turns(self) -> int:
+        """Cache updates in a layer beside the first one: of several slots, one for each further row of a user."""
+        return self.n - 1 if self.what in ("ids", "logits") else 0
+
 
 def is_fused(options: BoardOptions, shared: bool) -> bool:
     """Whether a round is one program. shared: the draft, if there is one, lies on the target's chips."""
-    return options.greedy and options.batched and shared and options.workload.fusible
+    return options.slots == 1 and options.greedy and options.batched and shared and options.workload.fusible
 
 
 def reads_late(options: BoardOptions) -> bool:
@@ -63,6 +69,8 @@ def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> lis
     """Every program of a generation that drafts these lengths; the first is plain decoding's, the last the one that
     a speculative round spends its time in."""
     what = "ids" if options.greedy else "logits"
+    if options.slots > 1:
+        return _of_several(options, lengths, what)
     plain = Program("target", what)
     if options.workload.drafts_with == "head" and lengths:
         return [plain, *_with_head(options, lengths, what, shared)]
@@ -82,6 +90,26 @@ def programs(options: BoardOptions, lengths: Sequence[int], shared: bool) -> lis
     again = max(lengths) + 1
     rows = min(again + (options.tree_nodes or 0), MAX_ROWS)
     return [*needed, Program("target", what, again), Program("target", TREE + what, rows)]
+
+
+def _of_several(options: BoardOptions, lengths: Sequence[int], what: str) -> list[Program]:
+    """Of several slots: for each length one that verifies for as many users as have room, and serves fewer too.
+
+    A step in which a prompt is read wants logits of all its rows, also where texts are greedy; drafts in step want them
+    of one row or two of every user. A single text is drafted for by chains.
+    """
+    users = min(options.slots, MAX_ROWS)
+    kinds = dict.fromkeys(("logits", what))
+    needed = [Program("target", what, users=users), *_reading(options, lengths)]
+    drafted = lengths if options.batched else ()
+    if lengths:
+        needed += _drafting(options, lengths, shared=False)
+    if lengths and options.workload.drafts_with == "draft":
+        needed += [Program("draft", "logits", n, users=min(users, MAX_ROWS // n)) for n in (1, 2)]
+        needed += [Program("draft", kind, MAX_ROWS) for kind in ("ids", "logits")]  # what it has yet to read
+    needed += [Program("target", kind, 1, users=users) for kind in kinds]
+    needed += [Program("target", kind, k + 1, users=min(users, MAX_ROWS // (k + 1))) for kind in kinds for k in drafted]
+    return list(dict.fromkeys(needed))
 
 
 def _with_head(options: BoardOptions, lengths: Sequence[int], what: str, shared: bool) -> list[Program]:
@@ -131,14 +159,21 @@ def _drafting(options: BoardOptions, lengths: Sequence[int], shared: bool) -> li
     return needed
 
 
-def trace_bytes(needed: Sequence[Program], target_layers: int, draft_layers: int, chips: dict[str, int]) -> int:
+def trace_bytes(
+    needed: Sequence[Program], target_layers: int, draft_layers: int, chips: dict[str, int], slots: int = 1
+) -> int:
     """What every chip reserves for traces. chips: of the mesh of "target" and of "draft"; one entry if they share it.
 
-    On one chip all programs are traces, on several one at a time.
+    On one chip all programs are traces, on several one at a time. Where there are several slots, a forward has an op
+    more in each layer for every further row of a user, of about 20.
     """
     most = 0
     for name, count in chips.items():
         own = [program for program in dict.fromkeys(needed) if len(chips) == 1 or program.model == name]
-        layers = [program.layers(target_layers, draft_layers) for program in own]
-        most = max(most, sum(layers) if count == 1 else max(layers, default=0))
-    return most * TRACE_BYTES_PER_LAYER
+        sizes = [
+            program.layers(target_layers, draft_layers)
+            * (TRACE_BYTES_PER_LAYER + (slots > 1) * program.turns * TRACE_BYTES_PER_LAYER // TRACED_OPS)
+            for program in own
+        ]
+        most = max(most, sum(sizes) if count == 1 else max(sizes, default=0))
+    return most

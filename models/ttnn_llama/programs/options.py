@@ -25,6 +25,7 @@ class BoardOptions:
     draft_lengths: how many tokens may be drafted in a round, one after the other; of a tree, its levels. None or
     zeros: nothing is drafted. More than one: whoever chooses among them may also choose to draft nothing for a while.
     greedy, batched: how the engine will decode and verify.
+    slots: sequences that are written at once; more than one only where drafts are chains of a draft model, or copies.
 
     From workload on they decide the programs that are prepared. Raises UserError for what has no meaning.
     """
@@ -42,6 +43,7 @@ class BoardOptions:
     draft_lengths: tuple[int, ...] = ()
     greedy: bool = True
     batched: bool = True
+    slots: int = 1
 
     def __post_init__(self) -> None:
         for length in self.draft_lengths:
@@ -51,12 +53,22 @@ class BoardOptions:
                 )
         if not self.lengths:
             return
+        self._check_slots()
         if self.workload.drafts_with == "first-layers" and self.exit_layer is None:
             raise UserError("a board prepares early exit for one layer: name it with --exit-layer")
         if self.workload.drafts_with == "head":
             self._check_head()
         if self.workload.tree and not 1 <= (self.tree_nodes or 0) < MAX_ROWS:
             raise UserError(f"a tree of {self.tree_nodes} tokens: give --tree-nodes from 1 to {MAX_ROWS - 1}")
+
+    def _check_slots(self) -> None:
+        refused = {"head": "a draft head", "first-layers": "early exit"}.get(self.workload.drafts_with)
+        refused = "a tree" if self.workload.tree else refused
+        if self.slots > 1 and refused:
+            raise UserError(
+                f"{self.slots} texts at once on a board cannot be drafted by {refused}: use a draft model with "
+                "--drafter model, combined or prompt-lookup, or one slot"
+            )
 
     def _check_head(self) -> None:
         for refused, words in (

@@ -37,17 +37,18 @@ class MemoryPlan:
     chips: int
     max_seq_len: int
     dram_banks: int
+    slots: int = 1  # sequences
 
     @property
     def total(self) -> int:
         return self.weights + self.kv_cache + self.activations + self.traces
 
     def changed(self, **changes: object) -> MemoryPlan:
-        """The same model with another ``precision``, ``chips``, ``max_seq_len`` or ``dram_banks``.
+        """The same model with another ``precision``, ``chips``, ``max_seq_len``, ``dram_banks`` or ``slots``.
 
         Raises UserError as `plan` does.
         """
-        names = ("config", "precision", "chips", "max_seq_len", "dram_banks")
+        names = ("config", "precision", "chips", "max_seq_len", "dram_banks", "slots")
         asked = {name: getattr(self, name) for name in names} | changes
         return plan(
             asked["config"],
@@ -56,6 +57,7 @@ class MemoryPlan:
             asked["max_seq_len"],
             self.traces,
             dram_banks=asked["dram_banks"],
+            slots=asked["slots"],
         )
 
 
@@ -67,10 +69,12 @@ def plan(
     trace_bytes: int,
     *,
     dram_banks: int = 12,
+    slots: int = 1,
 ) -> MemoryPlan:
     """What a model, or a draft head, takes of each of ``board_chips`` chips that share it.
 
-    ``dram_banks`` is the board's (12 on Wormhole, 8 on Blackhole), ``trace_bytes`` the size of the trace region.
+    ``dram_banks`` is the board's (12 on Wormhole, 8 on Blackhole), ``trace_bytes`` the size of the trace region,
+    ``slots`` the sequences of max_seq_len positions that the cache has pages for.
     Raises UserError if the model cannot be split over so many chips.
     """
     positions = cache_length(max_seq_len)
@@ -82,7 +86,7 @@ def plan(
         activations = _activations(config, board_chips, positions)
     return MemoryPlan(
         weights=sum(weight_bytes(spec, board_chips, dram_banks) for spec in specs),
-        kv_cache=kv_cache_bytes(layer, precision, board_chips, max_seq_len, dram_banks),
+        kv_cache=kv_cache_bytes(layer, precision, board_chips, max_seq_len, dram_banks, slots),
         activations=activations,
         traces=trace_bytes,
         config=config,
@@ -90,6 +94,7 @@ def plan(
         chips=board_chips,
         max_seq_len=max_seq_len,
         dram_banks=dram_banks,
+        slots=slots,
     )
 
 
@@ -102,10 +107,12 @@ def weight_bytes(spec: WeightSpec, chips: int, dram_banks: int) -> int:
     return _dealt(rows, columns * _BF16, dram_banks)  # one row a page
 
 
-def kv_cache_bytes(config: LlamaConfig, precision: Precision, chips: int, max_seq_len: int, dram_banks: int) -> int:
-    """DRAM that the KV cache takes on each of ``chips`` chips."""
+def kv_cache_bytes(
+    config: LlamaConfig, precision: Precision, chips: int, max_seq_len: int, dram_banks: int, slots: int = 1
+) -> int:
+    """DRAM that the KV cache takes on each of ``chips`` chips: of several slots, pages for all of their positions."""
     heads = config.num_key_value_heads // chips
-    tiles = heads * cache_length(max_seq_len) * config.head_dim // TILE**2
+    tiles = heads * slots * cache_length(max_seq_len) * config.head_dim // TILE**2
     return 2 * config.num_hidden_layers * _dealt(tiles, tile_bytes(precision.kv_cache), dram_banks)
 
 
@@ -190,6 +197,9 @@ def _remedies(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> 
     context = _largest_context(board, plans, placement)
     if context:
         yield f"--max-seq-len {context}"
+    slots = _most_slots(board, plans, placement)
+    if slots:
+        yield f"{slots} slot{'s' * (slots > 1)}"
     lower = list(_lower_precisions(plans))
     fitting = next((label for label, changed in lower if _fits(board, changed, placement)), None)
     if fitting:
@@ -227,6 +237,15 @@ def _largest_context(board: Board, plans: Mapping[str, MemoryPlan], placement: s
         low, high = (middle, high) if fits(middle) else (low, middle)
     context = low * KV_BLOCK - TILE
     return context if context >= SMALLEST_CONTEXT else None
+
+
+def _most_slots(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> int | None:
+    """The most slots, below those that are asked for, that fit with their whole context; None: not even one."""
+    for slots in range(max(plan.slots for plan in plans.values()) - 1, 0, -1):
+        fewer = {name: plan.changed(slots=min(slots, plan.slots)) for name, plan in plans.items()}
+        if _fits(board, fewer, placement):
+            return slots
+    return None
 
 
 def _lower_precisions(plans: Mapping[str, MemoryPlan]) -> Iterator[tuple[str, dict[str, MemoryPlan]]]:
