@@ -1,6 +1,8 @@
 """How large the caches are made: what is asked for, what fits into the memory that is free, and what is refused."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +13,7 @@ from models.loading import open_pair
 from models.memory import free_bytes
 from models.options import EngineOptions
 from models.server.settings import parse_settings
+from models.tests.llama_fixtures import tiny_config, write_tiny_checkpoint
 from models.torch_llama.kv_cache import KV_BLOCK
 
 PROMPT = "def add(a, b):"
@@ -149,3 +152,34 @@ def test_what_is_left_of_a_containers_limit_counts_as_free(tmp_path):
     assert free_bytes(cgroup=tmp_path) == (None if machine is None else 250000)
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(cgroup=tmp_path) == pytest.approx(machine, rel=0.2)
+
+
+PEAK = """
+import gc, resource, sys
+from models import LLM
+from models.cache_size import CachePlan
+from models.speculative.model import Rows
+
+for slots in (1, 1, 12):  # the first two prepare kernels and the allocator
+    options = {"max_seq_len": 2016, "slots": slots, "drafter": "none", "dtype": "fp32", "threads": 1}
+    with LLM.load(sys.argv[1], **options) as llm:
+        model, plan = llm.target.model, CachePlan(llm.options, llm.target.model.config, None)
+        for slot in range(slots):
+            model.reserve(slot, (), 2016)
+            model.extend([Rows(slot, [3 + slot] * 2016, 0, last=True)])
+        print(plan.bytes(2016), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    del llm, model
+    gc.collect()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in Linux' units")
+def test_peak_memory_grows_as_announced(tmp_path):
+    """From one text of 2016 tokens to twelve, as the kernel counts it."""
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 256}
+    write_tiny_checkpoint(tmp_path, tiny_config(num_hidden_layers=1, max_position_embeddings=2048, **shape))
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    _, (one, before), (all_, after) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert all_ - one > 300e6
+    assert after - before == pytest.approx(all_ - one, rel=0.05)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from models.errors import UserError
+from models.llama.config import RopeScaling
 from models.speculative.model import LOGITS, Paged, Rows
-from models.tests.llama_fixtures import random_tensors, tiny_config
+from models.tests.llama_fixtures import hf_model, random_tensors, tiny_config
 from models.torch_llama.kv_cache import KV_BLOCK
 from models.torch_llama.model import TorchLlama
 
@@ -126,3 +127,23 @@ def test_many_sequences_in_one_forward_equal_each_alone():
         expected = alone.extend([each._replace(slot=0)], LOGITS).logits(0)
         assert (step.logits(i) - expected).abs().max() < 1e-4
         assert step.ids()[i] == expected.argmax(-1).tolist()
+
+
+def test_nine_thousand_positions_in_scattered_pages_equal_hf():
+    scaling = RopeScaling(factor=32.0, original_max_position_embeddings=8192)
+    config = tiny_config(num_hidden_layers=1, rope_theta=500000.0, rope_scaling=scaling, max_position_embeddings=131072)
+    tensors, text = random_tensors(config, 5), ids(9000, 5)
+    blocks = 75
+    model = TorchLlama(config, tensors, dtype="fp32", max_seq_len=9000, slots=4, pool=blocks * KV_BLOCK - 32)
+    for slot in (1, 2, 3):
+        assert model.reserve(slot, (), 100) == 0
+    model.free(2)
+    assert read(model, 0, text[:-3], 9000)[0] == 0
+    assert model.cache.tables[0].start is None  # what the others hold lies between its pages
+    with torch.no_grad():
+        expected = hf_model(config, tensors)(torch.tensor([text]), logits_to_keep=4).logits[0]
+    again, logits = read(model, 0, text[:-3], 9000)  # all whole pages but those of the last tokens are there
+    assert again == (8996 // model.cache.unit * model.cache.unit) > 8000
+    assert (logits[-1] - expected[0]).abs().max() < 1e-4
+    rows = model.extend([Rows(0, text[-3:], 8997)], LOGITS).logits(0)
+    assert (rows - expected[1:]).abs().max() < 1e-4 < 1.0 < expected.abs().max()
