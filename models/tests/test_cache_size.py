@@ -119,12 +119,12 @@ def test_texts_in_a_small_pool_wait_and_are_those_written_alone(memory):
     prompts = [PROMPT * 40 + end for end in ("\n    ret", "\n    if", "\n    x =", "")]
     options = {"max_seq_len": LENGTH, "drafter": "model", "num_draft_tokens": 3}
     with LLM.load(**options, reuse=False) as alone:
-        expected = [alone.generate(prompt, max_new_tokens=40).token_ids for prompt in prompts]
+        expected = [alone.generate(prompt, max_new_tokens=16).token_ids for prompt in prompts]
         tokens = len(alone.encode(prompts[0]))
     assert 200 < tokens < LENGTH - 50
     with LLM.load(**options, slots=4, pool_size=LENGTH) as llm:
-        first = llm.generate(prompts[0], max_new_tokens=40)  # the others find its beginning
-        sequences = [llm.engine.add(llm.request(prompt, max_new_tokens=40)[0]) for prompt in prompts]
+        first = llm.generate(prompts[0], max_new_tokens=16)  # the others find its beginning
+        sequences = [llm.engine.add(llm.request(prompt, max_new_tokens=16)[0]) for prompt in prompts]
         together = 0
         while not llm.engine.idle:
             llm.engine.step()
@@ -155,27 +155,29 @@ def test_what_is_left_of_a_containers_limit_counts_as_free(tmp_path):
 
 
 PEAK = """
-import gc, resource, sys
+import gc, re, sys
+from pathlib import Path
 from models import LLM
 from models.cache_size import CachePlan
 from models.speculative.model import Rows
 
-for slots in (1, 1, 12):  # the first two prepare kernels and the allocator
+for slots in (1, 1, 11):  # the first two prepare kernels and the allocator
     options = {"max_seq_len": 2016, "slots": slots, "drafter": "none", "dtype": "fp32", "threads": 1}
     with LLM.load(sys.argv[1], **options) as llm:
         model, plan = llm.target.model, CachePlan(llm.options, llm.target.model.config, None)
         for slot in range(slots):
             model.reserve(slot, (), 2016)
             model.extend([Rows(slot, [3 + slot] * 2016, 0, last=True)])
-        print(plan.bytes(2016), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())  # ru_maxrss may be the parent's
+        print(plan.bytes(2016), 1024 * int(peak[1]))
     del llm, model
     gc.collect()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in Linux' units")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_peak_memory_grows_as_announced(tmp_path):
-    """From one text of 2016 tokens to twelve, as the kernel counts it."""
+    """From one text of 2016 tokens to eleven, as the kernel counts it."""
     shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 256}
     write_tiny_checkpoint(tmp_path, tiny_config(num_hidden_layers=1, max_position_embeddings=2048, **shape))
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, timeout=120)
