@@ -49,8 +49,14 @@ def written_as(path: Path, data: bytes) -> Path:
 
 
 def generate(folder: Path) -> list[int]:
-    with LLM.load(str(folder), drafter="prompt-lookup", fixed_rows=None, max_seq_len=64) as llm:
+    with LLM.load(str(folder), drafter="prompt-lookup", max_seq_len=64) as llm:
         return llm.generate("def f(x):", max_new_tokens=3).token_ids
+
+
+def test_what_is_sound_is_read(folder):
+    """Else the tests below would show nothing."""
+    assert len(generate(folder)) == 3
+    read_weights(folder)
 
 
 def read_weights(folder: Path) -> None:
