@@ -108,8 +108,8 @@ def choose_pool(
     if asked is not None:
         if (needed := plan.bytes(max_seq_len, pool)) > room:
             raise OptionError(
-                f"[pool_size] {asked} needs {_gb(needed)} of KV cache beside {_gb(plan.weights)} of weights, and "
-                f"{options.device} has {_gb(free)} free: lower it to {plan.pool(max_seq_len, room)}"
+                f"[pool_size] {asked} needs {_size(needed)} of KV cache beside {_size(plan.weights)} of weights, and "
+                f"{options.device} has {_size(free)} free: lower it to {plan.pool(max_seq_len, room)}"
             )
         return pool
     room -= int(WORKING_SHARE * free)
@@ -118,25 +118,25 @@ def choose_pool(
     fits = max(max_seq_len, plan.pool(max_seq_len, room))
     logger.info(
         f"the KV cache holds {fits} positions of all texts together, {options.slots} times {max_seq_len} do not fit "
-        f"into the {_gb(free)} that are free: texts wait where it is full"
+        f"into the {_size(free)} that are free: texts wait where it is full"
     )
     return fits
 
 
 def _too_long(plan: CachePlan, options: ResolvedOptions, name: str, max_seq_len: int, free: int) -> UserError:
     """Not even one sequence fits."""
-    needs = f"{name}{' with its draft' if plan.drafts else ''} needs {_gb(plan.weights)} of weights"
+    needs = f"{name}{' with its draft' if plan.drafts else ''} needs {_size(plan.weights)} of weights"
     fits = plan.longest(free - plan.weights)
     if fits < 2:
         return OptionError(
-            f"{needs} in {options.dtype}, and {options.device} has {_gb(free)} free: choose a smaller model, or [dtype]"
+            f"{needs} in {options.dtype}, and {options.device} has {_size(free)} free: choose a smaller model, or [dtype]"
         )
     fewer = ", or give fewer [slots]" if options.slots > 1 and plan.drafts else ""
     return OptionError(
-        f"[max_seq_len] {max_seq_len} needs {_gb(plan.bytes(max_seq_len, max_seq_len))} of KV cache, {needs}, "
-        f"and {options.device} has {_gb(free)} free: lower [max_seq_len] to {fits}{fewer}"
+        f"[max_seq_len] {max_seq_len} needs {_size(plan.bytes(max_seq_len, max_seq_len))} of KV cache, {needs}, "
+        f"and {options.device} has {_size(free)} free: lower [max_seq_len] to {fits}{fewer}"
     )
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
