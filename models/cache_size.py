@@ -129,7 +129,7 @@ def _too_long(plan: CachePlan, options: ResolvedOptions, name: str, max_seq_len:
     fits = plan.longest(free - plan.weights)
     if fits < 2:
         return OptionError(
-            f"{needs} in {options.dtype}, and {options.device} has {_size(free)} free: choose a smaller model or [dtype]"
+            f"{needs} in {options.dtype}, and {options.device} has {_size(free)} free: use a smaller model or [dtype]"
         )
     fewer = ", or give fewer [slots]" if options.slots > 1 and plan.drafts else ""
     return OptionError(

@@ -91,7 +91,7 @@ def test_a_context_that_memory_cannot_hold_is_refused_with_the_longest_that_fits
     with pytest.raises(UserError, match=f"lower max_seq_len to {fits}"):
         opened(**{**options, "max_seq_len": fits + 1})
     memory(plan.weights - 1)
-    with pytest.raises(UserError, match="smaller model"):
+    with pytest.raises(UserError, match="use a smaller model"):
         opened(**options)
 
 
