@@ -11,6 +11,7 @@ from models.speculative.drafters import Draft, Limit, registry
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.registry import DrafterSpec, Source
 from models.speculative.generate import generate
+from models.speculative.model import IDS
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
 from models.tests.llama_fixtures import random_tensors, tiny_config
@@ -44,11 +45,13 @@ class SpyLlama(TorchLlama):
         self._inside = False
 
     def _noted(self, method: str, tokens, position: int, *rest):
-        call = getattr(super(), method)
         arguments = (tokens, *rest) if method == "prefill" else (tokens, position, *rest)
+        return self._call(getattr(super(), method), arguments, (method, len(tokens), position))
+
+    def _call(self, call, arguments, note: tuple[str, int, int]):
         if self._inside:
             return call(*arguments)
-        self.calls.append((method, len(tokens), position))
+        self.calls.append(note)
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
         self._inside = True
@@ -56,6 +59,14 @@ class SpyLlama(TorchLlama):
             return call(*arguments)
         finally:
             self._inside = False
+
+    def extend(self, rows, want=IDS):
+        return self.read_prompts(rows, want) if any(each.last for each in rows) else super().extend(rows, want)
+
+    def read_prompts(self, rows, want):
+        """An `extend` that reads prompts: noted as a prefill."""
+        note = ("prefill", sum(len(each.tokens) for each in rows), rows[0].position)
+        return self._call(super().extend, (rows, want), note)
 
     def prefill(self, tokens):
         return self._noted("prefill", tokens, 0)

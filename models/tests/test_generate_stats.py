@@ -97,7 +97,7 @@ def test_each_second_is_charged_to_who_spent_it(monkeypatch, part, verification)
     clock, stats = Clock(monkeypatch), GenerationStats()
     (target, draft), controller = build_pair(seed=0, noise=0.07), FixedDraftLength(4)
     slow = {
-        "prefill": (target, "prefill"),
+        "prefill": (target, "read_prompts"),
         "draft_prefill": (draft, "prefill"),
         "draft": (draft, "draft_greedy"),
         "verify": (target, "greedy"),
