@@ -238,9 +238,10 @@ def test_ctrl_c_closes_the_board_and_shows_what_there_is(n150, typed):
     assert outcome["calls"] == ONE_CHIP
     assert "Traceback" not in outcome["err"]
     (partial,) = outcome["results"]["partial"]
-    assert partial["token_ids"] == texts(typed[1], "speculative")[0][:5]
+    written = len(partial["token_ids"])  # the step that the signal came in may still be finished
+    assert partial["token_ids"] == texts(typed[1], "speculative")[0][:written] and 5 <= written <= 6
     assert partial["finish_reason"] == "interrupted"
-    assert "interrupted in the warm-up, speculative, after 5 tokens" in outcome["out"]
+    assert f"interrupted in the warm-up, speculative, after {written} tokens" in outcome["out"]
     assert "tokens written" in outcome["out"]
     assert n150["after ctrl-c"]["code"] == 0
 
