@@ -498,9 +498,10 @@ def test_what_is_printed_is_the_whole_text(browser, embedded):
 
 def test_without_scripts_the_numbers_are_there(browser, embedded):
     page, results = embedded
+    browser.open(page)  # in the process that loads it again: a new one may not know yet that scripts are off
     browser.devtools("Emulation.setScriptExecutionDisabled", value=True)
     try:
-        browser.open(page)
+        browser.reload()
     finally:
         browser.devtools("Emulation.setScriptExecutionDisabled", value=False)
     assert "need this page's own script" in browser.text("noscript")
