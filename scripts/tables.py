@@ -25,7 +25,7 @@ from scripts.suites.report import number, percent, ranged, times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-DOCUMENTS = ("README.md", "docs/measured.md", "docs/board.md", "docs/planner.md")
+DOCUMENTS = ("README.md", "docs/measured.md", "docs/batching.md", "docs/board.md", "docs/planner.md")
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 OUTPUT_FLAGS = ("--json", "--markdown", "--png", "--html")  # with a file behind them
 LEVERS = ("draft in bfp4", "early exit")  # of the planner, to be shown; of several alike the best
@@ -371,6 +371,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "verify-cost": verify_cost,
     "pairs": pairs,
     "peers": peers,
+    "batch": batch,
+    "batch-arrivals": batch_arrivals,
     "peers-smollm2": lambda: peers("peers-smollm2"),
     "expect": expect,
     "bottleneck": bottleneck,

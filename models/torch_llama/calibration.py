@@ -29,11 +29,12 @@ from models.user_cache import user_cache
 
 ROWS = (2, 3, 4, 5, 6, 7, 8, 16)
 TOLERANCE = 1.02  # of the time of the fastest plain decoding
+CERTAIN = 0.05  # largest error of a cost that says something
 SECONDS, LEAST_TURNS = 1.5, 3
 POSITION = 300  # where the timed rows stand: a chat's typical length
 # Weights of the part that is timed, bytes: more than caches hold, so that they are read from memory as a model's are.
 PART_BYTES = 400e6
-VERSION = 1  # of what is measured
+VERSION = 2  # of what is measured and kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,17 @@ class Calibration:
 
     @property
     def free_rows(self) -> tuple[int, ...]:
-        """The numbers of rows that cost plain decoding at most 2 %, as far as can be told; one row always does."""
-        return 1, *(rows for rows, cost in self.costs.items() if cost - self.errors[rows] <= TOLERANCE)
+        """The numbers of rows that cost plain decoding at most 2 %, as far as can be told; one row always does.
+
+        Where a cost is uncertain its rows are not free: the baseline would pay for what nobody knows.
+        """
+        certain = {rows: cost for rows, cost in self.costs.items() if self.errors[rows] <= CERTAIN}
+        return 1, *(rows for rows, cost in certain.items() if cost - self.errors[rows] <= TOLERANCE)
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is worth keeping: a busy machine tells too little."""
+        return max(self.errors.values()) <= CERTAIN
 
 
 def calibrate(
@@ -74,7 +84,9 @@ def calibrate(
     try:
         kept = json.loads(file.read_text())
         costs, errors = ({n: float(kept[name][str(n)]) for n in ROWS} for name in ("costs", "errors"))
-        return Calibration(kept["one_row_ms"], costs, errors, kept["measured"])
+        found = Calibration(kept["one_row_ms"], costs, errors, kept["measured"])
+        if found.certain:
+            return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         pass  # not there yet, or not what it should be
     logger.info("timing padded rows, once for this model on this machine: a few seconds")
@@ -84,6 +96,9 @@ def calibrate(
         calibration = measure(config, dtype)
     finally:
         torch.set_num_threads(before)
+    if not calibration.certain:
+        logger.info("the machine is too busy to tell what padded rows cost: they are timed again with the next start")
+        return calibration
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.{os.getpid()}")
