@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from models.speculative.stats import GenerationStats
 JUDGED_ROUNDS = 16  # the last ones, which say whether a policy has switched drafting off
 
 
-class Shape:
+class Shape(ABC):
     """How an endpoint writes its answers.
 
     Args:
@@ -94,14 +95,14 @@ class Shape:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
 
-    def _delta(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _delta(self, text: str) -> dict[str, Any]: ...
 
-    def _message(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _message(self, text: str) -> dict[str, Any]: ...
 
-    def _logprobs(self, index: int, written: Sequence[Written]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _logprobs(self, index: int, written: Sequence[Written]) -> dict[str, Any]: ...
 
 
 class ChatShape(Shape):

@@ -3,11 +3,11 @@
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from models.memory import free_bytes
 from models.torch_llama.linear import PackedLinear, packing_works
 
 READ_BYTES = 2**29  # far more than any cache holds
@@ -16,12 +16,9 @@ ROUNDS = 5
 
 
 def available_bytes() -> int:
-    """Memory that a process can still take without swapping."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory that a process can still take without swapping; all there is where the system does not tell."""
+    free = free_bytes()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free
 
 
 def read_bandwidth(device: str = "cpu", size: int = READ_BYTES) -> float:
