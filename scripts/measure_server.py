@@ -133,6 +133,7 @@ def command() -> int:
 
     settings = parse_settings([*flags, "--slots", str(options.clients)], os.environ)
     with LLM(open_pair(settings.engine)) as llm:
+        flags += ["--target", settings.engine.target]  # the engine's, whatever the server's default is
         served = Served(flags, options.clients)
         try:
             results = measure(served, llm, options)
