@@ -58,6 +58,7 @@ class Session:
                 if opened:
                     self._announce(role, opened, dtype, length)
             self.llm = LLM(pair)
+            self.settings = settings.resolved_as(self.llm.options)  # it may have found that rows are not alike
         self.target, self.draft, self.board = self.llm.target, self.llm.draft, self.llm.board
         self.drafting = self.llm.drafting()
         self.controller = self.drafting.controller

@@ -66,18 +66,22 @@ def run_settings(session: Session) -> str:
     elif "speculative" in settings.paths:
         parts.append("drafter none: plain decoding")
     if settings.fixed_rows:
-        parts.append(plural(settings.fixed_rows, "fixed row") + _padding_cost(session))
+        parts.append(plural(settings.fixed_rows, "fixed row") + _padding_cost(session, settings.fixed_rows))
+    elif settings.row_invariant and settings.least_rows:
+        rows = settings.least_rows
+        padded = f", padded to {plural(rows, 'row')}{_padding_cost(session, rows)}" if rows > 1 else ""
+        parts.append(f"row-invariant{padded}")
     elif session.calibration and settings.row_invariant is False:
-        rows = LEAST_FREE_ROWS
+        rows = session.calibration.alike_from or LEAST_FREE_ROWS
         cost = session.calibration.costs[rows]
         parts.append(f"rows not padded ({plural(rows, 'row')} would cost plain decoding {cost:.2f}x)")
     parts.append(f"{len(session.prompts)} x {settings.max_new_tokens} tokens")
     return ", ".join(parts)
 
 
-def _padding_cost(session: Session) -> str:
-    """What the padding costs plain decoding, where it was measured."""
-    calibration, rows = session.calibration, session.settings.fixed_rows
+def _padding_cost(session: Session, rows: int) -> str:
+    """What padding to so many rows costs plain decoding, where it was measured."""
+    calibration = session.calibration
     if calibration is None or rows not in calibration.costs:
         return ""
     return f" ({calibration.costs[rows]:.2f}x the time of one)"
@@ -284,7 +288,7 @@ def _why_other_text(settings: dict[str, Any]) -> str:
             f"a tree's side branches lie elsewhere in the KV cache than where plain decoding writes, so {dtype} rounds "
             "them otherwise: a near-tie can fall the other way (next to never with --dtype fp32)"
         )
-    if not settings["fixed_rows"]:
+    if not settings["fixed_rows"] and not settings.get("least_rows"):
         return (
             f"{dtype} rounds a row otherwise when other rows are computed with it: a near-tie can fall the other way "
             "(--row-invariant rules that out)"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
+from loguru import logger
 
 from models.errors import NotFinite, OptionError, UserError
 from models.loading import LoadedHead, LoadedModel, OpenedHead, OpenedPair, load_draft, load_model, open_pair
@@ -151,8 +152,12 @@ class LLM:
                 slots=options.slots,
                 pool=pair.pool,
                 fixed_rows=options.fixed_rows,
+                least_rows=options.least_rows if options.row_invariant else None,
                 typical_rows=options.verify_rows,
             )
+            if options.row_invariant and not self.target.model.row_invariant:
+                logger.warning("rows of this model are not alike on this machine: a near-tie can fall the other way")
+                self.options = options = replace(options, row_invariant=False, least_rows=None)
             if pair.draft:
                 self.draft = load_draft(
                     pair.draft,
@@ -489,8 +494,7 @@ class LLM:
             return FixedDraftLength(int(num_draft_tokens))
         if self.board:
             return AutoDraftLength(self.board.lengths, CostModel(self.board.computed_rows))
-        fixed_rows = self.options.fixed_rows or 0
-        return AutoDraftLength(range(self.options.longest_draft + 1), CostModel(lambda n: max(n, fixed_rows)))
+        return AutoDraftLength(range(self.options.longest_draft + 1), CostModel(self.target.model.computed_rows))
 
     def measure_costs(self, controller: AutoDraftLength, *, greedy: bool = True) -> None:
         """What forwards of one, some and all rows cost, for a controller to begin with; it interpolates."""

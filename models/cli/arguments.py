@@ -147,10 +147,10 @@ def add_model_arguments(
         "--row-invariant",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compute every target forward on as many rows as the longest verification has, so that greedy text is the "
-        "same bit for bit with and without speculation (a tree's can still differ where two tokens are all but equal; "
-        "default: on where that costs plain decoding at most 2 percent, timed once on this machine, and not in fp32, "
-        "which hardly ever needs it)",
+        help="compute every row of the target in a way that does not depend on the rows beside it, so that greedy text "
+        "is the same bit for bit with and without speculation (a tree's can still differ where two tokens are all but "
+        "equal; default: on where that costs plain decoding at most 2 percent, tried once on this machine, and not in "
+        "fp32, which hardly ever needs it)",
     )
 
     group = parser.add_argument_group("Tenstorrent boards (--device tt)")

@@ -78,11 +78,11 @@ class Draftings:
             raise UserError(f"drafter {name!r}: this server decodes plainly: start it without --drafter {NONE}")
         if "exit_layer" in spec.settings and self._llm.exit_layer is None and self._made:
             raise UserError(f"drafter {name!r}: its layers are not chosen: start the server with --drafter {name}")
-        longest = options.longest_draft if options.row_invariant else self._llm.target.model.limits.rows - 1
+        longest = options.longest_draft if options.fixed_rows else self._llm.target.model.limits.rows - 1
         if length != AUTO and int(length) > longest:
             raise UserError(
                 f"num_draft_tokens {length}: this server verifies at most {longest} with equal bits: ask for fewer, or "
                 f"start it with --num-draft-tokens {length}"
             )
-        if spec.workload.tree and options.spec is not None and not options.spec.workload.tree and options.row_invariant:
+        if spec.workload.tree and options.spec is not None and not options.spec.workload.tree and options.fixed_rows:
             raise UserError(f"drafter {name!r}: start the server with --drafter {name}, so that rows suffice for trees")

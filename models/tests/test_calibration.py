@@ -5,17 +5,24 @@ import json
 import pytest
 import torch
 
-from models import loading
+from models import LLM, loading
 from models.llama.config import named_config
-from models.options import FREE_ROWS, EngineOptions
+from models.options import AUTO_LONGEST, FREE_ROWS, EngineOptions
 from models.tests.llama_fixtures import tiny_config
 from models.torch_llama import calibration
 from models.torch_llama.calibration import PART_BYTES, ROWS, Calibration, calibrate, part_of
+from models.torch_llama.model import TorchLlama
 
 
-def made(costs):
+def made(costs, alike_from=None):
     """A calibration in which so many rows cost so much."""
-    return Calibration(10.0, costs, dict.fromkeys(costs, 0.0), "2026-01-01")
+    return Calibration(10.0, costs, dict.fromkeys(costs, 0.0), "2026-01-01", alike_from)
+
+
+@pytest.fixture
+def alike_from(monkeypatch):
+    """Says from how many rows on rows are alike, as if it had been tried."""
+    return lambda rows: monkeypatch.setattr(TorchLlama, "_least_alike", lambda self: rows)
 
 
 @pytest.mark.parametrize(
@@ -36,15 +43,19 @@ def test_what_may_be_free_is_free():
     assert Calibration(10.0, {4: 1.03, 5: 1.06}, {4: 0.02, 5: 0.02}, "2026-01-01").free_rows == (1, 4)
 
 
+@pytest.mark.parametrize("alike", [None, 1, 2])
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_a_calibration_is_measured_once_and_kept(tmp_path, dtype, monkeypatch):
+def test_a_calibration_is_measured_once_and_kept(tmp_path, dtype, alike, alike_from, monkeypatch):
+    alike_from(alike)
     monkeypatch.setattr(calibration, "SECONDS", 0.0)
     monkeypatch.setattr(calibration, "CERTAIN", float("inf"))  # as of a quiet machine
     config, threads = tiny_config(), torch.get_num_threads()
     first = calibrate(config, dtype, 1, tmp_path)
     assert torch.get_num_threads() == threads
-    assert set(first.costs) == set(first.errors) == set(ROWS)
-    assert min(first.costs.values()) > 0 and min(first.errors.values()) >= 0 and first.one_row_ms > 0
+    assert first.alike_from == alike
+    assert set(first.costs) == set(first.errors) == set(() if alike == 1 else ROWS)
+    if alike != 1:
+        assert min(first.costs.values()) > 0 and min(first.errors.values()) >= 0 and first.one_row_ms > 0
     monkeypatch.setattr(calibration, "measure", lambda *_: pytest.fail("measured again"))
     assert calibrate(config, dtype, 1, tmp_path) == first
     for other in ((tiny_config(intermediate_size=96), dtype, 1), (config, "fp16", 1), (config, dtype, 2)):
@@ -70,7 +81,9 @@ def test_what_a_busy_machine_says_is_not_kept_and_frees_no_rows(tmp_path, monkey
 
 def test_a_damaged_or_unwritable_cache_is_measured_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "measure", lambda *_: made({2: 1.0}))
-    for content in ("", "[]", '{"one_row_ms": 1}', '{"one_row_ms": 1, "costs": {"x": 1}, "measured": ""}'):
+    most = '"one_row_ms": 1, "costs": {}, "errors": {}, "measured": ""'
+    contents = ("", "[]", '{"one_row_ms": 1}', '{"one_row_ms": 1, "costs": {"x": 1}, "measured": ""}', f"{{{most}}}")
+    for content in (*contents, f'{{{most}, "alike_from": 3}}', f'{{{most}, "alike_from": 2}}'):
         calibrate(tiny_config(), "bf16", 1, tmp_path)
         (file,) = tmp_path.iterdir()
         file.write_text(content)
@@ -112,6 +125,41 @@ def test_rows_are_padded_where_that_is_free(costs, options, fixed, monkeypatch):
     assert resolved.fixed_rows == fixed
     if fixed and "num_draft_tokens" not in options:
         assert resolved.longest_draft == fixed - 1
+
+
+@pytest.mark.parametrize(
+    ("alike", "costs", "options", "least"),
+    [
+        (1, {}, {}, 1),
+        (1, {}, {"num_draft_tokens": 15}, 1),  # nothing is padded, however many rows a verification has
+        (2, {2: 1.01, 7: 1.2}, {}, 2),
+        (2, {2: 1.1, 7: 1.2}, {}, None),
+        (2, {2: 1.1, 7: 1.2}, {"row_invariant": True}, 2),
+        (1, {}, {"row_invariant": False}, None),
+        (1, {}, {"dtype": "fp32"}, None),
+        (None, {2: 1.0, 7: 1.0}, {}, None),
+    ],
+)
+def test_rows_that_are_alike_are_not_padded(alike, costs, options, least, monkeypatch):
+    monkeypatch.setattr(loading, "calibrate", lambda *_: made(costs, alike))
+    resolved = loading.open_pair(EngineOptions(**options)).options
+    assert resolved.row_invariant == (least is not None or alike is None)
+    if least:
+        assert (resolved.least_rows, resolved.fixed_rows) == (least, None)
+        assert resolved.longest_draft == AUTO_LONGEST
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_model_that_finds_other_bits_than_were_found_before_promises_nothing(alike_from, monkeypatch):
+    """The trial has fewer layers and tokens; the model tries its own matrices when it is loaded."""
+    monkeypatch.setattr(loading, "calibrate", lambda *_: made({}, 1))
+    alike_from(2)
+    with LLM.load(max_seq_len=64) as llm:
+        assert not llm.options.row_invariant and llm.options.least_rows is None
+        assert not llm.target.model.row_invariant and llm.target.model.computed_rows(1) == 1
+    alike_from(1)
+    with LLM.load(max_seq_len=64) as llm:
+        assert llm.options.row_invariant and llm.target.model.row_invariant
 
 
 def test_plain_decoding_by_itself_computes_the_same_rows(monkeypatch):

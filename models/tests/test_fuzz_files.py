@@ -221,8 +221,10 @@ def test_prompts_that_are_very_long_or_deep(tmp_path, damaged):
 def test_a_kept_calibration(tmp_path, monkeypatch, data):
     """What cannot be used is measured anew."""
     measured = []
-    kept = {"one_row_ms": 1.0, "costs": {"2": 1.0, "8": 1.1}, "errors": {"2": 0.0, "8": 0.0}, "measured": "2026-01-01"}
     from models.torch_llama import calibration
+
+    costs, errors = ({str(rows): value for rows in calibration.ROWS} for value in (1.0, 0.0))
+    kept = {"one_row_ms": 1.0, "costs": costs, "errors": errors, "measured": "2026-01-01", "alike_from": 2}
 
     def measure(*_):
         measured.append(True)
@@ -234,6 +236,8 @@ def test_a_kept_calibration(tmp_path, monkeypatch, data):
     calibrate(CONFIG, "fp32", directory=tmp_path)
     (file,) = tmp_path.glob("*.json")
     measured.clear()
+    file.write_bytes(json_bytes(kept))
+    assert calibrate(CONFIG, "fp32", directory=tmp_path).free_rows and not measured  # a sound file is used
     damaged = data.draw(st.one_of(damaged_json(kept).map(json_bytes), damaged_bytes(json_bytes(kept))))
     written_as(file, damaged)
     found = calibrate(CONFIG, "fp32", directory=tmp_path)

@@ -17,6 +17,12 @@ from models.torch_llama.model import TorchLlama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUESTIONS = ("What is the capital of France?", "Name three uses of a paperclip.", "Say hello in Chinese: 你好 🙂")
+LONGER = (  # of which some were written otherwise where rows depended on their number
+    "Explain in plain words why the sky looks red in the evening.",
+    "Write a Python function that returns the n-th Fibonacci number, with a docstring and three assertions.",
+    "Give me a packing list for a weekend of hiking in cold weather, as bullet points.",
+    "Tell me a story about a lighthouse keeper who finds a message in a bottle.",
+)
 TEXTS = (
     *QUESTIONS,
     "def f(x):\n    return x ** 2  # 1234567",
@@ -55,7 +61,7 @@ def opened(file):
 
 @pytest.fixture(scope="module")
 def llm(file):
-    with LLM.load("smollm2", max_seq_len=512) as llm:
+    with LLM.load("smollm2", max_seq_len=512, least_rows=2) as llm:
         yield llm
 
 
@@ -91,7 +97,9 @@ def test_its_logits_and_its_greedy_text_are_the_same(opened, theirs):
 
 
 def test_answers_with_drafts_are_those_without(llm):
-    for question in QUESTIONS:
+    if not llm.options.row_invariant:
+        pytest.skip("rows are not alike on this machine: near-ties may fall the other way")
+    for question in (*QUESTIONS, *LONGER):
         plain = llm.chat(question, max_new_tokens=40, speculate=False)
         assert llm.chat(question, max_new_tokens=40).text == plain.text
         assert plain.finish_reason in ("stop", "length") and "<|im_end|>" not in plain.text

@@ -216,25 +216,45 @@ def test_each_row_has_the_same_bits_whatever_n_is():
     ids = random_ids(config, 700)
     for fixed_rows in (5, 16):  # the demo's default, and more than one block of any kernel
         model, _ = build(config, dtype="bf16", fixed_rows=fixed_rows, max_seq_len=640, seed=1)
-        for position in (1, 60, 125, 253, 510, 590):  # across the borders of 128 and 512 cached rows
+        _check_bits(model, ids, fixed_rows)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_each_row_has_the_same_bits_without_padding_where_rows_are_alike(dtype):
+    """The promise of least_rows."""
+    config = tiny_config(
+        hidden_size=128, head_dim=64, intermediate_size=384, vocab_size=512, max_position_embeddings=1024
+    )
+    model, _ = build(config, dtype=dtype, least_rows=2, max_seq_len=640, seed=1)
+    assert model.row_invariant == (model.alike_from is not None)
+    if not model.row_invariant:
+        pytest.skip(f"rows in {dtype} are not alike on this machine")
+    _check_bits(model, random_ids(config, 700), 16)
+
+
+def _check_bits(model, ids, most):
+    for position in (1, 60, 125, 253, 510, 590):  # across the borders of 128 and 512 cached rows
+        model.prefill(ids[:position])
+        reference = torch.cat([model.forward([ids[position + i]], position + i) for i in range(most)])
+        for sizes in itertools.islice(_cuts(most), 12):
             model.prefill(ids[:position])
-            reference = torch.cat([model.forward([ids[position + i]], position + i) for i in range(fixed_rows)])
-            for sizes in itertools.islice(_cuts(fixed_rows), 12):
-                model.prefill(ids[:position])
-                pieces, at = [], position
-                for n in sizes:
-                    pieces.append(model.forward(ids[at : at + n], at))
-                    at += n
-                assert torch.equal(torch.cat(pieces), reference), (fixed_rows, position, sizes)
+            pieces, at = [], position
+            for n in sizes:
+                pieces.append(model.forward(ids[at : at + n], at))
+                at += n
+            assert torch.equal(torch.cat(pieces), reference), (most, position, sizes)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("padding", [{"fixed_rows": 7}, {"least_rows": 2}], ids=["fixed", "least"])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 1), (3, 1), (4, 2)])
-def test_each_row_has_the_same_bits_on_both_sides_of_a_block_of_the_cache(dtype, heads, kv_heads):
+def test_each_row_has_the_same_bits_on_both_sides_of_a_block_of_the_cache(dtype, padding, heads, kv_heads):
     """Where plain decoding reads one block less than a verification that goes on into the next."""
     sizes = {"hidden_size": 64 * heads, "head_dim": 64, "intermediate_size": 128, "max_position_embeddings": 1024}
     config = tiny_config(**sizes, num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=1)
-    model, _ = build(config, dtype=dtype, fixed_rows=7, max_seq_len=1000)
+    model, _ = build(config, dtype=dtype, **padding, max_seq_len=1000)
+    if not model.row_invariant:
+        pytest.skip(f"rows in {dtype} are not alike on this machine")
     ids = random_ids(config, 920)
     for border in (128, 256, 384, 768, 896):
         begin = border - 7

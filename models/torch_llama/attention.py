@@ -11,6 +11,16 @@ import torch.nn.functional as F
 from models.speculative.tree import tree_depths
 from models.torch_llama.kv_cache import KV_BLOCK, KVCache, Table, block_end
 
+# The kernel computes rows in groups of so many, and up to three that are left over in another way (seen in torch 2.x on
+# CPUs: bf16 differs in one of a million numbers, fp32 in every row). Padding to whole groups gives each row the bits
+# that it has among many.
+GROUP = 4
+
+
+def whole(rows: int) -> int:
+    """So many rows, or a few more, that are whole groups."""
+    return -(-rows // GROUP) * GROUP
+
 
 class Part(NamedTuple):
     """Rows of one sequence in a forward.
@@ -66,11 +76,10 @@ class Attention:
         cache: keys and values.
         streams: query heads, or where query heads are folded KV heads, that the kernel sees.
         fold: query heads of a group that are taken as rows of their KV head.
-        least: rows that a kernel call must have to give each row the bits that it has among many.
     """
 
-    def __init__(self, cache: KVCache, streams: int, fold: int, least: int) -> None:
-        self.cache, self.streams, self.fold, self.least = cache, streams, fold, least
+    def __init__(self, cache: KVCache, streams: int, fold: int) -> None:
+        self.cache, self.streams, self.fold = cache, streams, fold
         _, width, _, self.dim = cache.pool.shape
         self.kv_heads = width // 2
         self.dtype, self.device = cache.pool.dtype, cache.device
@@ -167,7 +176,7 @@ class Attention:
         if position > self._origin:
             self._widen(min(2 * position, block_end(self.cache.positions + self.cache.spare)))
         first = self._origin - position
-        n = max(rows * self.fold, self.least) if padded else rows * self.fold
+        n = whole(rows * self.fold) if padded else rows * self.fold
         return self._band[None, None, :n, first : first + length]
 
     def _widen(self, origin: int) -> None:
@@ -195,7 +204,9 @@ class Attention:
         mask[:, root:] = float("-inf")
         mask[:, root : root + seen.shape[1]].masked_fill_(seen, 0.0)
         stands = torch.tensor([root + depth for depth in (tree_depths(parents) + [0] * n)[new]])
-        return mask.repeat_interleave(self.fold, dim=0).to(self.device)[None, None], stands.to(self.device)
+        mask = mask.repeat_interleave(self.fold, dim=0)
+        mask = F.pad(mask, (0, 0, 0, whole(len(mask)) - len(mask)))
+        return mask.to(self.device)[None, None], stands.to(self.device)
 
     # ------------------------------------------------------------------------------------------------ computing
     def write(self, kv: torch.Tensor, new: torch.Tensor, plan: Plan) -> None:
@@ -220,9 +231,14 @@ class Attention:
         row, sequences, rows, table, gap, length, mask, _ = read
         streams, fold, dim, n = self.streams, self.fold, self.dim, rows * self.fold
         mine = queries[row : row + sequences * rows].view(sequences, rows, streams, fold, dim).transpose(1, 2)
-        folded = mine.reshape(sequences, streams, n, dim)
-        if mask.shape[2] > n:
-            folded = F.pad(folded, (0, 0, 0, mask.shape[2] - n))
+        extra = mask.shape[2] - n
+        if not extra:
+            folded = mine.reshape(sequences, streams, n, dim)
+        elif sequences * rows == 1 and extra * dim <= queries.stride(0) - queries.shape[1]:
+            # What lies behind a head is other heads, behind the last one keys and values: any numbers do as padding.
+            folded = mine.as_strided((1, streams, n + extra, dim), (queries.stride(0), n * dim, dim, 1))
+        else:
+            folded = F.pad(mine.reshape(sequences, streams, n, dim), (0, 0, 0, extra))
         if sequences == 1:
             cached = self.cache.gather(kv, table, length)[None]
         else:
@@ -237,6 +253,6 @@ class Attention:
             attn_mask=mask,
             enable_gqa=streams != self.kv_heads,
         )
-        if mask.shape[2] > n:
+        if extra:
             result = result[:, :, :n]
         return result.reshape(mine.shape).transpose(1, 2).reshape(sequences * rows, -1)

@@ -1,8 +1,9 @@
-"""How many rows a padded forward may have on this machine before plain decoding would pay for them.
+"""What row-invariant arithmetic costs plain decoding on this machine.
 
-Fixed rows make greedy text equal bit for bit with and without drafts, but then plain decoding computes them too. A few
-layers of the model's own sizes are timed once for each machine, with one row in the layout that is fastest for one, and
-with several rows in the layout for several. The result is kept in the user's cache directory.
+It makes greedy text equal bit for bit with and without drafts. Where a single row has the bits that it has among
+others, which is tried, it costs nothing. Elsewhere plain decoding has to compute more rows than one: a few layers of
+the model's own sizes are timed, with one row in the layout that is fastest for one, and with several rows in the layout
+for several. Both are done once for each machine, and kept in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -34,24 +35,26 @@ SECONDS, LEAST_TURNS = 1.5, 3
 POSITION = 300  # where the timed rows stand: a chat's typical length
 # Weights of the part that is timed, bytes: more than caches hold, so that they are read from memory as a model's are.
 PART_BYTES = 400e6
-VERSION = 2  # of what is measured and kept
+VERSION = 3  # of what is measured and kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What padding costs.
+    """What row-invariant arithmetic takes, and what padding costs.
 
     Args:
         one_row_ms: of plain decoding in its fastest form, for the part of the model that was timed.
-        costs: time of a forward of so many rows over that, from 2 rows on.
+        costs: time of a forward of so many rows over that, from 2 rows on; empty where no row has to be added.
         errors: of each, how uncertain it is.
         measured: when, an ISO date.
+        alike_from: rows from which on a row has the same bits among any number of others; None: no such number.
     """
 
-    one_row_ms: float
+    one_row_ms: float | None
     costs: Mapping[int, float]
     errors: Mapping[int, float]
     measured: str
+    alike_from: int | None = None
 
     @property
     def free_rows(self) -> tuple[int, ...]:
@@ -59,13 +62,23 @@ class Calibration:
 
         Where a cost is uncertain its rows are not free: the baseline would pay for what nobody knows.
         """
-        certain = {rows: cost for rows, cost in self.costs.items() if self.errors[rows] <= CERTAIN}
-        return 1, *(rows for rows, cost in certain.items() if cost - self.errors[rows] <= TOLERANCE)
+        return 1, *(rows for rows in self.costs if self._is_free(rows))
+
+    @property
+    def least_rows(self) -> int | None:
+        """`alike_from`, where so many rows are free."""
+        alike = self.alike_from
+        if alike is None or alike == 1:
+            return alike
+        return alike if alike in self.costs and self._is_free(alike) else None
+
+    def _is_free(self, rows: int) -> bool:
+        return self.errors[rows] <= CERTAIN and self.costs[rows] - self.errors[rows] <= TOLERANCE
 
     @property
     def certain(self) -> bool:
         """Whether it is worth keeping: a busy machine tells too little."""
-        return max(self.errors.values()) <= CERTAIN
+        return max(self.errors.values(), default=0.0) <= CERTAIN
 
 
 def calibrate(
@@ -83,13 +96,16 @@ def calibrate(
     file = (directory or user_cache("calibration")) / f"{_key(config, dtype, threads)}.json"
     try:
         kept = json.loads(file.read_text())
-        costs, errors = ({n: float(kept[name][str(n)]) for n in ROWS} for name in ("costs", "errors"))
-        found = Calibration(kept["one_row_ms"], costs, errors, kept["measured"])
+        alike = kept["alike_from"]
+        if alike not in (None, 1, 2):
+            raise ValueError(alike)
+        timed = ROWS if alike != 1 else ()
+        costs, errors = ({n: float(kept[name][str(n)]) for n in timed} for name in ("costs", "errors"))
+        found = Calibration(kept["one_row_ms"], costs, errors, kept["measured"], alike)
         if found.certain:
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         pass  # not there yet, or not what it should be
-    logger.info("timing padded rows, once for this model on this machine: a few seconds")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -110,25 +126,22 @@ def calibrate(
 
 
 def measure(config: LlamaConfig, dtype: str, seconds: float = SECONDS) -> Calibration:
+    """Try whether rows are alike and, where one row is not, time padded ones."""
+    alike = _model(part_of(config, most=1), dtype, 8).alike_from
+    if alike == 1:
+        return Calibration(None, {}, {}, datetime.date.today().isoformat(), alike)
+    logger.info("timing padded rows, once for this model on this machine: a few seconds")
+    return _timed(config, dtype, alike, seconds)
+
+
+def _timed(config: LlamaConfig, dtype: str, alike: int | None, seconds: float) -> Calibration:
     """Time a part of a model, all numbers of rows in each turn and in a mixed order, for so many seconds.
 
     What other work on the machine does to one turn it does to all of it: costs are medians of the turns' ratios, and
     their errors the standard errors of these medians.
     """
     part = part_of(config)
-    weights = RandomWeights(part)
-    quantize = "int8" if dtype == "int8" else None
-    one, several = (
-        TorchLlama(
-            part,
-            weights,
-            dtype="fp32" if quantize else dtype,
-            max_seq_len=POSITION + max(ROWS),
-            typical_rows=rows,
-            quantize=quantize,
-        )
-        for rows in (1, 8)
-    )
+    one, several = (_model(part, dtype, rows) for rows in (1, 8))
     forwards = {1: one, **dict.fromkeys(ROWS, several)}
     turns: list[dict[int, float]] = []
     order = random.Random(0)
@@ -149,14 +162,27 @@ def measure(config: LlamaConfig, dtype: str, seconds: float = SECONDS) -> Calibr
         spread = statistics.median(abs(ratio - costs[rows]) for ratio in ratios)
         errors[rows] = 1.86 * spread / len(ratios) ** 0.5  # of a median, from the median deviation of normal noise
     one_row = statistics.median(turn[1] for turn in turns)
-    return Calibration(one_row, costs, errors, datetime.date.today().isoformat())
+    return Calibration(one_row, costs, errors, datetime.date.today().isoformat(), alike)
 
 
-def part_of(config: LlamaConfig) -> LlamaConfig:
-    """A model of as many layers as are worth timing, and a vocabulary cut in the same proportion."""
+def _model(config: LlamaConfig, dtype: str, typical_rows: int) -> TorchLlama:
+    """One of these sizes, laid out for so many rows."""
+    quantize = "int8" if dtype == "int8" else None
+    return TorchLlama(
+        config,
+        RandomWeights(config),
+        dtype="fp32" if quantize else dtype,
+        max_seq_len=POSITION + max(ROWS),
+        typical_rows=typical_rows,
+        quantize=quantize,
+    )
+
+
+def part_of(config: LlamaConfig, most: int | None = None) -> LlamaConfig:
+    """A model of as many layers as are worth timing, at most so many, and a vocabulary cut in the same proportion."""
     layers = config.num_hidden_layers
     share = min(1.0, PART_BYTES / (2 * config.parameter_count))
-    kept = max(1, round(share * layers))
+    kept = min(most or layers, max(1, round(share * layers)))
     vocab = max(64, -(-round(config.vocab_size * kept / layers) // 64) * 64)
     return dataclasses.replace(
         config,

@@ -5,10 +5,12 @@ Shape letters as in `models.llama`, and R: rows of a sequence after padding.
 Row-invariant arithmetic
     In bf16 (and in the last bits of fp32) the result of a row depends on how many rows are computed with it, because
     another row count selects another kernel. Speculative decoding would then differ from plain decoding wherever two
-    logits nearly tie. With `fixed_rows` = R every decode and every verification runs the same kernels on exactly R
-    rows (padded), and each row reads the KV cache up to the end of the block of 128 rows that it stands in, so that
-    the bits of a row depend on its own history alone. Where the rows of one forward stand in two blocks, attention is
-    computed once for each. A Tenstorrent tile does the same by nature: it has 32 rows whatever n is.
+    logits nearly tie. Packed matrices on a CPU mostly give a row the same bits in any company, from one row on or from
+    two: `invariance.least_alike` tries it. With `least_rows` a forward is padded to that number at least. Where rows
+    are not alike, `fixed_rows` = R runs every decode and every verification on exactly R rows. Either way each row
+    reads the KV cache up to the end of the block of 128 rows that it stands in, so that the bits of a row depend on its
+    own history alone; where the rows of one forward stand in two blocks, attention is computed once for each. A
+    Tenstorrent tile does the same by nature: it has 32 rows whatever n is.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from models.llama.config import LlamaConfig
 from models.llama.rope import rope_tables
 from models.speculative.model import IDS, LOGITS, Chooser, Limits, Rows, SlotBySlot, Step, Want, _computed
 from models.speculative.tree import tree_levels
-from models.torch_llama.attention import Attention, Part, Plan
+from models.torch_llama.attention import Attention, Part, Plan, whole
 from models.torch_llama.choice import Head
 from models.torch_llama.first_layers import FirstLayers, chained_greedy
-from models.torch_llama.invariance import rows_alike
+from models.torch_llama.invariance import least_alike
 from models.torch_llama.joint import Piece, passes
 from models.torch_llama.kv_cache import KV_BLOCK, KVCache, block_end
 from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, int8_works, packing_works
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 PREFILL_CHUNK = 512
 MAX_ROWS = 32
-# Rows that a call of the attention kernel has at least, for each row to have the bits that it has among many.
-LEAST_ATTENTION_ROWS = {torch.float32: 4}
 
 Tokens = Sequence[int] | torch.Tensor
 
@@ -85,8 +85,10 @@ class TorchLlama(SlotBySlot):
         pool: positions of the cache, for all slots together (default: max_seq_len for each). On a CPU memory is taken
             as they are written.
         fixed_rows: pad every decode and verification to this many rows (row-invariant, see above); None: no padding.
-        typical_rows: rows that most forwards have, for which weights are laid out (default: fixed_rows, else 1). A
-            hint: it changes speed, and results only in their last bits.
+        least_rows: pad them to no more than this, 1 or 2 rows, and be as row-invariant: where rows are not alike on
+            this machine it has no effect, and `row_invariant` is False. Not with fixed_rows.
+        typical_rows: rows that most forwards have, for which weights are laid out (default: fixed_rows, else 1; with
+            least_rows at least 2). A hint: it changes speed, and results only in their last bits.
         quantize: "int8" for matrices in int8 (on CPU; all else is then fp32), or None.
 
     Raises:
@@ -105,6 +107,7 @@ class TorchLlama(SlotBySlot):
         slots: int = 1,
         pool: int | None = None,
         fixed_rows: int | None = None,
+        least_rows: int | None = None,
         typical_rows: int | None = None,
         quantize: str | None = None,
     ):
@@ -124,6 +127,8 @@ class TorchLlama(SlotBySlot):
             )
         if fixed_rows is not None and not 1 <= fixed_rows <= MAX_ROWS:
             raise UserError(f"fixed_rows {fixed_rows} is outside 1..{MAX_ROWS}")
+        if least_rows is not None and (fixed_rows is not None or not 1 <= least_rows <= MAX_ROWS):
+            raise UserError(f"least_rows {least_rows} is outside 1..{MAX_ROWS}, or goes with fixed_rows: leave one out")
         if slots < 1 or (slots > 1 and batch > 1):
             raise UserError(f"{slots} slots with a batch of {batch}: at least one slot, several only without a batch")
         self.config = config
@@ -133,8 +138,10 @@ class TorchLlama(SlotBySlot):
         self.slots = slots
         self._slot = 0
         self.fixed_rows = fixed_rows
+        self.least_rows = least_rows  # until it is known whether rows are alike
         self.max_rows = fixed_rows or MAX_ROWS
-        self.typical_rows = typical_rows or fixed_rows or 1
+        # In the layout for one row, one row's bits are others than in those for several.
+        self.typical_rows = max(typical_rows or fixed_rows or 1, 2 if least_rows else 1)
         self.dtype = torch.float32 if quantize else DTYPES[dtype]
         self._early: FirstLayers | None = None  # what it has computed belongs to the tokens that come next
         self._scored = torch.empty(0)  # rows [B R, H] that the last logits were computed from
@@ -207,21 +214,36 @@ class TorchLlama(SlotBySlot):
         group = config.num_attention_heads // config.num_key_value_heads
         self.fold = group if group > 2 or self.batch > 1 else 1
         streams = config.num_attention_heads // self.fold
-        least = LEAST_ATTENTION_ROWS.get(self.dtype, 2)
-        self._attention = Attention(self.cache, streams, self.fold, least)
-        self.rows_alike = on_cpu and self._rows_alike()
+        self._attention = Attention(self.cache, streams, self.fold)
+        self.alike_from = self._least_alike() if on_cpu else None
+        if self.least_rows is not None and (self.alike_from or MAX_ROWS + 1) > self.least_rows:
+            self.least_rows = None
         if self.batch > 1:
             for index in range(self.batch):
                 self.cache.reserve(index, (), self.max_seq_len)
         else:
             self.cache.unit = KV_BLOCK if self.rows_alike else PREFILL_CHUNK
 
-    def _rows_alike(self) -> bool:
+    @property
+    def rows_alike(self) -> bool:
+        """Whether a row of some forward has the bits that it has among any number of others (on this machine)."""
+        return self.alike_from is not None
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether the bits of a row depend on its own history alone."""
+        return self.fixed_rows is not None or self.least_rows is not None
+
+    def computed_rows(self, n: int) -> int:
+        """Rows that a forward of n rows of one sequence computes."""
+        return max(n, self.fixed_rows or self.least_rows or 1)
+
+    def _least_alike(self) -> int | None:
         layer, config = self.layers[0], self.config
         hidden = config.hidden_size
         widths = (hidden, config.num_attention_heads * config.head_dim, hidden, config.intermediate_size)
         linears = zip((layer.qkv, layer.output, layer.gate_up, layer.down), widths, strict=True)
-        return rows_alike(list(linears), (self.lm_head, hidden), self._attention)
+        return least_alike(list(linears), (self.lm_head, hidden), self._attention)
 
     def _view(self, index: int) -> TorchLlama:
         """A slot as a model of its own that shares weights and cache."""
@@ -376,9 +398,9 @@ class TorchLlama(SlotBySlot):
             parts.append(Part(table, position, len(new), len(new), tree))
             tokens += new
         n = len(tokens)
-        if n == 1:  # another kernel would compute a single row
-            plan = self._attention.alone(parts[0]._replace(rows=2), fixed=True)
-            tokens.append(0)
+        if n < (least := self.alike_from or 2):  # another kernel would compute a single row
+            plan = self._attention.alone(parts[0]._replace(rows=least), fixed=True)
+            tokens += [0] * (least - n)
         else:
             plan = self._attention.together(parts)
         x = self._layers(torch.tensor(tokens, device=self.device), plan, n, taps=taps, kept=kept)
@@ -400,8 +422,9 @@ class TorchLlama(SlotBySlot):
         if not wanted:
             return
         count = sum(n for _, n in places)
-        # One row would be computed by another kernel than several.
-        logits = self._head(self._padded(torch.cat(wanted), 1 if self.fixed_rows is None else 2))[:count]
+        # One row may be computed by another kernel than several.
+        least = (self.alike_from or 2) if self.row_invariant else 1
+        logits = self._head(self._padded(torch.cat(wanted), least))[:count]
         scored = self._scored[:count]
         ids = None if want.logits else self._head_rows.choose(logits, scored)
         row = 0
@@ -521,13 +544,10 @@ class TorchLlama(SlotBySlot):
             self._check_tree(rows.position, rows.parents)
 
     def _pad_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.fixed_rows is None or len(ids) == self.fixed_rows:
-            return ids
-        if len(ids) > self.fixed_rows:
-            raise UserError(
-                f"{len(ids)} rows exceed the fixed {self.fixed_rows} rows of this model: draft fewer tokens"
-            )
-        return F.pad(ids, (0, self.fixed_rows - len(ids)))
+        n, rows = len(ids), self.computed_rows(len(ids))
+        if n > (self.fixed_rows or rows):
+            raise UserError(f"{n} rows exceed the fixed {self.fixed_rows} rows of this model: draft fewer tokens")
+        return ids if n == rows else F.pad(ids, (0, rows - n))
 
     @staticmethod
     def _padded(hidden: torch.Tensor, rows: int) -> torch.Tensor:
@@ -542,12 +562,13 @@ class TorchLlama(SlotBySlot):
             if len(done) < n:
                 rest = self._alone(ids[len(done) :], position + len(done), stop=first)
                 x = torch.cat((x, rest[: n - len(done)]))
-            x = self._padded(x, self.fixed_rows or n)
+            x = self._padded(x, self.computed_rows(n))
         hidden = self._alone(ids, position, first=first, x=x)
         if self.rows_alike:  # such rows are those of a prompt
             spread = position // KV_BLOCK != (position + n - 1) // KV_BLOCK
-            enough = self.fixed_rows or (n >= self._attention.least and not spread and x is None)
-            if enough and len(hidden) > 1:
+            grouped = whole(n * self.fold) == n * self.fold
+            enough = self.row_invariant or (grouped and not spread and x is None)
+            if enough and len(hidden) >= (self.alike_from or 2):
                 self.cache.note(self._slot, position, ids.tolist())
         return hidden
 
@@ -567,7 +588,7 @@ class TorchLlama(SlotBySlot):
         """
         n, padded = len(ids), self._pad_ids(ids)
         table = self.cache.write(self._slot, position, position + n)
-        plan = self._attention.alone(Part(table, position, len(padded), n, tree), self.fixed_rows is not None)
+        plan = self._attention.alone(Part(table, position, len(padded), n, tree), self.row_invariant)
         return self._layers(padded, plan, n, first=first, stop=stop, x=x, taps=self._taps, kept=self._tapped)
 
     def _layers(

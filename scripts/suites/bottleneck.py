@@ -59,7 +59,7 @@ class Bottleneck:
             raise UserError(f"--context {self.options.context} is more than {longest}: lower it or raise --max-seq-len")
         model = self.bench.target.model
         model.cache.fill(0.01)  # memory that was never written is read faster than any other
-        self.computed_rows = model.fixed_rows or 1
+        self.computed_rows = model.computed_rows(1)
 
     # -------------------------------------------------------------------------------------------------- measuring
     def measure(self, progress: Progress) -> None:

@@ -211,7 +211,7 @@ def _times(
     In turn, so that a busy moment hits all of them alike.
     """
     fixed_rows = getattr(model, "fixed_rows", None)
-    costs = CostModel(lambda rows: fixed_rows or rows)
+    costs = CostModel(getattr(model, "computed_rows", lambda rows: rows))
     verified = {1} if fixed_rows else {1, *(k + 1 for k in lengths)}
     last = len(tokens) - 1
     steps: dict[int, list[float]] = {count: [] for count in exits}
