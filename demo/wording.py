@@ -67,14 +67,12 @@ def run_settings(session: Session) -> str:
         parts.append("drafter none: plain decoding")
     if settings.fixed_rows:
         parts.append(plural(settings.fixed_rows, "fixed row") + _padding_cost(session, settings.fixed_rows))
-    elif settings.row_invariant and settings.least_rows:
-        rows = settings.least_rows
-        padded = f", padded to {plural(rows, 'row')}{_padding_cost(session, rows)}" if rows > 1 else ""
-        parts.append(f"row-invariant{padded}")
+    elif settings.row_invariant and settings.rows_alike:
+        parts.append("row-invariant" + _padding_cost(session, 1))
     elif session.calibration and settings.row_invariant is False:
-        rows = session.calibration.alike_from or LEAST_FREE_ROWS
-        cost = session.calibration.costs[rows]
-        parts.append(f"rows not padded ({plural(rows, 'row')} would cost plain decoding {cost:.2f}x)")
+        rows = 1 if session.calibration.rows_alike else LEAST_FREE_ROWS
+        what = "bits that do not depend on other rows" if rows == 1 else plural(rows, "row")
+        parts.append(f"rows not padded ({what} would cost plain decoding {session.calibration.costs[rows]:.2f}x)")
     parts.append(f"{len(session.prompts)} x {settings.max_new_tokens} tokens")
     return ", ".join(parts)
 
@@ -288,7 +286,7 @@ def _why_other_text(settings: dict[str, Any]) -> str:
             f"a tree's side branches lie elsewhere in the KV cache than where plain decoding writes, so {dtype} rounds "
             "them otherwise: a near-tie can fall the other way (next to never with --dtype fp32)"
         )
-    if not settings["fixed_rows"] and not settings.get("least_rows"):
+    if not settings["fixed_rows"] and not settings.get("rows_alike"):
         return (
             f"{dtype} rounds a row otherwise when other rows are computed with it: a near-tie can fall the other way "
             "(--row-invariant rules that out)"

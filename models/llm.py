@@ -152,12 +152,12 @@ class LLM:
                 slots=options.slots,
                 pool=pair.pool,
                 fixed_rows=options.fixed_rows,
-                least_rows=options.least_rows if options.row_invariant else None,
+                row_invariant=options.row_invariant and options.fixed_rows is None,
                 typical_rows=options.verify_rows,
             )
             if options.row_invariant and not self.target.model.row_invariant:
                 logger.warning("rows of this model are not alike on this machine: a near-tie can fall the other way")
-                self.options = options = replace(options, row_invariant=False, least_rows=None)
+                self.options = options = replace(options, row_invariant=False, rows_alike=False)
             if pair.draft:
                 self.draft = load_draft(
                     pair.draft,

@@ -203,8 +203,8 @@ def open_pair(options: EngineOptions) -> OpenedPair:
             )
     calibration = _calibration(options, target)
     if calibration:
-        alike = calibration.least_rows if options.row_invariant is None else calibration.alike_from
-        options = dataclasses.replace(options, free_rows=calibration.free_rows, least_rows=alike)
+        alike = calibration.rows_alike if options.row_invariant else calibration.alike_for_nothing
+        options = dataclasses.replace(options, free_rows=calibration.free_rows, rows_alike=alike)
     resolved = options.resolved(drafter, default_precision(target.checkpoint.config.hidden_size))
     if resolved.spec and "exit_layer" in resolved.spec.settings and resolved.num_draft_tokens != 0:
         layers = target.checkpoint.config.num_hidden_layers
@@ -224,7 +224,7 @@ def open_pair(options: EngineOptions) -> OpenedPair:
 def _calibration(options: EngineOptions, target: OpenedModel) -> Calibration | None:
     """What padding costs here, where that decides whether rows are padded."""
     dtype = options.dtype or "bf16"
-    given = options.free_rows or options.least_rows
+    given = options.free_rows or options.rows_alike is not None
     if options.device != "cpu" or given or options.row_invariant is False or dtype == "fp32":
         return None
     return calibrate(target.checkpoint.config, dtype, options.threads)
@@ -289,7 +289,7 @@ def load_model(
     dtype: str = "bf16",
     max_seq_len: int | None = None,
     fixed_rows: int | None = None,
-    least_rows: int | None = None,
+    row_invariant: bool = False,
     typical_rows: int | None = None,
     slots: int = 1,
     pool: int | None = None,
@@ -298,8 +298,8 @@ def load_model(
 
     ``dtype`` is "bf16", "fp32", "fp16", or "int8" (8-bit matrices, the rest in fp32). ``max_seq_len`` is the context
     to reserve in tokens (default: `default_context`); ``fixed_rows`` pads every forward to that many rows,
-    ``least_rows`` to no fewer, ``typical_rows`` says how many most forwards have, ``pool`` bounds what all ``slots``
-    hold together (see `TorchLlama`). Raises UserError if the device is not there, or cannot hold the model.
+    ``row_invariant`` asks for what that is for without padding, ``typical_rows`` says how many most forwards have,
+    ``pool`` bounds what all ``slots`` hold together (see `TorchLlama`). Raises UserError if the device is not there, or cannot hold the model.
     """
     if device == "tt":
         raise UserError("load_model puts a model on cpu or cuda: a board takes target and draft at once, by LLM.load")
@@ -313,7 +313,7 @@ def load_model(
             dtype="fp32" if dtype == "int8" else dtype,
             max_seq_len=max_seq_len,
             fixed_rows=fixed_rows,
-            least_rows=least_rows,
+            row_invariant=row_invariant,
             typical_rows=typical_rows,
             slots=slots,
             pool=pool,

@@ -49,7 +49,7 @@ TORCH_OPTIONS = {
     "draft_dtype": "use [draft_precision] or leave it out",
     "row_invariant": "leave it out, on a board all rows are computed alike",
     "free_rows": "leave it out, on a board all rows are computed alike",
-    "least_rows": "leave it out, on a board all rows are computed alike",
+    "rows_alike": "leave it out, on a board all rows are computed alike",
     "pool_size": "leave it out, on a board every slot has [max_seq_len]",
 }
 BOARD_OPTIONS = (
@@ -78,8 +78,8 @@ class EngineOptions:
         row_invariant: compute every row of the target in a way that does not depend on the rows beside it, so that
             greedy text is the same bit for bit with and without speculation (default: where that costs plain decoding
             nothing).
-        least_rows: rows from which on this machine computes a row in the same way among any number of others: no
-            forward is padded to more (default: tried once on a CPU, `torch_llama.calibration`).
+        rows_alike: whether this machine gives a row the same bits among any number of others, so that nothing has to be
+            padded for that (default: tried once on a CPU, `torch_llama.calibration`).
         free_rows: where rows are not alike, the numbers of rows to which all forwards may be padded; the largest also
             says how long drafts may be where `num_draft_tokens` is "auto" (default: measured with it).
         precision, draft_precision: number formats on a board, a name in `precision.PRECISIONS` (default: by the
@@ -117,7 +117,7 @@ class EngineOptions:
     draft_dtype: str | None = None
     row_invariant: bool | None = None
     free_rows: tuple[int, ...] | None = None
-    least_rows: int | None = None
+    rows_alike: bool | None = None
     precision: str | None = None
     draft_precision: str | None = None
     draft_placement: str | None = None
@@ -155,11 +155,11 @@ class EngineOptions:
         if row_invariant is None:
             asked = longest if self.tree_nodes is None else self.tree_nodes
             needed = LEAST_FREE_ROWS if length == AUTO and not self.tree_nodes else asked + 1
-            possible = self.least_rows is not None or needed <= max(free)
+            possible = bool(self.rows_alike) or needed <= max(free)
             row_invariant = self.device != "tt" and dtype != "fp32" and possible
         elif max(free) < LEAST_FREE_ROWS:  # asked for whatever it costs
             free = FREE
-        padded = row_invariant and self.least_rows is None
+        padded = row_invariant and not self.rows_alike
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}
         return dataclasses.replace(
             ResolvedOptions(**given),
@@ -194,7 +194,7 @@ class EngineOptions:
     @property
     def longest_draft(self) -> int:
         """Tokens that a round drafts at most, one after the other; of a tree, its levels."""
-        padded = self.row_invariant and self.least_rows is None
+        padded = self.row_invariant and not self.rows_alike
         chosen = max(self.free_rows or FREE) - 1 if padded else AUTO_LONGEST
         longest = chosen if self.auto else int(self.num_draft_tokens or 0)
         return min(longest, self.tree_nodes or longest) if self._is_tree else longest
@@ -212,7 +212,7 @@ class EngineOptions:
         Enough for a verification, and of such numbers the smallest that is free. Nothing has to be padded so where rows
         are alike, nor on a board: a tile has 32 rows anyway.
         """
-        if not self.row_invariant or self.least_rows is not None or self.device == "tt":
+        if not self.row_invariant or self.rows_alike or self.device == "tt":
             return None
         needed = self.verify_rows
         return min((rows for rows in self.free_rows or FREE if rows >= needed), default=needed)
@@ -256,7 +256,6 @@ class EngineOptions:
             ("threads", 1, MAX_THREADS),
             ("slots", 1, MAX_SLOTS),
             ("pool_size", 2, None),
-            ("least_rows", 1, MAX_DRAFT_LENGTH + 1),
             ("num_draft_tokens", 0, MAX_DRAFT_LENGTH),
             ("tree_nodes", 1, MAX_DRAFT_LENGTH),
             ("exit_layer", 1, None),

@@ -84,8 +84,8 @@ def _options(settings: Mapping[str, Any], target: str | None) -> dict[str, Any]:
     rows = settings.get("fixed_rows")
     if rows:  # what padding cost when the run was made decided it: not measured again
         options["free_rows"] = tuple(range(1, rows + 1))
-    elif settings.get("least_rows"):
-        options["least_rows"] = settings["least_rows"]
+    elif settings.get("rows_alike"):
+        options["rows_alike"] = True
     named = CHECKPOINTS.parent.parent / settings["target"]
     shipped = named.is_relative_to(CHECKPOINTS) and named.is_dir()
     return options | {"target": target or (str(named) if shipped else settings["target"]), "speculative": False}

@@ -10,19 +10,21 @@ from models.llama.config import named_config
 from models.options import AUTO_LONGEST, FREE_ROWS, EngineOptions
 from models.tests.llama_fixtures import tiny_config
 from models.torch_llama import calibration
-from models.torch_llama.calibration import PART_BYTES, ROWS, Calibration, calibrate, part_of
+from models.torch_llama.calibration import PART_BYTES, ROWS, SINGLE, Calibration, calibrate, part_of
 from models.torch_llama.model import TorchLlama
 
+NEVER = [False] * 5  # matrices in which a single row has other bits than among others
 
-def made(costs, alike_from=None):
+
+def made(costs, rows_alike=False):
     """A calibration in which so many rows cost so much."""
-    return Calibration(10.0, costs, dict.fromkeys(costs, 0.0), "2026-01-01", alike_from)
+    return Calibration(10.0, costs, dict.fromkeys(costs, 0.0), "2026-01-01", rows_alike)
 
 
 @pytest.fixture
-def alike_from(monkeypatch):
-    """Says from how many rows on rows are alike, as if it had been tried."""
-    return lambda rows: monkeypatch.setattr(TorchLlama, "_least_alike", lambda self: rows)
+def odd_alone(monkeypatch):
+    """Says which matrices give a single row other bits, as if it had been tried; None: rows are not alike."""
+    return lambda odd: monkeypatch.setattr(TorchLlama, "_odd_alone", lambda self: odd)
 
 
 @pytest.mark.parametrize(
@@ -43,18 +45,20 @@ def test_what_may_be_free_is_free():
     assert Calibration(10.0, {4: 1.03, 5: 1.06}, {4: 0.02, 5: 0.02}, "2026-01-01").free_rows == (1, 4)
 
 
-@pytest.mark.parametrize("alike", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("odd", "timed"), [(None, ROWS), (NEVER, ()), ([True, *NEVER[1:]], (SINGLE,))], ids=["differ", "alike", "paired"]
+)
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_a_calibration_is_measured_once_and_kept(tmp_path, dtype, alike, alike_from, monkeypatch):
-    alike_from(alike)
+def test_a_calibration_is_measured_once_and_kept(tmp_path, dtype, odd, timed, odd_alone, monkeypatch):
+    odd_alone(odd)
     monkeypatch.setattr(calibration, "SECONDS", 0.0)
     monkeypatch.setattr(calibration, "CERTAIN", float("inf"))  # as of a quiet machine
     config, threads = tiny_config(), torch.get_num_threads()
     first = calibrate(config, dtype, 1, tmp_path)
     assert torch.get_num_threads() == threads
-    assert first.alike_from == alike
-    assert set(first.costs) == set(first.errors) == set(() if alike == 1 else ROWS)
-    if alike != 1:
+    assert first.rows_alike == (odd is not None)
+    assert set(first.costs) == set(first.errors) == set(timed)
+    if timed:
         assert min(first.costs.values()) > 0 and min(first.errors.values()) >= 0 and first.one_row_ms > 0
     monkeypatch.setattr(calibration, "measure", lambda *_: pytest.fail("measured again"))
     assert calibrate(config, dtype, 1, tmp_path) == first
@@ -83,7 +87,7 @@ def test_a_damaged_or_unwritable_cache_is_measured_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "measure", lambda *_: made({2: 1.0}))
     most = '"one_row_ms": 1, "costs": {}, "errors": {}, "measured": ""'
     contents = ("", "[]", '{"one_row_ms": 1}', '{"one_row_ms": 1, "costs": {"x": 1}, "measured": ""}', f"{{{most}}}")
-    for content in (*contents, f'{{{most}, "alike_from": 3}}', f'{{{most}, "alike_from": 2}}'):
+    for content in (*contents, f'{{{most}, "rows_alike": 3}}', f'{{{most}, "rows_alike": false}}'):
         calibrate(tiny_config(), "bf16", 1, tmp_path)
         (file,) = tmp_path.iterdir()
         file.write_text(content)
@@ -128,36 +132,39 @@ def test_rows_are_padded_where_that_is_free(costs, options, fixed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("alike", "costs", "options", "least"),
+    ("costs", "options", "invariant"),
     [
-        (1, {}, {}, 1),
-        (1, {}, {"num_draft_tokens": 15}, 1),  # nothing is padded, however many rows a verification has
-        (2, {2: 1.01, 7: 1.2}, {}, 2),
-        (2, {2: 1.1, 7: 1.2}, {}, None),
-        (2, {2: 1.1, 7: 1.2}, {"row_invariant": True}, 2),
-        (1, {}, {"row_invariant": False}, None),
-        (1, {}, {"dtype": "fp32"}, None),
-        (None, {2: 1.0, 7: 1.0}, {}, None),
+        ({}, {}, True),
+        ({}, {"num_draft_tokens": 15}, True),  # nothing is padded, however many rows a verification has
+        ({SINGLE: 1.01}, {}, True),
+        ({SINGLE: 1.1}, {}, False),
+        ({SINGLE: 1.1}, {"row_invariant": True}, True),
+        ({}, {"row_invariant": False}, False),
+        ({}, {"dtype": "fp32"}, False),
     ],
 )
-def test_rows_that_are_alike_are_not_padded(alike, costs, options, least, monkeypatch):
-    monkeypatch.setattr(loading, "calibrate", lambda *_: made(costs, alike))
+def test_rows_that_are_alike_are_not_padded(costs, options, invariant, monkeypatch):
+    monkeypatch.setattr(loading, "calibrate", lambda *_: made(costs, rows_alike=True))
     resolved = loading.open_pair(EngineOptions(**options)).options
-    assert resolved.row_invariant == (least is not None or alike is None)
-    if least:
-        assert (resolved.least_rows, resolved.fixed_rows) == (least, None)
-        assert resolved.longest_draft == AUTO_LONGEST
+    assert (resolved.row_invariant, resolved.fixed_rows) == (invariant, None)
+    assert resolved.longest_draft == (options.get("num_draft_tokens") or AUTO_LONGEST)
+
+
+def test_a_second_row_in_some_matrices_is_taken_for_cheap_where_it_cannot_be_timed():
+    assert Calibration(10.0, {SINGLE: 1.5}, {SINGLE: 0.3}, "2026-01-01", True).alike_for_nothing
+    assert not Calibration(10.0, {SINGLE: 1.5}, {SINGLE: 0.01}, "2026-01-01", True).alike_for_nothing
+    assert not made(dict.fromkeys(ROWS, 1.0)).alike_for_nothing
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_model_that_finds_other_bits_than_were_found_before_promises_nothing(alike_from, monkeypatch):
+def test_a_model_that_finds_other_bits_than_were_found_before_promises_nothing(odd_alone, monkeypatch):
     """The trial has fewer layers and tokens; the model tries its own matrices when it is loaded."""
-    monkeypatch.setattr(loading, "calibrate", lambda *_: made({}, 1))
-    alike_from(2)
+    monkeypatch.setattr(loading, "calibrate", lambda *_: made({}, rows_alike=True))
+    odd_alone(None)
     with LLM.load(max_seq_len=64) as llm:
-        assert not llm.options.row_invariant and llm.options.least_rows is None
-        assert not llm.target.model.row_invariant and llm.target.model.computed_rows(1) == 1
-    alike_from(1)
+        assert not llm.options.row_invariant and not llm.options.rows_alike
+        assert not llm.target.model.row_invariant
+    odd_alone(NEVER)
     with LLM.load(max_seq_len=64) as llm:
         assert llm.options.row_invariant and llm.target.model.row_invariant
 

@@ -224,7 +224,7 @@ def test_a_kept_calibration(tmp_path, monkeypatch, data):
     from models.torch_llama import calibration
 
     costs, errors = ({str(rows): value for rows in calibration.ROWS} for value in (1.0, 0.0))
-    kept = {"one_row_ms": 1.0, "costs": costs, "errors": errors, "measured": "2026-01-01", "alike_from": 2}
+    kept = {"one_row_ms": 1.0, "costs": costs, "errors": errors, "measured": "2026-01-01", "rows_alike": False}
 
     def measure(*_):
         measured.append(True)

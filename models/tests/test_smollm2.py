@@ -61,7 +61,7 @@ def opened(file):
 
 @pytest.fixture(scope="module")
 def llm(file):
-    with LLM.load("smollm2", max_seq_len=512, least_rows=2) as llm:
+    with LLM.load("smollm2", max_seq_len=512, rows_alike=True) as llm:
         yield llm
 
 

@@ -1,9 +1,10 @@
 """What row-invariant arithmetic costs plain decoding on this machine.
 
 It makes greedy text equal bit for bit with and without drafts. Where a single row has the bits that it has among
-others, which is tried, it costs nothing. Elsewhere plain decoding has to compute more rows than one: a few layers of
-the model's own sizes are timed, with one row in the layout that is fastest for one, and with several rows in the layout
-for several. Both are done once for each machine, and kept in the user's cache directory.
+others, which is tried, it costs nothing. Where some matrices have to compute a second row for that, or where rows
+depend on their number in any case and a forward has to be padded, a few layers of the model's own sizes are timed:
+plain decoding in its fastest form, and row-invariant. All is done once for each machine, and kept in the user's cache
+directory.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from models.torch_llama.model import TorchLlama
 from models.user_cache import user_cache
 
 ROWS = (2, 3, 4, 5, 6, 7, 8, 16)
+SINGLE = 1  # the name of the cost of a single row that has the bits that it has among others
 TOLERANCE = 1.02  # of the time of the fastest plain decoding
 CERTAIN = 0.05  # largest error of a cost that says something
 SECONDS, LEAST_TURNS = 1.5, 3
@@ -44,17 +46,18 @@ class Calibration:
 
     Args:
         one_row_ms: of plain decoding in its fastest form, for the part of the model that was timed.
-        costs: time of a forward of so many rows over that, from 2 rows on; empty where no row has to be added.
+        costs: time of a forward padded to so many rows over that; where rows are alike, of a single row that has the
+            bits that it has among others (`SINGLE`), or nothing, where that takes nothing.
         errors: of each, how uncertain it is.
         measured: when, an ISO date.
-        alike_from: rows from which on a row has the same bits among any number of others; None: no such number.
+        rows_alike: whether a row can have the same bits among any number of others without padding.
     """
 
     one_row_ms: float | None
     costs: Mapping[int, float]
     errors: Mapping[int, float]
     measured: str
-    alike_from: int | None = None
+    rows_alike: bool = False
 
     @property
     def free_rows(self) -> tuple[int, ...]:
@@ -62,18 +65,17 @@ class Calibration:
 
         Where a cost is uncertain its rows are not free: the baseline would pay for what nobody knows.
         """
-        return 1, *(rows for rows in self.costs if self._is_free(rows))
+        certain = {rows: cost for rows, cost in self.costs.items() if self.errors[rows] <= CERTAIN}
+        return 1, *(n for n, cost in certain.items() if n > 1 and cost - self.errors[n] <= TOLERANCE)
 
     @property
-    def least_rows(self) -> int | None:
-        """`alike_from`, where so many rows are free."""
-        alike = self.alike_from
-        if alike is None or alike == 1:
-            return alike
-        return alike if alike in self.costs and self._is_free(alike) else None
+    def alike_for_nothing(self) -> bool:
+        """Whether rows are alike at a cost of at most 2 % of plain decoding, as far as can be told.
 
-    def _is_free(self, rows: int) -> bool:
-        return self.errors[rows] <= CERTAIN and self.costs[rows] - self.errors[rows] <= TOLERANCE
+        It is a second row in some matrices: where the machine is too busy to time that, it is taken for cheap.
+        """
+        cost, error = self.costs.get(SINGLE, 1.0), self.errors.get(SINGLE, 0.0)
+        return self.rows_alike and (error > CERTAIN or cost - error <= TOLERANCE)
 
     @property
     def certain(self) -> bool:
@@ -96,11 +98,12 @@ def calibrate(
     file = (directory or user_cache("calibration")) / f"{_key(config, dtype, threads)}.json"
     try:
         kept = json.loads(file.read_text())
-        alike = kept["alike_from"]
-        if alike not in (None, 1, 2):
+        alike, costs, errors = (kept[name] for name in ("rows_alike", "costs", "errors"))
+        if not isinstance(alike, bool) or set(costs) not in (
+            [set(), {str(SINGLE)}] if alike else [set(map(str, ROWS))]
+        ):
             raise ValueError(alike)
-        timed = ROWS if alike != 1 else ()
-        costs, errors = ({n: float(kept[name][str(n)]) for n in timed} for name in ("costs", "errors"))
+        costs, errors = ({int(n): float(each[n]) for n in costs} for each in (costs, errors))
         found = Calibration(kept["one_row_ms"], costs, errors, kept["measured"], alike)
         if found.certain:
             return found
@@ -126,46 +129,47 @@ def calibrate(
 
 
 def measure(config: LlamaConfig, dtype: str, seconds: float = SECONDS) -> Calibration:
-    """Try whether rows are alike and, where one row is not, time padded ones."""
-    alike = _model(part_of(config, most=1), dtype, 8).alike_from
-    if alike == 1:
-        return Calibration(None, {}, {}, datetime.date.today().isoformat(), alike)
-    logger.info("timing padded rows, once for this model on this machine: a few seconds")
-    return _timed(config, dtype, alike, seconds)
+    """Try whether rows are alike and, where that takes anything, time it."""
+    odd = _model(part_of(config, most=1), dtype, 8).odd_alone
+    if odd is not None and not any(odd):
+        return Calibration(None, {}, {}, datetime.date.today().isoformat(), rows_alike=True)
+    logger.info("timing row-invariant arithmetic, once for this model on this machine: a few seconds")
+    return _timed(config, dtype, odd is not None, seconds)
 
 
-def _timed(config: LlamaConfig, dtype: str, alike: int | None, seconds: float) -> Calibration:
-    """Time a part of a model, all numbers of rows in each turn and in a mixed order, for so many seconds.
+def _timed(config: LlamaConfig, dtype: str, alike: bool, seconds: float) -> Calibration:
+    """Time a part of a model, in all numbers of rows in each turn and in a mixed order, for so many seconds.
 
     What other work on the machine does to one turn it does to all of it: costs are medians of the turns' ratios, and
     their errors the standard errors of these medians.
     """
     part = part_of(config)
-    one, several = (_model(part, dtype, rows) for rows in (1, 8))
-    forwards = {1: one, **dict.fromkeys(ROWS, several)}
+    fastest = 0  # the name of plain decoding in its fastest form, of one row
+    timed = (SINGLE,) if alike else ROWS
+    forwards = {fastest: _model(part, dtype, 1), **dict.fromkeys(timed, _model(part, dtype, 8, row_invariant=alike))}
     turns: list[dict[int, float]] = []
     order = random.Random(0)
     for rows, model in forwards.items():  # not counted
-        model.greedy([1] * rows, POSITION)
+        model.greedy([1] * max(rows, 1), POSITION)
     deadline = time.perf_counter() + seconds
     while len(turns) < LEAST_TURNS or time.perf_counter() < deadline:
         turn = {}
         for rows in order.sample(list(forwards), len(forwards)):
             began = time.perf_counter()
-            forwards[rows].greedy([1] * rows, POSITION)
+            forwards[rows].greedy([1] * max(rows, 1), POSITION)
             turn[rows] = 1000 * (time.perf_counter() - began)
         turns.append(turn)
     costs, errors = {}, {}
-    for rows in ROWS:
-        ratios = [turn[rows] / turn[1] for turn in turns]
+    for rows in timed:
+        ratios = [turn[rows] / turn[fastest] for turn in turns]
         costs[rows] = statistics.median(ratios)
         spread = statistics.median(abs(ratio - costs[rows]) for ratio in ratios)
         errors[rows] = 1.86 * spread / len(ratios) ** 0.5  # of a median, from the median deviation of normal noise
-    one_row = statistics.median(turn[1] for turn in turns)
+    one_row = statistics.median(turn[fastest] for turn in turns)
     return Calibration(one_row, costs, errors, datetime.date.today().isoformat(), alike)
 
 
-def _model(config: LlamaConfig, dtype: str, typical_rows: int) -> TorchLlama:
+def _model(config: LlamaConfig, dtype: str, typical_rows: int, row_invariant: bool = False) -> TorchLlama:
     """One of these sizes, laid out for so many rows."""
     quantize = "int8" if dtype == "int8" else None
     return TorchLlama(
@@ -174,6 +178,7 @@ def _model(config: LlamaConfig, dtype: str, typical_rows: int) -> TorchLlama:
         dtype="fp32" if quantize else dtype,
         max_seq_len=POSITION + max(ROWS),
         typical_rows=typical_rows,
+        row_invariant=row_invariant,
         quantize=quantize,
     )
 

@@ -11,15 +11,15 @@ from models.torch_llama.kv_cache import KV_BLOCK, KVCache
 
 MANY, SEVERAL, FEW = 130, 33, (2, 3, 5, 8, 16)
 SOME, BLOCKS = (1, 2, 3, 5, 8, 11, 16, 33), 6
+LEAST_TRIED, BYTES = 24, 2e9  # single rows that are tried of a matrix; of small ones more, until so much was read
 
 
-def least_alike(
+def odd_alone(
     linears: Sequence[tuple[Callable, int]], head: tuple[Callable, int], attention: Attention
-) -> int | None:
-    """How many rows a forward must have for each to have the bits that it has among any number of others.
+) -> list[bool] | None:
+    """Of each matrix, the head last, whether a single row has other bits than among others. Tried, not guessed.
 
-    1 or 2: a single row may be computed by another kernel than several are. None: no such number was found. Tried on
-    random numbers, not guessed. Of attention as many rows are computed as `Attention` pads to.
+    None: rows depend on their number even where they are several, or attention's do with the rows that it pads to.
 
     Args:
         linears: matrices of one layer, [n, in] -> [n, out], and the width of each one's rows.
@@ -31,13 +31,25 @@ def least_alike(
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random).to(attention.dtype)
 
-    least = 1
+    odd = []
     for (linear, width), most in (*((each, MANY) for each in linears), (head, SEVERAL)):
         x = noise(most, width)
         expected = linear(x)
-        if not all(torch.equal(linear(x[:n]), expected[:n]) for n in (*FEW, SEVERAL)):
+        if not all(_alike(linear, x[:SEVERAL], expected, n) for n in (*FEW, SEVERAL)):
             return None
-        least = least if torch.equal(linear(x[:1]), expected[:1]) else 2
+        # A kernel for one row that sums in another order shows in few numbers: many rows are tried.
+        singles = max(LEAST_TRIED, int(BYTES / (expected.shape[1] * width * x.itemsize)))
+        odd.append(not _alike(linear, x[:singles], expected, 1))
+    return odd if _attention_alike(attention, noise) else None
+
+
+def _alike(linear: Callable, x: torch.Tensor, expected: torch.Tensor, n: int) -> bool:
+    """Whether n rows computed together have the bits expected, for all rows of x [rows, in] in turn."""
+    starts = range(0, len(x) - n + 1, n)
+    return all(torch.equal(linear(x[start : start + n]), expected[start : start + n]) for start in starts)
+
+
+def _attention_alike(attention: Attention, noise: Callable[..., torch.Tensor]) -> bool:
     _, width, _, dim = attention.cache.pool.shape
     cache = KVCache(
         *(1, width, dim), dtype=attention.dtype, device=attention.device, slots=1, positions=BLOCKS * KV_BLOCK, spare=0
@@ -54,5 +66,5 @@ def least_alike(
             for row in (0, KV_BLOCK - n):
                 found = trial.attend(kv, queries[row : row + n], trial.together([Part(table, start + row, n, n)]))
                 if not torch.equal(found, expected[row : row + n]):
-                    return None
-    return least
+                    return False
+    return True

@@ -8,6 +8,8 @@ reason. Weights packed once into oneDNN's blocked layout cost about the same for
 Every class here is a callable `linear(x [rows, in]) -> [rows, out]` with `.bytes`, the memory its weight holds.
 """
 
+from __future__ import annotations
+
 import functools
 
 import torch
@@ -51,6 +53,16 @@ class PackedLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return _MKLDNN._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class PairedLinear:
+    """A linear that computes a single row twice, side by side, so that it has the bits that it has among others."""
+
+    def __init__(self, linear: PlainLinear | PackedLinear | Int8Linear):
+        self.linear, self.bytes = linear, linear.bytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.cat((x, x)))[:1] if len(x) == 1 else self.linear(x)
 
 
 class Int8Linear:

@@ -5,12 +5,12 @@ Shape letters as in `models.llama`, and R: rows of a sequence after padding.
 Row-invariant arithmetic
     In bf16 (and in the last bits of fp32) the result of a row depends on how many rows are computed with it, because
     another row count selects another kernel. Speculative decoding would then differ from plain decoding wherever two
-    logits nearly tie. Packed matrices on a CPU mostly give a row the same bits in any company, from one row on or from
-    two: `invariance.least_alike` tries it. With `least_rows` a forward is padded to that number at least. Where rows
-    are not alike, `fixed_rows` = R runs every decode and every verification on exactly R rows. Either way each row
-    reads the KV cache up to the end of the block of 128 rows that it stands in, so that the bits of a row depend on its
-    own history alone; where the rows of one forward stand in two blocks, attention is computed once for each. A
-    Tenstorrent tile does the same by nature: it has 32 rows whatever n is.
+    logits nearly tie. Packed matrices on a CPU mostly give a row the same bits in any company, at least where it is not
+    alone: `invariance.odd_alone` tries it. With `row_invariant`, matrices for which a single row has other bits compute
+    two. Where rows differ in any case, `fixed_rows` = R runs every decode and every verification on exactly R rows.
+    Either way each row reads the KV cache up to the end of the block of 128 rows that it stands in, so that the bits of
+    a row depend on its own history alone; where the rows of one forward stand in two blocks, attention is computed once
+    for each. A Tenstorrent tile does the same by nature: it has 32 rows whatever n is.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from models.speculative.tree import tree_levels
 from models.torch_llama.attention import Attention, Part, Plan, whole
 from models.torch_llama.choice import Head
 from models.torch_llama.first_layers import FirstLayers, chained_greedy
-from models.torch_llama.invariance import least_alike
+from models.torch_llama.invariance import odd_alone
 from models.torch_llama.joint import Piece, passes
 from models.torch_llama.kv_cache import KV_BLOCK, KVCache, block_end
-from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, int8_works, packing_works
+from models.torch_llama.linear import Int8Linear, PackedLinear, PairedLinear, PlainLinear, int8_works, packing_works
 
 if TYPE_CHECKING:
     from models.llama.gguf_checkpoint import AnyCheckpoint
@@ -45,6 +45,9 @@ PREFILL_CHUNK = 512
 MAX_ROWS = 32
 
 Tokens = Sequence[int] | torch.Tensor
+
+
+_MATRICES = ("qkv", "output", "gate_up", "down")
 
 
 class _Layer:
@@ -85,10 +88,10 @@ class TorchLlama(SlotBySlot):
         pool: positions of the cache, for all slots together (default: max_seq_len for each). On a CPU memory is taken
             as they are written.
         fixed_rows: pad every decode and verification to this many rows (row-invariant, see above); None: no padding.
-        least_rows: pad them to no more than this, 1 or 2 rows, and be as row-invariant: where rows are not alike on
-            this machine it has no effect, and `row_invariant` is False. Not with fixed_rows.
-        typical_rows: rows that most forwards have, for which weights are laid out (default: fixed_rows, else 1; with
-            least_rows at least 2). A hint: it changes speed, and results only in their last bits.
+        row_invariant: be so without padding, if this machine computes rows alike: the attribute `row_invariant` says
+            it. With fixed_rows it is so in any case.
+        typical_rows: rows that most forwards have, for which weights are laid out (default: fixed_rows, else 1; at
+            least 2 with row_invariant). A hint: it changes speed, and results only in their last bits.
         quantize: "int8" for matrices in int8 (on CPU; all else is then fp32), or None.
 
     Raises:
@@ -107,7 +110,7 @@ class TorchLlama(SlotBySlot):
         slots: int = 1,
         pool: int | None = None,
         fixed_rows: int | None = None,
-        least_rows: int | None = None,
+        row_invariant: bool = False,
         typical_rows: int | None = None,
         quantize: str | None = None,
     ):
@@ -127,8 +130,6 @@ class TorchLlama(SlotBySlot):
             )
         if fixed_rows is not None and not 1 <= fixed_rows <= MAX_ROWS:
             raise UserError(f"fixed_rows {fixed_rows} is outside 1..{MAX_ROWS}")
-        if least_rows is not None and (fixed_rows is not None or not 1 <= least_rows <= MAX_ROWS):
-            raise UserError(f"least_rows {least_rows} is outside 1..{MAX_ROWS}, or goes with fixed_rows: leave one out")
         if slots < 1 or (slots > 1 and batch > 1):
             raise UserError(f"{slots} slots with a batch of {batch}: at least one slot, several only without a batch")
         self.config = config
@@ -138,10 +139,10 @@ class TorchLlama(SlotBySlot):
         self.slots = slots
         self._slot = 0
         self.fixed_rows = fixed_rows
-        self.least_rows = least_rows  # until it is known whether rows are alike
+        self.row_invariant = row_invariant or fixed_rows is not None  # until it is known whether rows are alike
         self.max_rows = fixed_rows or MAX_ROWS
         # In the layout for one row, one row's bits are others than in those for several.
-        self.typical_rows = max(typical_rows or fixed_rows or 1, 2 if least_rows else 1)
+        self.typical_rows = max(typical_rows or fixed_rows or 1, 2 if row_invariant else 1)
         self.dtype = torch.float32 if quantize else DTYPES[dtype]
         self._early: FirstLayers | None = None  # what it has computed belongs to the tokens that come next
         self._scored = torch.empty(0)  # rows [B R, H] that the last logits were computed from
@@ -215,35 +216,36 @@ class TorchLlama(SlotBySlot):
         self.fold = group if group > 2 or self.batch > 1 else 1
         streams = config.num_attention_heads // self.fold
         self._attention = Attention(self.cache, streams, self.fold)
-        self.alike_from = self._least_alike() if on_cpu else None
-        if self.least_rows is not None and (self.alike_from or MAX_ROWS + 1) > self.least_rows:
-            self.least_rows = None
+        # Whether a row has the same bits among any number of others; of which matrices a single row has others.
+        self.odd_alone = self._odd_alone() if on_cpu else None
+        self.rows_alike = self.odd_alone is not None
+        if self.row_invariant and self.fixed_rows is None:
+            self.row_invariant = self.rows_alike
+            self._pair(self.odd_alone or ())
         if self.batch > 1:
             for index in range(self.batch):
                 self.cache.reserve(index, (), self.max_seq_len)
         else:
             self.cache.unit = KV_BLOCK if self.rows_alike else PREFILL_CHUNK
 
-    @property
-    def rows_alike(self) -> bool:
-        """Whether a row of some forward has the bits that it has among any number of others (on this machine)."""
-        return self.alike_from is not None
-
-    @property
-    def row_invariant(self) -> bool:
-        """Whether the bits of a row depend on its own history alone."""
-        return self.fixed_rows is not None or self.least_rows is not None
-
     def computed_rows(self, n: int) -> int:
         """Rows that a forward of n rows of one sequence computes."""
-        return max(n, self.fixed_rows or self.least_rows or 1)
+        return max(n, self.fixed_rows or 1)
 
-    def _least_alike(self) -> int | None:
+    def _odd_alone(self) -> list[bool] | None:
         layer, config = self.layers[0], self.config
         hidden = config.hidden_size
         widths = (hidden, config.num_attention_heads * config.head_dim, hidden, config.intermediate_size)
-        linears = zip((layer.qkv, layer.output, layer.gate_up, layer.down), widths, strict=True)
-        return least_alike(list(linears), (self.lm_head, hidden), self._attention)
+        linears = zip((getattr(layer, name) for name in _MATRICES), widths, strict=True)
+        return odd_alone(list(linears), (self.lm_head, hidden), self._attention)
+
+    def _pair(self, odd: Sequence[bool]) -> None:
+        """Let those matrices compute no row alone."""
+        for name, pairs in zip(_MATRICES, odd, strict=False):
+            for layer in self.layers if pairs else ():
+                setattr(layer, name, PairedLinear(getattr(layer, name)))
+        if odd and odd[-1]:
+            self.lm_head = PairedLinear(self.lm_head)
 
     def _view(self, index: int) -> TorchLlama:
         """A slot as a model of its own that shares weights and cache."""
@@ -398,9 +400,9 @@ class TorchLlama(SlotBySlot):
             parts.append(Part(table, position, len(new), len(new), tree))
             tokens += new
         n = len(tokens)
-        if n < (least := self.alike_from or 2):  # another kernel would compute a single row
-            plan = self._attention.alone(parts[0]._replace(rows=least), fixed=True)
-            tokens += [0] * (least - n)
+        if n == 1 and (self.fixed_rows or not self.row_invariant):  # another kernel may compute a single row
+            plan = self._attention.alone(parts[0]._replace(rows=2), fixed=True)
+            tokens.append(0)
         else:
             plan = self._attention.together(parts)
         x = self._layers(torch.tensor(tokens, device=self.device), plan, n, taps=taps, kept=kept)
@@ -422,9 +424,8 @@ class TorchLlama(SlotBySlot):
         if not wanted:
             return
         count = sum(n for _, n in places)
-        # One row may be computed by another kernel than several.
-        least = (self.alike_from or 2) if self.row_invariant else 1
-        logits = self._head(self._padded(torch.cat(wanted), least))[:count]
+        # Another kernel may compute a single row.
+        logits = self._head(self._padded(torch.cat(wanted), 1 if self.fixed_rows is None else 2))[:count]
         scored = self._scored[:count]
         ids = None if want.logits else self._head_rows.choose(logits, scored)
         row = 0
@@ -567,8 +568,8 @@ class TorchLlama(SlotBySlot):
         if self.rows_alike:  # such rows are those of a prompt
             spread = position // KV_BLOCK != (position + n - 1) // KV_BLOCK
             grouped = whole(n * self.fold) == n * self.fold
-            enough = self.row_invariant or (grouped and not spread and x is None)
-            if enough and len(hidden) >= (self.alike_from or 2):
+            enough = self.row_invariant or (grouped and not spread and x is None and len(hidden) > 1)
+            if enough and self.fixed_rows != 1:
                 self.cache.note(self._slot, position, ids.tolist())
         return hidden
 
