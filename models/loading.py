@@ -299,7 +299,9 @@ def load_model(
     ``dtype`` is "bf16", "fp32", "fp16", or "int8" (8-bit matrices, the rest in fp32). ``max_seq_len`` is the context
     to reserve in tokens (default: `default_context`); ``fixed_rows`` pads every forward to that many rows,
     ``row_invariant`` asks for what that is for without padding, ``typical_rows`` says how many most forwards have,
-    ``pool`` bounds what all ``slots`` hold together (see `TorchLlama`). Raises UserError if the device is not there, or cannot hold the model.
+    ``pool`` bounds what all ``slots`` hold together (see `TorchLlama`).
+
+    Raises UserError if the device is not there, or cannot hold the model.
     """
     if device == "tt":
         raise UserError("load_model puts a model on cpu or cuda: a board takes target and draft at once, by LLM.load")

@@ -99,9 +99,8 @@ def calibrate(
     try:
         kept = json.loads(file.read_text())
         alike, costs, errors = (kept[name] for name in ("rows_alike", "costs", "errors"))
-        if not isinstance(alike, bool) or set(costs) not in (
-            [set(), {str(SINGLE)}] if alike else [set(map(str, ROWS))]
-        ):
+        expected = [set(), {str(SINGLE)}] if alike else [set(map(str, ROWS))]
+        if not isinstance(alike, bool) or set(costs) not in expected:
             raise ValueError(alike)
         costs, errors = ({int(n): float(each[n]) for n in costs} for each in (costs, errors))
         found = Calibration(kept["one_row_ms"], costs, errors, kept["measured"], alike)
