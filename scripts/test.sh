@@ -63,7 +63,7 @@ case $TTNN in
     *)
         trap stop EXIT
         trap 'exit 130' INT TERM
-        taken="$(mktemp -d)"
+        taken="$VENV/lanes.$$" && mkdir "$taken"
         set -m # a process group of its own, which can be stopped as a whole
         # shellcheck disable=SC2046
         (trap - EXIT INT TERM && lane $(backwards) && exit "$status") </dev/null >"$log" 2>&1 &
