@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests: scripts/test.sh
-#   Everything on the board N150, then those ttnn tests on the other boards that depend on the board; mocks of them where
-#   there is no silicon.
+#   Everything on the board N150, and on the other boards those ttnn tests that depend on the board; mocks of them where
+#   there is no silicon. Two processes at a time.
 # Some of them: scripts/test.sh ARGUMENTS, which are pytest's, paths relative to the repository
 # Makes .venv on first use. PYTHON=/path/to/python chooses the interpreter.
 set -euo pipefail
@@ -16,40 +16,64 @@ prepare_environment
 cd "$ROOT"
 if [ $# -gt 0 ]; then exec "$VENV_PYTHON" -m pytest "$@"; fi
 
-# The other boards' tests run beside the first run, one thread each; their output comes after its.
+# Without ttnn one run has all tests. With it there are parts, each a run of its own, and two lanes, one thread each, that
+# take them from both ends of the list until none is left; the second lane's output comes after the first one's. What
+# takes long stands at the ends, so that the lanes meet among small parts and end together.
+PARTS="commands library N150 N150-kernels P300x2 P150 N300 T3K"
+KERNELS="test_kernels test_first_hour test_mock_cluster" # of N150, a part of their own
+WHOLE_MODELS="test_mesh test_layout test_model test_fused test_kernel_audit"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0 # of the first run that fails; the others are run all the same
 others=
+taken= # a directory that has one of its own for each part that a lane has begun: mkdir succeeds for one of them
 log="$VENV/boards.log"
-run() { "$VENV_PYTHON" -m pytest "$@" || { local failed=$?; [ "$status" -ne 0 ] || status=$failed; }; }
-stop() { [ -z "$others" ] || kill -- "-$others" 2>/dev/null || true; }
-boards() {
-    for board in N300 T3K P150; do
-        say "ttnn tests, board $board"
-        case $board in T3K) chosen="not once" ;; *) chosen="not once and not key_boards" ;; esac
-        run models/tests/ttnn --board "$board" -m "$chosen"
-    done
-    say "ttnn tests of whole models, board P300x2" # its chips are P150's, wired as N300's
-    run models/tests/ttnn/test_{mesh,layout,model,fused,kernel_audit}.py --board P300x2
-    exit "$status"
+run() { "$VENV_PYTHON" -m pytest "$@" || failed $?; }
+failed() { [ "$status" -ne 0 ] || status=$1; }
+stop() {
+    [ -z "$others" ] || kill -- "-$others" 2>/dev/null || true
+    [ -z "$taken" ] || rm -rf "$taken"
 }
+part() {
+    local ttnn=models/tests/ttnn
+    say "part $1"
+    # shellcheck disable=SC2046,SC2086 # names without spaces, one argument each
+    case $1 in
+        commands) run tests --board N150 ;;
+        library) run models/tests --ignore $ttnn --board N150 ;;
+        N150) run $ttnn $(printf -- "--ignore $ttnn/%s.py " $KERNELS) --board N150 ;;
+        N150-kernels) run $(printf -- "$ttnn/%s.py " $KERNELS) --board N150 ;;
+        P300x2) run $(printf -- "$ttnn/%s.py " $WHOLE_MODELS) --board P300x2 ;; # its chips are P150's, wired as N300's
+        T3K) run $ttnn --board T3K -m "not once" ;;
+        *) run $ttnn --board "$1" -m "not once and not key_boards" ;;
+    esac
+}
+lane() { # PARTS
+    local each
+    for each in "$@"; do
+        if mkdir "$taken/$each" 2>/dev/null; then part "$each"; fi
+    done
+}
+backwards() { local each all=; for each in $PARTS; do all="$each $all"; done && printf '%s' "$all"; }
 
 case $TTNN in
-    no | broken) say "no ttnn: its tests on N300, T3K, P150 and P300x2 are skipped" ;;
+    no | broken)
+        say "no ttnn: its tests are skipped"
+        run --board N150
+        ;;
     *)
         trap stop EXIT
         trap 'exit 130' INT TERM
+        taken="$VENV/lanes.$$" && mkdir "$taken"
         set -m # a process group of its own, which can be stopped as a whole
-        boards >"$log" 2>&1 &
+        # shellcheck disable=SC2046
+        (trap - EXIT INT TERM && lane $(backwards) && exit "$status") </dev/null >"$log" 2>&1 &
         others=$!
         set +m
+        # shellcheck disable=SC2086
+        lane $PARTS
+        wait "$others" || failed $?
+        others=
+        cat "$log"
         ;;
 esac
-say "all tests, board N150"
-run --board N150
-if [ -n "$others" ]; then
-    wait "$others" || status=$?
-    others=
-    cat "$log"
-fi
 exit "$status"

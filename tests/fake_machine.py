@@ -30,7 +30,8 @@ case "$1" in
     pip) printf '%s\\n' "$*" >>uv-calls ;;
 esac
 """
-# Notes the calls of pip, which fails or hangs where asked to, and prints the arguments of any script it is given.
+# Notes the calls of pip, which fails or hangs where asked to, and prints the arguments of any script it is given; it
+# fails where they hold the text of the file fails-with.
 VENV_PYTHON = """\
 #!/usr/bin/env bash
 root="$(dirname "$0")/../.."
@@ -46,7 +47,11 @@ case "$*" in
         echo 0.81.1
         ;;
     *"-c "*) ;;
-    *) echo "ran in $PWD:"; printf '<%s>\\n' "$@" ;;
+    *)
+        echo "ran in $PWD:"
+        printf '<%s>\\n' "$@"
+        if [ -e "$root/fails-with" ]; then case "$*" in *"$(cat "$root/fails-with")"*) exit 3 ;; esac; fi
+        ;;
 esac
 """
 
