@@ -9,7 +9,7 @@ import torch
 import ttnn
 
 from models.errors import UserError
-from models.speculative.model import IDS, Limits, Rows, Step, Want
+from models.speculative.model import IDS, Limits, Rows, Step, Want, in_turns
 from models.ttnn_llama.model import BoardLlama
 from models.ttnn_llama.modules.batch_rows import BatchInputs, Share, make_batch_plan
 from models.ttnn_llama.modules.decoder import Decoder
@@ -56,7 +56,7 @@ class BatchLlama(BoardLlama):
         """What it can hold and compute."""
         whole = self.slots * self.max_seq_len
         pool = whole if self._pool is None else min(whole, self._pool)
-        return Limits(self.max_rows, self.slots, self.max_seq_len, self.vocab_size, pool)
+        return Limits(self.max_rows, self.slots, self.max_seq_len, self.vocab_size, pool, MAX_ROWS)
 
     def slot(self, index: int) -> Slot:
         """One slot as a model of one sequence, which chains greedy steps too."""
@@ -94,7 +94,8 @@ class BatchLlama(BoardLlama):
         read = [i for i in chains if _is_prompt(rows[i], known[rows[i].slot])]
         together = [i for i in chains if i not in read]
         results: dict[int, list[int] | torch.Tensor] = {}
-        for group in _groups(together, [len(rows[i].tokens) for i in together]):
+        for turn in in_turns([len(rows[i].tokens) for i in together], MAX_ROWS):
+            group = [together[i] for i in turn]
             made = self._computed_together([rows[i] for i in group], want)
             results |= zip(group, made, strict=True)
         for i in read:
@@ -297,16 +298,3 @@ def _chunks(n: int, whole: bool) -> list[int]:
         pieces.append(min(left, size))
         left -= pieces[-1]
     return pieces
-
-
-def _groups(items: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-    """Items in their order, in groups of at most 32 rows; one that has more is a group, to be refused."""
-    groups: list[list[int]] = []
-    room = 0
-    for item, count in zip(items, counts, strict=True):
-        if count > room or not groups:
-            groups.append([])
-            room = MAX_ROWS
-        groups[-1].append(item)
-        room -= count
-    return groups
