@@ -340,6 +340,15 @@ def plan_one_pass() -> str:
     return _planned(planned.one_pass_table)
 
 
+def plan_attention() -> str:
+    """Predicted forwards by how the cache of a text is read, on one chip of each kind and on several."""
+    results = read("plan-attention")
+    shown = [each for each in results["entries"] if each["board"] in ("N150", "P150", "T3K")]
+    table = planned.attention_table(results | {"entries": shown})
+    said = f"`{shlex.join(_without_files(results['command']))}`; {results['date'][:10]}; {table.title}"
+    return f"{said}\n\n{markdown_table(table.columns, table.rows, table.left)}"
+
+
 def plan_texts() -> str:
     """Published acceptance of heads, and what is made of it."""
     rows = []
@@ -410,6 +419,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan-heads": plan_heads,
     "plan-one-pass": plan_one_pass,
     "plan-texts": plan_texts,
+    "plan-attention": plan_attention,
 }
 
 
