@@ -103,7 +103,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         refused = ("target", "draft", "board", "acceptance", "acceptance_from", "text", "num_draft_tokens", "recount")
         values = {f"--{name.replace('_', '-')}": getattr(options, name) for name in refused}
         given = [name for name, value in values.items() if value is not None and value is not False]
-        given += [name for name, value in (("--attention", options.attention), ("--heads", options.heads)) if value][1:]
+        given += [name for name, value in (("--heads", options.heads), ("--attention", options.attention)) if value][1:]
         if given or options.capture:
             parser.error(f"{plans}: leave out {', '.join(given) or '--capture'}")
     elif not options.capture:
