@@ -116,7 +116,8 @@ def test_texts_share_a_pool_and_the_beginning_of_a_prompt(board, shadowed):
         LLM.load("tiny", pool_size=200, **options)
     with LLM.load("tiny", pool_size=300, **options) as llm:
         assert llm.target.model.limits.pool == 300 and llm.target.model.pages.count == 3
-        assert llm.board.plans["target"].kv_cache == llm.target.model.kv_cache_bytes
+        plan, model = llm.board.plans["target"], llm.target.model
+        assert plan.kv_cache * plan.chips == model.kv_cache_bytes
         prompt = [llm.tokenizer.bos_id, *llm.encode(PROMPT)[1:] * 20][:140]
         first = llm.generate(prompt, max_new_tokens=5)
         again = llm.generate(prompt, max_new_tokens=5)
