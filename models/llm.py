@@ -194,7 +194,7 @@ class LLM:
             pair.target,
             pair.draft,
             max_seq_len=self.max_seq_len,
-            options=_board_options(pair.options, isinstance(pair.draft, OpenedHead)),
+            options=_board_options(pair.options, isinstance(pair.draft, OpenedHead), pair.pool),
             announce=announce,
             progress=progress,
         )
@@ -630,7 +630,7 @@ def check_exit_choice(max_seq_len: int, prompt: Sequence[int]) -> None:
         )
 
 
-def _board_options(options: ResolvedOptions, of_head: bool) -> BoardOptions:
+def _board_options(options: ResolvedOptions, of_head: bool, pool: int | None) -> BoardOptions:
     """How a board has to be prepared for what will run on it, the draft being a head or not."""
     from models.ttnn_llama.programs.options import DRAFT_LENGTHS, BoardOptions
 
@@ -655,4 +655,5 @@ def _board_options(options: ResolvedOptions, of_head: bool) -> BoardOptions:
         greedy=options.greedy,
         batched=options.verification == "batched",
         slots=options.slots,
+        pool=pool,
     )

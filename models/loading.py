@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from loguru import logger
 
-from models.cache_size import choose_pool, position_bytes, weight_bytes
+from models.cache_size import asked_pool, choose_pool, position_bytes, weight_bytes
 from models.device import check_device
 from models.errors import OptionError, UserError
 from models.fetch import PACKAGED, fetched
@@ -214,8 +214,9 @@ def open_pair(options: EngineOptions) -> OpenedPair:
             )
         if isinstance(resolved.exit_layer, int):
             check_exit_layer(resolved.exit_layer, layers)
-    pool = None
-    if options.device != "tt":
+    if options.device == "tt":  # what fits there is known when it is known which board it is
+        pool = asked_pool(resolved, max_seq_len)
+    else:
         drafts = draft.checkpoint.config if draft else None
         pool = choose_pool(resolved, target.source, target.checkpoint.config, drafts, max_seq_len)
     return OpenedPair(resolved, target, draft, max_seq_len, pool, note, calibration)

@@ -50,7 +50,6 @@ TORCH_OPTIONS = {
     "row_invariant": "leave it out, on a board all rows are computed alike",
     "free_rows": "leave it out, on a board all rows are computed alike",
     "rows_alike": "leave it out, on a board all rows are computed alike",
-    "pool_size": "leave it out, on a board every slot has [max_seq_len]",
 }
 BOARD_OPTIONS = (
     *("precision", "draft_precision", "draft_placement"),
@@ -71,8 +70,8 @@ class EngineOptions:
         max_seq_len: positions to reserve, in tokens (default: the models' own, at most 2048).
         threads: CPU threads of torch, which on a board converts weights and draws samples (default: torch's own).
         slots: texts that may be under way at once.
-        pool_size: positions of the target's KV cache, of all texts together, at least max_seq_len (CPU and CUDA;
-            default: slots times max_seq_len, or what the memory that is free holds, if that is less).
+        pool_size: positions of the target's KV cache, of all texts together, at least max_seq_len
+            (default: slots times max_seq_len, or on CPU and CUDA what the memory that is free holds, if that is less).
         dtype, draft_dtype: "bf16" (default), "fp32", "fp16", or "int8" on CPU: 8-bit matrices; of the draft by default
             the target's.
         row_invariant: compute every row of the target in a way that does not depend on the rows beside it, so that

@@ -167,9 +167,12 @@ def by_users(board: Board, size: str, precision: Precision, shapes: Sequence[str
         whole = outside + config.num_hidden_layers * layer
         entries.append(
             {
+                "model": size,
+                "board": board.name,
                 "users_by_rows": shape,
                 "layer": dataclasses.asdict(layer),
                 "forward": dataclasses.asdict(whole),
+                "dram_bytes": whole.dram,
                 "bound_ms": whole.dram / board.dram_gb_per_s / 1e6,
             }
         )
@@ -180,8 +183,8 @@ def show_users(board: Board, options: argparse.Namespace, entries: list[dict]) -
     rows = []
     for entry in entries:
         layer, forward = entry["layer"], entry["forward"]
-        dram = sum(forward[part] for part in ("weights", "kv_cache", "other"))
-        sizes = f"{forward['kv_cache'] / 1e6:.1f}", f"{dram / 1e6:.1f}", f"{entry['bound_ms']:.2f}"
+        sizes = (f"{size / 1e6:.1f}" for size in (forward["kv_cache"], entry["dram_bytes"]))
+        sizes = *sizes, f"{entry['bound_ms']:.2f}"
         rows.append([entry["users_by_rows"], str(layer["ops"]), str(layer["collectives"]), *sizes])
     print(
         f"{options.users_of} on {board.name}, {options.precision}, several users with pages, rows at position "
@@ -200,6 +203,7 @@ def each_in_its_process(boards: Sequence[str], options: argparse.Namespace) -> l
             command += ["--rows", *map(str, options.rows), "--position", str(options.position)]
             command += ["--trees", *map(str, options.trees)]
             command += ["--precision", options.precision]
+            command += ["--users-of", options.users_of] if options.users_of else []
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:
                 raise RuntimeError(f"counting on {board} failed:\n{done.stdout}")
@@ -314,7 +318,7 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--precision", default=PRECISION, help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
     parser.add_argument("--head", help="instead, on one board: a draft head of the published shape for 1B, 3B or 8B")
     parser.add_argument(
-        "--users-of", metavar="SIZE", help=f"instead, on one board: forwards that users share, {', '.join(USERS)}"
+        "--users-of", metavar="SIZE", help=f"instead, of one model: forwards that users share, {', '.join(USERS)}"
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
@@ -339,19 +343,21 @@ def command(argv: Sequence[str] | None) -> int:
         return 0
     if options.users_of:
         named_config(options.users_of)
-        if len(boards) != 1:
-            raise UserError("--users-of counts on one board: name it with --boards")
-        cluster.activate(boards[0].name)
-        entries = by_users(boards[0], options.users_of, precision, USERS, options.position)
-        show_users(boards[0], options, entries)
-        return 0
-    if len(boards) == 1:
+        if len(boards) == 1:
+            cluster.activate(boards[0].name)
+            entries = by_users(boards[0], options.users_of, precision, USERS, options.position)
+        else:
+            entries = each_in_its_process(options.boards, options)
+        for board in boards:
+            show_users(board, options, [entry for entry in entries if entry["board"] == board.name])
+    elif len(boards) == 1:
         cluster.activate(boards[0].name)
         entries = measure(boards[0], options.sizes, precision, forms, options.position)
     else:
         entries = each_in_its_process(options.boards, options)
         entries.sort(key=lambda entry: options.sizes.index(entry["model"]))
-    show(entries, options)
+    if not options.users_of:
+        show(entries, options)
     if options.json:
         circumstances = {"date": date(), "versions": versions(), "command": sys.argv, "settings": vars(options)}
         write_json(options.json, {"entries": entries} | circumstances)

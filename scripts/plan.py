@@ -4,6 +4,7 @@
     python scripts/plan.py --target 8B --draft 1B --board T3K --acceptance-from run.json --markdown
     python scripts/plan.py --target 8B --draft head --board N150 --text humaneval      # an EAGLE-3 draft head
     python scripts/plan.py --heads              # heads of all targets on all boards, by kind of text
+    python scripts/plan.py --attention          # ways of reading the cache of one text for 8 rows, on all boards
     python scripts/plan.py --capture            # count programs and bytes again, on mock boards (needs ttnn)
 
 The time of a step is computed from the DRAM bytes and layers of our own forwards, counted in ttnn's graph on mock
@@ -30,8 +31,8 @@ from models.speculative.formulas import break_even
 from models.ttnn_llama.shapes import MAX_ATTENTION_CORES
 from models.ttnn_llama.weights import memory
 from models.ttnn_llama.weights.precision import PRECISION, PRECISIONS, default_precision, precision_named
+from scripts.planner import attention, describe, heads, overview, report
 from scripts.planner import counts as counting
-from scripts.planner import describe, heads, overview, report
 from scripts.planner.counts import SIZES, Counts
 from scripts.planner.heads import HEAD
 from scripts.planner.levers import LOWEST, levers, memory_of
@@ -87,17 +88,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--heads", action="store_true", help="predict draft heads for all targets and boards, and one-pass heads"
     )
+    parser.add_argument(
+        "--attention",
+        action="store_true",
+        help="predict ways for 8 rows of one text to read its cache, by board",
+    )
     parser.add_argument("--recount", action="store_true", help="count this pair on this board now; needs ttnn")
     parser.add_argument(
         "--capture", action="store_true", help=f"count everything and write {counting.SHIPPED.name}; needs ttnn"
     )
     options = parser.parse_args(argv)
-    if options.heads:
+    if options.heads or options.attention:
+        plans = "--heads plans all targets, boards and texts" if options.heads else "--attention plans all boards"
         refused = ("target", "draft", "board", "acceptance", "acceptance_from", "text", "num_draft_tokens", "recount")
         values = {f"--{name.replace('_', '-')}": getattr(options, name) for name in refused}
-        given = [flag for flag, value in values.items() if value is not None and value is not False]
+        given = [name for name, value in values.items() if value is not None and value is not False]
+        given += [name for name, value in (("--heads", options.heads), ("--attention", options.attention)) if value][1:]
         if given or options.capture:
-            parser.error(f"--heads plans all targets, boards and texts: leave out {', '.join(given) or '--capture'}")
+            parser.error(f"{plans}: leave out {', '.join(given) or '--capture'}")
     elif not options.capture:
         missing = [f"--{name}" for name in ("target", "draft", "board") if getattr(options, name) is None]
         if missing:
@@ -318,6 +326,17 @@ def show_heads(options: argparse.Namespace, arguments: Sequence[str], counts: Co
     return 0
 
 
+def show_attention(options: argparse.Namespace, arguments: Sequence[str], counts: Counts, family: Family) -> int:
+    """Ways of reading the cache on all boards."""
+    from models.cli.environment import write_json
+
+    found = attention.predicted(counts, family)
+    if options.json:
+        write_json(options.json, found | circumstances(arguments))
+    print(report.attention_markdown(found), end="")
+    return 0
+
+
 def command(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parse(arguments)
@@ -326,7 +345,7 @@ def command(argv: Sequence[str] | None) -> int:
     if options.heads:
         for size in SIZES:
             check_settings(argparse.Namespace(**vars(options)), size)
-    else:
+    elif not options.attention:
         acceptance = check(options)
     from models.cli.environment import check_outputs, write_json
 
@@ -335,6 +354,8 @@ def command(argv: Sequence[str] | None) -> int:
     shipped, family, fit = fitted()
     if options.heads:
         return show_heads(options, arguments, shipped, family)
+    if options.attention:
+        return show_attention(options, arguments, shipped, family)
     plan = build(options, acceptance, recounted(options) if options.recount else shipped, family, fit)
     if options.json:
         write_json(options.json, plan | circumstances(arguments))

@@ -257,6 +257,30 @@ def op_counts() -> str:
     return f"{where}\n\n{markdown_table(head, rows)}"
 
 
+def users() -> str:
+    """Operations and bytes of forwards that users share, on one chip and on several."""
+    results = read("op-counts-users")
+    boards = list(dict.fromkeys(each["board"] for each in results["entries"]))
+    rows = []
+    for shape in dict.fromkeys(each["users_by_rows"] for each in results["entries"]):
+        entries = [each for each in results["entries"] if each["users_by_rows"] == shape]
+        columns = (
+            [str(each["layer"]["ops"]) for each in entries],
+            [f"{each['forward']['kv_cache'] / 1e6:.0f}" for each in entries],
+            [f"{each['dram_bytes'] / 1e6:.0f}" for each in entries],
+            [f"{each['bound_ms']:.1f}" for each in entries],
+        )
+        rows.append((shape, *(" / ".join(column) for column in columns)))
+    heads = ("ops a layer", "KV MB", "all MB", "ms at published bandwidth")
+    settings, where = results["settings"], " / ".join(boards)
+    said = (
+        f"`{shlex.join(_without_files(results['command']))}`; ttnn {results['versions']['ttnn']}, "
+        f"{results['date'][:10]}; precision `{settings['precision']}`, position {settings['position']}, per chip. "
+        "The last two columns are computed from bytes, not measured."
+    )
+    return f"{said}\n\n{markdown_table(('users x rows', *(f'{head}, {where}' for head in heads)), rows)}"
+
+
 def cpu_agreement() -> str:
     """Choices of the CPU beside the exact model's, by data type."""
     from scripts.agreement import table
@@ -314,6 +338,15 @@ def plan_heads() -> str:
 def plan_one_pass() -> str:
     """Predicted for heads that draft all tokens in one pass."""
     return _planned(planned.one_pass_table)
+
+
+def plan_attention() -> str:
+    """Predicted forwards by how the cache of a text is read, on one chip of each kind and on several."""
+    results = read("plan-attention")
+    shown = [each for each in results["entries"] if each["board"] in ("N150", "P150", "T3K")]
+    table = planned.attention_table(results | {"entries": shown})
+    said = f"`{shlex.join(_without_files(results['command']))}`; {results['date'][:10]}; {table.title}"
+    return f"{said}\n\n{markdown_table(table.columns, table.rows, table.left)}"
 
 
 def plan_texts() -> str:
@@ -377,6 +410,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "expect": expect,
     "bottleneck": bottleneck,
     "op-counts": op_counts,
+    "op-counts-users": users,
     "plan-fit": plan_fit,
     "agreement": agreement,
     "agreement-cpu": cpu_agreement,
@@ -385,6 +419,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan-heads": plan_heads,
     "plan-one-pass": plan_one_pass,
     "plan-texts": plan_texts,
+    "plan-attention": plan_attention,
 }
 
 

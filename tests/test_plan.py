@@ -702,3 +702,31 @@ def test_memory_is_what_the_demo_plans(fresh):
     plans = memory_of(BOARDS["N150"], pair, 4).plans
     ours = {name: [plan.weights, plan.kv_cache, plan.activations, plan.traces] for name, plan in plans.items()}
     assert ours == fresh["memory"]
+
+
+def test_reading_a_cache_once_wins_time_only_where_more_cores_share_it(plan):
+    """By the model of step time: what a core reads counts, not what the chip does."""
+    from scripts.planner import attention
+
+    shipped, family, _ = plan.fitted()
+    found = attention.predicted(shipped, family, [BOARDS["N150"], BOARDS["T3K"]])
+    for board, kv, heads in (("N150", 8, 32), ("T3K", 1, 4)):
+        entries = [each for each in found["entries"] if (each["board"], each["context"]) == (board, 8192)]
+        plain, decode, prefill, once, spread, plain_spread = entries
+        assert [each["cores"] for each in entries[:4]] == [kv, 8 * kv, heads, kv]
+        assert decode["kv_mb"] == pytest.approx(8 * once["kv_mb"])
+        assert prefill["kv_mb"] == pytest.approx(heads / kv * once["kv_mb"])
+        for other in (prefill, once):
+            assert other["ms"] == pytest.approx(decode["ms"], rel=0.01)
+        assert spread["ms"] < 0.7 * decode["ms"] and plain_spread["ms"] < 0.7 * plain["ms"]
+        assert all(each["ms_band"][0] <= each["ms"] <= each["ms_band"][1] for each in entries)
+
+
+def test_ways_of_reading_are_planned_by_themselves(plan, capsys, tmp_path):
+    file = tmp_path / "ways.json"
+    assert plan.command(["--attention", "--json", str(file)]) == 0
+    assert "how the cache is read" in capsys.readouterr().out
+    assert json.loads(file.read_text())["command"][1] == "--attention"
+    for words, given in (("--attention --board N150", "--board"), ("--heads --attention", "--attention")):
+        with pytest.raises(UserError, match=f"plans all .*: leave out {given}"):
+            plan.command(words.split())

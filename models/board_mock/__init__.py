@@ -2,7 +2,9 @@
 
 cluster   the board: ttnn's own mock mode, switched on for this process or for another
 shadow    the numbers: each operation's golden function in torch, beside the real operation on the mock
+          (shadow_tensors: what holds them, and their ways between host and device)
 goldens   the golden functions that ttnn does not have, or has in another form
+          (golden_cache, golden_attention: those of caches and of attention)
 graph     what a function runs on a device: each op, its program, the DRAM bytes that it moves
 kernels   what it hands to kernels: each one's source, defines and compile-time arguments
 

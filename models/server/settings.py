@@ -108,8 +108,8 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         "--pool-size",
         type=integer(2),
         metavar="N",
-        help="tokens that the KV cache holds of all texts together, on cpu and cuda (default: --slots times "
-        "--max-seq-len, or what the free memory holds, if that is less)",
+        help="tokens that the KV cache holds of all texts together (default: --slots times --max-seq-len, or "
+        "on cpu and cuda what the free memory holds, if that is less)",
     )
     group.add_argument(
         "--queue",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from models.speculative.drafters import MAX_DRAFT_LENGTH, Budget, Draft, Drafter
-from models.speculative.model import FusedRounds, LanguageModel, Rows
+from models.speculative.model import FusedRounds, LanguageModel, Rows, in_turns
 from models.speculative.scheduler import PROMPT_ROWS, Scheduler
 from models.speculative.sequence import WAITING, Request, Sequence, Token
 from models.speculative.stats import GenerationStats, Joint, Round
@@ -65,8 +65,10 @@ class Engine:
     5. Emit, and go on with 2. Nothing follows a stop token or the end of a stop string.
 
     `step` takes every running sequence one round further, with ONE target forward for all of them: verifications of
-    any length, and pieces of prompts beside them. Each has its own drafter, draft length, sampling and end; nobody
-    waits for another one's rejection. Who starts when: see `scheduler.Scheduler`.
+    any length, and pieces of prompts beside them. Where the target bounds the rows of a forward (`Limits.batch_rows`),
+    policies that choose draft lengths keep to what fits, and for others sequences take turns. Each has its own drafter,
+    draft length, sampling and end; nobody waits for another one's rejection. Who starts when: see
+    `scheduler.Scheduler`.
 
     Args:
         target: verifies; its limits say how many sequences have a slot.
@@ -177,7 +179,7 @@ class Engine:
         parts += [self._prompt_part(sequence, rows) for sequence, rows in pieces]
         if parts:
             mark = clock()
-            results = compute_each(self.target, parts)
+            results = self._in_turns(parts, len(joint))
             verify_s = clock() - mark
             shared = self._shared(joint, pieces, verify_s) if len(sequences) > 1 else None
             for turn, result in zip(joint, results, strict=False):
@@ -192,6 +194,13 @@ class Engine:
                 if sequence.finished and sequence in self.running:
                     self._leave(sequence)
         return emissions
+
+    def _in_turns(self, parts: list[Part], verified: int) -> list[Result | Exception]:
+        """Compute all parts, the first so many with no more rows in a forward than the target has; prompts are read
+        with the last of them."""
+        turns = in_turns([len(part.rows.tokens) for part in parts[:verified]], self.target.limits.batch_rows) or [[]]
+        turns[-1].extend(range(verified, len(parts)))
+        return [result for turn in turns for result in compute_each(self.target, [parts[i] for i in turn])]
 
     def _guarded(self, sequence: Sequence, call: Callable[..., None], *arguments: object) -> None:
         """What goes wrong in this call is this sequence's error."""
@@ -225,7 +234,9 @@ class Engine:
             if not sequence.finished:
                 groups.setdefault(sequence.request.drafter, []).append(sequence)
         mark = self._clock()
-        budget = Budget(self.target.limits.rows, len(sequences), context, self._scheduler.prompt_rows)
+        limits = self.target.limits
+        rows = limits.rows if limits.batch_rows is None else min(limits.rows, limits.batch_rows)
+        budget = Budget(rows, len(sequences), context, self._scheduler.prompt_rows, limits.batch_rows)
         drafts: dict[Sequence, Draft] = {}
         for drafter, members in groups.items():
             if drafter is None:

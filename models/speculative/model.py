@@ -66,6 +66,23 @@ class Limits(NamedTuple):
     positions: int  # of each sequence
     vocabulary: int
     pool: int | None = None  # positions of all sequences together, where they share them; None: each has its own
+    batch_rows: int | None = None  # of all sequences together in a forward, prompts apart; None: any number
+
+
+def in_turns(counts: Sequence[int], most: int | None) -> list[list[int]]:
+    """Which sequences, that have so many rows each, share a forward of at most so many: their numbers, in their order.
+
+    One that has more by itself has a turn of its own. Without a bound all share one.
+    """
+    turns: list[list[int]] = []
+    room = 0
+    for number, count in enumerate(counts):
+        if not turns or (most is not None and count > room):
+            turns.append([])
+            room = most or 0
+        turns[-1].append(number)
+        room -= count
+    return turns
 
 
 @dataclass(frozen=True)

@@ -169,14 +169,14 @@ class Conformance:
 
     # ------------------------------------------------------------------------------------------------------ limits
     def test_limits_are_what_it_can_compute(self, subject: Subject):
-        rows, slots, positions, vocabulary, _ = subject.model.limits
+        rows, slots, positions, vocabulary, *_ = subject.model.limits
         ids = subject.ids(positions, seed=5)
         for slot in range(slots):
             subject.read(slot, ids[: positions - rows])
             assert subject.logits(ids[-rows:], positions - rows, slot=slot).shape == (rows, vocabulary)
 
     def test_what_exceeds_the_limits_is_refused_in_one_line(self, subject: Subject):
-        rows, slots, positions, _, _ = subject.model.limits
+        rows, slots, positions, *_ = subject.model.limits
         subject.read(0, subject.ids(positions - 1))
         for tokens, position in (
             ([1] * (rows + 1), 0),
@@ -245,7 +245,7 @@ class TreeConformance:
             subject.near(made[-1:], subject.reference(text)[-1:], subject.error)
 
     def test_a_tree_needs_room_for_its_levels_not_for_its_rows(self, subject: Subject):
-        rows, _, positions, _, _ = subject.model.limits
+        rows, _, positions, *_ = subject.model.limits
         position = positions - 2
         ids = subject.ids(positions, seed=9)
         subject.read(0, ids[:position])

@@ -14,7 +14,7 @@ from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import PerSequence
 from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.engine import Engine
-from models.speculative.model import Paged
+from models.speculative.model import Paged, in_turns
 from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import WAITING, Request
 from models.speculative.stats import GenerationStats
@@ -182,6 +182,63 @@ def test_the_wait_of_a_step_is_everybodys(company):
     assert (joint.sequences, joint.prompt_rows) == (3, 0)
     assert joint.rows == sum(1 + round_.drafted for round_ in first)
     assert joint.context == sum(len(each.request.prompt) + 1 for each in sequences)
+
+
+# ------------------------------------------------------------------------------------------ a bound on rows together
+@pytest.mark.parametrize("most", [4, 8, 13])
+@pytest.mark.parametrize("length", [5, "auto"])
+def test_a_forward_never_has_more_rows_than_the_target_takes(monkeypatch, most, length):
+    """Four texts beside prompts that are read: drafts of a fixed length are verified in turns, those of an automatic
+    one are cut to fit one forward, and every text is the one it is alone."""
+    company = Company()
+    monkeypatch.setattr(
+        type(company.target), "limits", property(lambda self: TorchLlama.limits.fget(self)._replace(batch_rows=most))
+    )
+    rows, forwards = [], []
+
+    def seen(parts):
+        rows.append(sum(len(each.tokens) for each in parts if not each.last))
+
+    company.target.fail = seen
+    wishes = [
+        Wish(number, kind, length, arrives=2 * (number > 3))
+        for number, kind in enumerate(("model", "combined", "prompt-lookup", "tree", "none", "model"))
+    ]
+    engine = Engine(company.target)
+    drafters, controllers = {}, {}
+    sequences = [engine.add(request_of(company, wish, drafters, controllers)) for wish in wishes[:4]]
+    late = wishes[4:]
+    while late or not engine.idle:
+        if late and not engine.waiting:
+            sequences.append(engine.add(request_of(company, late.pop(0), drafters, controllers)))
+        before = len(rows)
+        engine.step()
+        forwards.append(len(rows) - before)
+    checked(company, wishes, sequences)
+    assert max(rows) <= most
+    drafted = [round_.drafted for each in sequences for round_ in each.stats.rounds]
+    if length == "auto":
+        assert max(forwards) == 1
+    else:
+        assert max(drafted) >= min(length, most - 1)
+        assert max(forwards) > 1, "there was nothing to take turns for"
+
+
+def test_turns_keep_the_order_and_fill_forwards():
+    assert in_turns([5, 5, 5], None) == [[0, 1, 2]] and in_turns([], 8) == []
+    assert in_turns([5, 3, 1, 8, 9, 1], 8) == [[0, 1], [2], [3], [4], [5]]
+
+
+def test_more_texts_than_rows_decode_in_turns(monkeypatch):
+    """Nobody drafts where not even one row each fits."""
+    company = Company()
+    monkeypatch.setattr(
+        type(company.target), "limits", property(lambda self: TorchLlama.limits.fget(self)._replace(batch_rows=3))
+    )
+    wishes = [Wish(number, "model", "auto") for number in range(4)]
+    sequences = write(company, wishes)
+    checked(company, wishes, sequences)
+    assert all(sum(len(each.tokens) for each in parts if not each.last) <= 3 for parts in company.target.forwards)
 
 
 # ------------------------------------------------------------------------------------------------------- admission

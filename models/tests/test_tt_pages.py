@@ -72,6 +72,95 @@ def test_too_few_pages_are_refused_in_one_line_with_what_would_fit():
         pages.reserve(1, 640)
 
 
+# --------------------------------------------------------------------------------------------------- shared beginnings
+def test_texts_that_begin_alike_share_whole_pages_also_after_their_end():
+    pages = Pages(3, 512)
+    beginning = list(range(300))
+    assert pages.promise(0, beginning, 400) == 0
+    pages.write(0, 0, 300)
+    pages.note(0, 0, beginning)
+    assert pages.promise(1, [*beginning[:260], 7, 8], 300) == 256
+    assert pages.of(1)[:2] == pages.of(0)[:2] and not set(pages.of(1)[2:]) & set(pages.of(0))
+    assert pages.promise(2, beginning[:256], 300) == 128, "the last token has to be read"
+    pages.release(0)
+    pages.release(1)
+    pages.release(2)
+    assert pages.free_count == pages.count
+    assert pages.promise(1, [*beginning[:200], 5], 201) == 128
+    assert pages.promise(2, [1, *beginning], 400) == 0
+
+
+def test_nobody_writes_into_a_page_that_others_have():
+    pages = Pages(2, 512)
+    prompt = list(range(256))
+    pages.promise(0, prompt, 300)
+    pages.write(0, 0, 256)
+    pages.note(0, 0, prompt)
+    assert pages.promise(1, [*prompt, 1], 300) == 256
+    theirs = pages.of(0)
+    with pytest.raises(ValueError, match="position 130 of slot 1 lies in page 1, which another text has too: go on"):
+        pages.write(1, 130, 131)
+    pages.write(1, 0, 200)  # read anew from its begin: pages of its own
+    assert pages.of(0) == theirs and not set(pages.of(1)) & set(theirs)
+    pages.write(0, 130, 131)  # its only owner: nobody finds the page any more
+    pages.release(1)
+    assert pages.promise(1, [*prompt, 1], 300) == 128
+
+
+def test_a_promise_is_kept_and_what_can_never_be_is_refused():
+    pages = Pages(3, 640, count=6)
+    assert pages.promise(0, (), 500) == 0 and pages.promise(1, (), 200) == 0
+    assert pages.promise(2, (), 1) is None and pages.of(2) == ()
+    pages.release(1)
+    assert pages.promise(2, (), 256) == 0
+    with pytest.raises(UserError, match=r"769 positions need 7 pages of 128, there are 6: .* fit 768 positions"):
+        pages.promise(1, (), 769)
+
+
+def test_shared_pages_are_counted_whoever_comes_and_goes():
+    """Random texts of few beginnings: what a page is found by is what its owner's text has there, a page that is being
+    written has one owner, pages left first are taken first, and none is lost."""
+    draw, slots = random.Random(3), 4
+    pages = Pages(slots, 600, count=11)
+    content: dict[int, list[int]] = {}
+    prompts = [[draw.randrange(9) for _ in range(500)] for _ in range(3)]
+    running: dict[int, tuple[list[int], int]] = {}  # by slot: text, positions promised
+    shared = 0
+    for _ in range(3000):
+        slot = draw.randrange(slots)
+        if slot in running and draw.random() < 0.4:
+            pages.release(slot)
+            del running[slot]
+        elif slot in running:
+            text, end = running[slot]
+            if len(text) < end:
+                position = len(text)
+                pages.write(slot, position, position + 1)
+                page = pages.of(slot)[position // KV_BLOCK]
+                assert sum(page in pages.of(other) for other in range(slots)) == 1
+                text.append(draw.randrange(9))
+                content.setdefault(page, [0] * KV_BLOCK)[position % KV_BLOCK] = text[-1]
+        else:
+            prompt = draw.choice(prompts)[: draw.randrange(1, 450)] + [draw.randrange(9)]
+            positions = len(prompt) + draw.randrange(100)
+            held = pages.promise(slot, prompt, positions)
+            if held is None:
+                continue
+            assert held % KV_BLOCK == 0 and held < len(prompt)
+            shared += held > 0
+            pages.write(slot, held, len(prompt))
+            for position in range(held, len(prompt)):
+                page = content.setdefault(pages.of(slot)[position // KV_BLOCK], [0] * KV_BLOCK)
+                page[position % KV_BLOCK] = prompt[position]
+            pages.note(slot, held, prompt[held:])
+            running[slot] = (list(prompt), positions)
+        for each, (text, _) in running.items():
+            own = [content[page] for page in pages.of(each)[: -(-len(text) // KV_BLOCK)]]
+            assert [token for page in own for token in page][: len(text)] == text
+        assert len(set(owners(pages, slots))) + pages.free_count == 11
+    assert shared > 100
+
+
 # ------------------------------------------------------------------------------------------- programs, memory, refusals
 def test_several_texts_have_programs_for_all_of_their_rows():
     options = BoardOptions(workload=Workload("draft"), draft_lengths=(4,), slots=4)
@@ -103,3 +192,19 @@ def test_memory_counts_pages():
     check_fit(board, {"target": plan(config, precision, 1, 8192, 0, slots=most)})
     with pytest.raises(UserError):
         check_fit(board, {"target": plan(config, precision, 1, 8192, 0, slots=most + 1)})
+
+
+def test_memory_counts_the_pages_of_a_pool_and_a_refusal_names_the_largest_that_fits():
+    config, precision, board = named_config("8B"), precision_named("performance"), BOARDS["N150"]
+    whole, pool = (plan(config, precision, 1, 8192, 0, slots=32, pool=size) for size in (None, 20_000))
+    page = 2 * 32 * 8 * KV_BLOCK * 128 // 1024 * 1088
+    assert abs(pool.kv_cache - 157 * page) < 2 * 32 * 12 * 1088 and pool.weights == whole.weights
+    assert plan(config, precision, 1, 8192, 0, slots=32, pool=10**7) == whole.changed(pool=10**7)
+    assert whole.changed(pool=10**7).kv_cache == whole.kv_cache
+    with pytest.raises(UserError, match=r"--pool-size \d+") as caught:
+        check_fit(board, {"target": whole})
+    most = int(re.search(r"--pool-size (\d+)", str(caught.value))[1])
+    assert most > 8192
+    check_fit(board, {"target": whole.changed(pool=most)})
+    with pytest.raises(UserError):
+        check_fit(board, {"target": whole.changed(pool=most + 1)})

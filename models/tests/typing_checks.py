@@ -21,6 +21,7 @@ from models.speculative.model import (
     FusedRounds,
     LanguageModel,
     OneSlot,
+    Paged,
     SequenceModel,
     Tapped,
     TreeModel,
@@ -60,6 +61,7 @@ class Batches:
         self.several: list[LanguageModel] = [whole, slot]
         self.single: list[DraftModel] = [whole, slot]
         self.network: Network = whole
+        self.pool: Paged = whole
         self.no_trees: Trees = whole  # type: ignore[assignment]
         self.no_trees_in_a_slot: Trees = slot  # type: ignore[assignment]
         self.no_early_exit: EarlyExit = whole  # type: ignore[assignment]

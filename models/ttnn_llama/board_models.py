@@ -52,6 +52,7 @@ def memory_plans(
             reserved,
             dram_banks=board.dram_banks,
             slots=options.slots,
+            pool=options.pool,
         )
     }
     if draft:
@@ -174,6 +175,7 @@ class BoardModels:
             default_cache_dir() if self.options.weight_cache else None,
             (lambda done, total, tensor: progress(role, done, total, tensor)) if progress else None,
         )
+        pool = self.options.pool if role == "target" else None
         with errors_passed_on(f"{opened.source} could not be loaded"):
             model = (BatchLlama if self.options.slots > 1 else TtnnLlama)(
                 opened.checkpoint.config,
@@ -185,6 +187,7 @@ class BoardModels:
                 attention_cores=self.options.attention_cores,
                 prefill=self.options.prefill,
                 slots=self.options.slots,
+                pool=pool,
             )
         return LoadedModel(opened, model, precision_name, opened.seconds + time.perf_counter() - start)
 

@@ -83,6 +83,7 @@ class BoardLlama(Decoder):
         attention_cores: that share one row and KV head in decode attention.
         prefill: "chunks", or "rows" to read prompts by decode forwards.
         slots: sequences that the cache has room for.
+        pool: positions of all of them together, in pages; None: max_seq_len for each.
 
     Raises:
         UserError: a context longer than the model's; sizes that the chips do not divide.
@@ -100,6 +101,7 @@ class BoardLlama(Decoder):
         attention_cores: int = 1,
         prefill: str = PREFILLS[0],
         slots: int = 1,
+        pool: int | None = None,
     ):
         if not 0 < max_seq_len <= config.max_position_embeddings:
             raise UserError(
@@ -112,6 +114,7 @@ class BoardLlama(Decoder):
         self.vocab_size = config.vocab_size
         self.max_seq_len = max_seq_len
         self.slots = slots
+        self._pool = pool
         self._prompts_in_rows = prefill == "rows"
         self.mesh_device = mesh_device
         self.runner = runner or Runner(mesh_device, trace=False)
@@ -129,7 +132,7 @@ class BoardLlama(Decoder):
         self.head = LMHead(RMSNorm(weights["norm"], self.layout), pieces, self.layout, self.collectives)
         chips, banks = self.layout.chips, self.layout.banks
         self.weight_bytes = chips * sum(weight_bytes(spec, chips, banks) for spec in specs)
-        self.kv_cache_bytes = chips * kv_cache_bytes(config, precision, chips, max_seq_len, banks, slots)
+        self.kv_cache_bytes = chips * kv_cache_bytes(config, precision, chips, max_seq_len, banks, slots, pool)
 
     def _make_cache(self) -> Sequence[LayerCache | PagedCache]:
         """One for each layer."""
@@ -151,13 +154,17 @@ class BoardLlama(Decoder):
         kept = states or NothingKept()
         m = padded_prompt(len(tokens))
         ids = self._on_device([[*tokens, *[0] * (m - len(tokens))]])
-        tables = self.rope.range(start, m)
+        tables = self._chunk_tables(start, m)
         x = ttnn.unsqueeze_to_4D(ttnn.embedding(ids, self.embedding, layout=ttnn.TILE_LAYOUT))
         kept.keep_chunk(0, x)
         for i, layer in enumerate(self.layers, 1):
             x = layer.prefill_forward(x, tables, self.rope.rotation, start)
             kept.keep_chunk(i, x)
         return x
+
+    def _chunk_tables(self, start: int, m: int) -> list[ttnn.Tensor]:
+        """cos and sin [1, 1, m, D] of a chunk's positions."""
+        return self.rope.range(start, m)
 
     def _last_logits(self, x: ttnn.Tensor, last: ttnn.Tensor) -> torch.Tensor:
         """Logits [V] of a row of a chunk's hidden states [1, 1, m, H]; last [1, 1] uint32: which.

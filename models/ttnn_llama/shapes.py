@@ -27,6 +27,13 @@ def pages_of(positions: int) -> int:
     return -(-positions // KV_BLOCK)
 
 
+def pool_pages(slots: int, max_seq_len: int, pool: int | None) -> int:
+    """Pages of a paged cache for so many sequences, of which all together may have `pool` positions; None: no less than
+    each may have."""
+    most = slots * pages_of(cache_length(max_seq_len))
+    return most if pool is None else min(most, pages_of(pool))
+
+
 def cache_length(max_seq_len: int) -> int:
     """Positions the KV cache reserves: room for a whole tile of rows at the last position, in whole blocks."""
     return -(-(max_seq_len + TILE) // KV_BLOCK) * KV_BLOCK

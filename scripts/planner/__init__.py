@@ -9,6 +9,7 @@
     heads.py        draft heads and one-pass heads: what a round of them does, from the design, and its time
     texts.py        published acceptance of heads by kind of text, and what is made of it
     overview.py     heads of all targets on all boards
+    attention.py    ways for the rows of one text to read its cache
     levers.py       what else would pay; memory
     describe.py     how well the fit holds and where not; what is assumed
     report.py       tables for people

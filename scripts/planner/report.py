@@ -327,6 +327,30 @@ def heads_markdown(found: dict) -> str:
     return _markdown(_heads_headline(found), heads_tables(found))
 
 
+def attention_table(found: dict) -> Table:
+    """Ways of reading the cache, a column for each board: cores, MB of the cache that a chip reads, ms of a forward."""
+    entries = {(each["context"], each["way"], each["board"]): each for each in found["entries"]}
+    boards, ways = (list(dict.fromkeys(each[key] for each in found["entries"])) for key in ("board", "way"))
+    rows = []
+    for context in dict.fromkeys(each["context"] for each in found["entries"]):
+        for way in ways:
+            cells = (entries[context, way, board] for board in boards)
+            shown = [
+                f"{each['cores']} / {each['kv_mb']:.0f} / {each['ms']:.1f} ({each['ms_band'][0]:.0f}-"
+                f"{each['ms_band'][1]:.0f})"
+                for each in cells
+            ]
+            rows.append((str(context), f"{entries[context, way, boards[0]]['rows']}", way, *shown))
+    title = f"{found['model']}, {found['precision']}: cores / KV MB a chip / ms of a forward (band), predicted"
+    return Table(title, ("context", "rows", "how the cache is read", *boards), rows, left=3)
+
+
+def attention_markdown(found: dict) -> str:
+    """The ways of reading the cache as Markdown."""
+    table = attention_table(found)
+    return f"{table.title}\n\n{markdown_table(table.columns, table.rows, left=table.left)}"
+
+
 def show_heads(found: dict) -> None:
     """The overview on stdout; as of `show`."""
     _show(_heads_headline(found), heads_tables(found))

@@ -93,7 +93,7 @@ class CostModel:
         limits = target.limits
         want = IDS if greedy else LOGITS
         for n in (1, 2, 4, 7):
-            if n > min(limits.rows, limits.positions):
+            if n > min(limits.rows, limits.positions, (limits.batch_rows or n * limits.slots) // limits.slots):
                 break
             rows = [Rows(slot, [0] * n, 0) for slot in range(limits.slots)]
             spent = 0.0

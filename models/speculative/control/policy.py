@@ -26,7 +26,13 @@ from models.speculative.stats import Round
 
 class DraftPolicy(Protocol):
     """One text's policy. Asked before every round, told about every round. It may learn from rounds and times, never
-    from tokens ahead."""
+    from tokens ahead.
+
+    fits_forward: whether drafts are cut where the rows of all texts of a step would not fit one forward; else texts
+    take turns.
+    """
+
+    fits_forward: bool
 
     def shares(self, sequences: int, context: int) -> None:
         """A round begins: so many sequences share its forward, whose texts have so many tokens together."""
@@ -58,8 +64,9 @@ class Controller(Protocol):
 
 
 class FixedDraftLength:
-    """The same number in every round, 0 (never draft) to 31: a policy for any text."""
+    """The same number in every round, 0 (never draft) to 31, whoever is beside it: a policy for any text."""
 
+    fits_forward = False
     pays = staticmethod(always)
 
     def __init__(self, k: int = 4) -> None:
@@ -127,6 +134,7 @@ class AutoDraftLength:
     LONGEST_WAIT = 8
     REFRESH, REFRESHED = 32, 2  # joint steps
     MUCH = 1.3  # a gain that need not be looked at so often
+    fits_forward = True
 
     def __init__(self, lengths: Iterable[int] = range(7), costs: CostModel | None = None) -> None:
         self.lengths = sorted({0, *lengths})
@@ -271,6 +279,8 @@ class AutoPolicy:
         prompt_tokens: that a draft model has to read.
         remaining: tokens that will be emitted at most, after the first.
     """
+
+    fits_forward = True
 
     def __init__(self, run: AutoDraftLength, prompt_tokens: int, remaining: int) -> None:
         self.run = run

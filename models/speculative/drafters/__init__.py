@@ -121,18 +121,22 @@ class Budget(NamedTuple):
 
     rows: of one sequence in a target's forward, the tokens before the drafted ones included. sequences: that share the
     step. context: tokens of all their texts. prompt_rows: that drafters may read of texts, all together, where several
-    share the step.
+    share the step. batch_rows: as of `model.Limits`: policies that choose how much is drafted keep to what fits one
+    forward of all; for others texts take turns.
     """
 
     rows: int
     sequences: int = 1
     context: int = 0
     prompt_rows: int = 512
+    batch_rows: int | None = None
 
     def share(self, sequence: Sequence) -> Limit:
         """What is allowed to one sequence, by its policy, its end, and the rows that the text itself leaves."""
-        rows = self.rows - (len(sequence.tokens) - sequence.cached)
-        policy = sequence.policy
+        policy, rows = sequence.policy, self.rows
+        if self.batch_rows is not None and policy.fits_forward:
+            rows = min(rows, self.batch_rows // self.sequences)
+        rows = max(0, rows - (len(sequence.tokens) - sequence.cached))
         policy.shares(self.sequences, self.context)
 
         def length(source: str) -> int:

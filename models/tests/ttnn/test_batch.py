@@ -7,7 +7,7 @@ import torch
 
 from models.board_mock import cluster
 from models.speculative.control.policy import FixedDraftLength
-from models.speculative.drafters import PerSequence
+from models.speculative.drafters import Draft, PerSequence
 from models.speculative.drafters.combined import Combined
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.prompt_lookup import PromptLookup
@@ -138,6 +138,37 @@ def test_a_text_in_a_batch_of_four_is_its_text_alone(mesh, weights, model):
     assert sum(round_.accepted for round_ in rounds) > 0
     assert any(round_.accepted < round_.drafted for round_ in rounds)
     assert model.pages.free_count == model.pages.count
+
+
+def test_four_texts_with_long_drafts_take_turns_of_32_rows(mesh, weights, model, monkeypatch):
+    """8 rows a text more than a tile has: two forwards a step, each of at most 32 rows, and the same texts."""
+    assert model.limits.batch_rows == 32
+    prompts = [(random_ids(6, seed=70 + i) * 4)[: 20 + i] for i in range(4)]
+
+    def texts(drafter):
+        engine = Engine(model)
+        requests = [Request(p, max_new_tokens=14, drafter=drafter, controller=FixedDraftLength(9)) for p in prompts]
+        sequences = [engine.add(request) for request in requests]
+        while not engine.idle:
+            engine.step()
+        assert [sequence.error for sequence in sequences] == [None] * 4
+        return [sequence.tokens for sequence in sequences]
+
+    known = dict(zip(map(tuple, prompts), texts(None), strict=True))
+
+    class Knowing(PromptLookup):
+        """Drafts what will follow."""
+
+        def propose(self, tokens, limit):
+            text = next(text for prompt, text in known.items() if tuple(tokens[: len(prompt)]) == prompt)
+            return Draft(text[len(tokens) : len(tokens) + limit("lookup")], source="lookup")
+
+    forwards = []
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda what, users: forwards.append(users) or run(what, users))
+    assert texts(PerSequence(lambda sequence: Knowing())) == list(known.values())
+    rows = [sum(len(each.tokens) for each in users) for users in forwards]
+    assert 30 in rows and max(rows) <= 32
 
 
 # ------------------------------------------------------------------------------------------------------ row-safe writes

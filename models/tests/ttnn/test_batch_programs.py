@@ -4,6 +4,7 @@ compiled."""
 import dataclasses
 
 import pytest
+import torch
 import ttnn
 
 from models.board_mock import graph
@@ -77,3 +78,29 @@ def test_programs_can_be_captured(whole):
             whole.runner.run(chain)
         finally:
             ttnn.graph.end_graph_capture()
+
+
+def test_what_keeps_a_verification_from_the_prefill_kernel_is_so(whole):
+    """docs/batching.md: chunks begin where blocks of keys do, and at one place for all texts of a call."""
+    mesh, cache = whole.mesh_device, whole.cache[0]
+    replicated = ttnn.ReplicateTensorToMesh(mesh)
+
+    def put(values, dtype, layout=ttnn.ROW_MAJOR_LAYOUT):
+        return ttnn.from_torch(values, dtype=dtype, layout=layout, device=mesh, mesh_mapper=replicated)
+
+    def attend(texts, start, **at):
+        q = put(torch.zeros(texts, whole.layout.heads, 32, whole.layout.head_dim), ttnn.bfloat16, ttnn.TILE_LAYOUT)
+        table = put(torch.zeros(texts, 72, dtype=torch.int32), ttnn.int32)
+        if start is not None:
+            at["chunk_start_idx_tensor"] = put(torch.tensor(start, dtype=torch.int32), ttnn.int32)
+        program = whole.layout.attention_program(q_chunk=32)
+        return ttnn.transformer.chunked_scaled_dot_product_attention(
+            q, cache.keys, cache.values, table, scale=0.125, program_config=program, **at
+        )
+
+    assert attend(1, None, chunk_start_idx=8064).shape[2] == 32
+    with pytest.raises(RuntimeError, match="must be a multiple of k_chunk_size"):
+        attend(1, None, chunk_start_idx=8096)
+    assert attend(2, [8064]).shape[0] == 2
+    with pytest.raises(RuntimeError, match=r"must have shape \[1\]"):
+        attend(2, [8064, 128])

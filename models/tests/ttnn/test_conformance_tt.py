@@ -1,12 +1,13 @@
-"""TtnnLlama and its first layers keep what every language model promises."""
+"""TtnnLlama, its first layers and BatchLlama keep what every language model promises."""
 
 import dataclasses
 
 import pytest
 
 from models.speculative.model import Rows, Tapped, Want
-from models.tests.conformance import Conformance, Subject, TreeConformance
+from models.tests.conformance import Conformance, SlotConformance, Subject, TreeConformance
 from models.tests.ttnn.model_fixtures import Weights, board, hf_logits, reduced
+from models.tests.ttnn.test_batch import batch_of
 from models.ttnn_llama.shapes import PREFILL_CHUNK
 
 LAYERS, EXIT = 2, 1
@@ -71,3 +72,14 @@ class TestFirstLayers(Conformance):
     @pytest.fixture
     def subject(self, first):
         return first
+
+
+class TestSeveralSlots(Conformance, SlotConformance):
+    @pytest.fixture(scope="class")
+    def several(self, mesh, weights):
+        return batch_of(weights, mesh, 2, max_seq_len=CONTEXT)
+
+    @pytest.fixture
+    def subject(self, several, weights):
+        subject = subject_of(several, weights, several)
+        return dataclasses.replace(subject, read=lambda slot, ids: several.slot(slot).prefill(ids))

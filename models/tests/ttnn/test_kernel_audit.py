@@ -14,6 +14,7 @@ from models.board_mock import graph
 from models.llama.config import named_config
 from models.llama.head_config import HeadConfig
 from models.speculative.model import Rows, Want
+from models.ttnn_llama.batch_model import BatchLlama, UserRows
 from models.ttnn_llama.device.runner import Runner
 from models.ttnn_llama.draft_head import TtnnHead
 from models.ttnn_llama.model import TtnnLlama
@@ -44,6 +45,7 @@ def ran(mesh_opener):
         rounds = FusedRound(model, model.first_layers(1))
         head = head_of(model, mesh)
         head_rounds = HeadRound(head)
+        several = BatchLlama(config, mesh, EmptySource(mesh), precision=precision, max_seq_len=CONTEXT, slots=32)
         for k in (4, 13):  # 13: rows are filled up
             rounds.prepare(k)
             head_rounds.prepare(k)
@@ -72,6 +74,12 @@ def ran(mesh_opener):
                 kept = model.extend([Rows(0, [1] * 3, POSITION)], Want(taps=head.taps)).features(0)
                 head.states(kept, range(3), POSITION)
                 head_rounds.run([1] * 4, POSITION, k)
+            for length in (66, 1100):
+                several.prefill([1] * length)
+            for rows in (1, 5, 32):
+                several.run("ids", [UserRows(slot, [1], POSITION) for slot in range(rows)])
+            several.run("logits", [UserRows(slot, [1] * 4, POSITION) for slot in range(8)])
+            several.draft_greedy([1, 1], POSITION, 4)
 
         everything()  # makes buffers and programs
         return {(op.operation, op.factory) for op in graph.capture(everything)}

@@ -108,3 +108,18 @@ def test_texts_at_once_are_what_each_is_alone(board, shadowed):
             llm.generate(prompt, max_new_tokens=4, speculate=False).token_ids for prompt in (PROMPT, "import")
         ]
         assert llm.target.model.pages.free_count == llm.target.model.pages.count
+
+
+def test_texts_share_a_pool_and_the_beginning_of_a_prompt(board, shadowed):
+    options = {"device": "tt", "max_seq_len": 256, "drafter": "prompt-lookup", "slots": 3, "weight_cache": False}
+    with pytest.raises(UserError, match="pool_size 200 cannot hold one text of max_seq_len 256"):
+        LLM.load("tiny", pool_size=200, **options)
+    with LLM.load("tiny", pool_size=300, **options) as llm:
+        assert llm.target.model.limits.pool == 300 and llm.target.model.pages.count == 3
+        plan, model = llm.board.plans["target"], llm.target.model
+        assert plan.kv_cache * plan.chips == model.kv_cache_bytes
+        prompt = [llm.tokenizer.bos_id, *llm.encode(PROMPT)[1:] * 20][:140]
+        first = llm.generate(prompt, max_new_tokens=5)
+        again = llm.generate(prompt, max_new_tokens=5)
+        assert (first.stats.reused_tokens, again.stats.reused_tokens) == (0, 128)
+        assert again.token_ids == first.token_ids

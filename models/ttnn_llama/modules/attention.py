@@ -86,7 +86,7 @@ class Attention:
             self.cache.keys,
             self.cache.values,
             self.cache.page_table,
-            start,
+            **self.cache.chunk_start(start),
             scale=self.scale,
             program_config=self.prefill_program,
             compute_kernel_config=self.compute,

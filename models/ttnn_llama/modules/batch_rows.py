@@ -17,7 +17,7 @@ from models.ttnn_llama.modules.kv_cache import LayerCache, PagedCache
 from models.ttnn_llama.modules.layout import Layout
 from models.ttnn_llama.modules.rope import RopeTables
 from models.ttnn_llama.modules.rows import FusedRowPlan, RowInputs, RowPlan, SeparateRowPlan
-from models.ttnn_llama.shapes import KV_BLOCK, TILE, pages_of
+from models.ttnn_llama.shapes import KV_BLOCK, TILE
 
 SKIPPED = -1  # a position: neither read nor written
 
@@ -38,9 +38,9 @@ class BatchInputs(RowInputs):
     sharing of up to R rows, with up to as many rows for a user as there are turns.
     """
 
-    def __init__(self, rows: int, lookups: int, turns: int, layout: Layout):
+    def __init__(self, rows: int, lookups: int, turns: int, width: int, layout: Layout):
         super().__init__(rows, lookups, layout.mesh_device)
-        self._width = pages_of(layout.cache_length)
+        self._width = width
         self.tables = self._buffer(self._tables([]), layout.mesh_device)
         # A user's only row is written with all others: at the positions that attention reads, in one call.
         self.turns = [self.positions]

@@ -9,6 +9,8 @@ from models.ttnn_llama.modules.layout import Layout
 from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, pages_of
 from models.ttnn_llama.weights.precision import ttnn_dtype
 
+TABLE_UNIT = 8  # page tables of chunked attention have 32 bytes, or multiples of that
+
 
 class LayerCache:
     """keys and values [1, KV, S, D] of one layer (per chip), and the page table [1, 1] that makes them one block.
@@ -26,18 +28,29 @@ class LayerCache:
         for kept, new in ((self.keys, k), (self.values, v)):
             ttnn.fill_cache(kept, new, 0, update_idx=start)
 
+    @staticmethod
+    def chunk_start(start: int) -> dict[str, int]:
+        """How chunked attention is told where a chunk begins."""
+        return {"chunk_start_idx": start}
+
 
 class PromptPages:
-    """The page tables of the prompt that is being read, in buffers that stay: of all of its sequence's pages [1, W],
-    and of those that the chunk at hand is written to [1, up to 8], -1 where it writes nothing."""
+    """Where the chunk of a prompt lies that is being read, in buffers that stay.
 
-    def __init__(self, layout: Layout):
-        self._width = pages_of(layout.cache_length)
-        self._chunk = min(PREFILL_CHUNK // KV_BLOCK, self._width)  # ttnn wants no table wider than the pool
+    sequence [1, W]: all pages of its sequence. chunk [1, up to 8]: those that it is written to, -1 where it writes
+    nothing. start [1]: the position of its first token.
+
+    So a chunk's programs depend on its length alone, wherever it begins.
+    """
+
+    def __init__(self, layout: Layout, pages: int):
+        width = min(pages_of(layout.cache_length), pages)  # ttnn fills by no table wider than the pool
+        self._width = -(-width // TABLE_UNIT) * TABLE_UNIT
+        self._chunk = min(PREFILL_CHUNK // KV_BLOCK, width)
         self._mapper = ttnn.ReplicateTensorToMesh(layout.mesh_device)
-        self.sequence, self.chunk = (
-            ttnn.to_device(self._host([], width), layout.mesh_device, memory_config=ttnn.DRAM_MEMORY_CONFIG)
-            for width in (self._width, self._chunk)
+        self.sequence, self.chunk, self.start = (
+            ttnn.to_device(host, layout.mesh_device, memory_config=ttnn.DRAM_MEMORY_CONFIG)
+            for host in (self._host([], self._width, 0), self._host([], self._chunk), self._numbers([0]))
         )
 
     def place(self, pages: Sequence[int], start: int) -> None:
@@ -45,10 +58,14 @@ class PromptPages:
         ttnn.copy_host_to_device_tensor(self._host(pages, self._width, 0), self.sequence)
         first = start // KV_BLOCK
         ttnn.copy_host_to_device_tensor(self._host(pages[first : first + self._chunk], self._chunk), self.chunk)
+        ttnn.copy_host_to_device_tensor(self._numbers([start]), self.start)
 
     def _host(self, pages: Sequence[int], width: int, padding: int = -1) -> ttnn.Tensor:
-        table = torch.tensor([[*pages, *[padding] * (width - len(pages))]], dtype=torch.int32)
-        return ttnn.from_torch(table, dtype=ttnn.int32, layout=ttnn.ROW_MAJOR_LAYOUT, mesh_mapper=self._mapper)
+        return self._numbers([[*pages, *[padding] * (width - len(pages))]])
+
+    def _numbers(self, values: list) -> ttnn.Tensor:
+        numbers = torch.tensor(values, dtype=torch.int32)
+        return ttnn.from_torch(numbers, dtype=ttnn.int32, layout=ttnn.ROW_MAJOR_LAYOUT, mesh_mapper=self._mapper)
 
 
 class PagedCache:
@@ -67,6 +84,10 @@ class PagedCache:
         """Write k and v [1, KV, m, D] of a prefill to the pages that `PromptPages.place` has set for its start."""
         for kept, new in ((self.keys, k), (self.values, v)):
             ttnn.experimental.paged_fill_cache(kept, new, self._prompt.chunk, batch_idx=0)
+
+    def chunk_start(self, start: int) -> dict[str, ttnn.Tensor]:
+        """How chunked attention is told where a chunk begins, which `PromptPages.place` has set."""
+        return {"chunk_start_idx_tensor": self._prompt.start}
 
 
 def make_cache(layout: Layout) -> list[LayerCache]:

@@ -51,6 +51,12 @@ class RopeTables:
         found = [ttnn.embedding(positions, table, layout=ttnn.TILE_LAYOUT) for table in self.lookup]  # [1, m, D]
         return [ttnn.transpose(ttnn.unsqueeze_to_4D(table), 1, 2, memory_config=memory) for table in found]
 
+    def chunk(self, positions: ttnn.Tensor) -> list[ttnn.Tensor]:
+        """cos and sin [1, 1, m, D], in DRAM, for positions [1, m] uint32: as `range` by a lookup."""
+        return [
+            ttnn.unsqueeze_to_4D(ttnn.embedding(positions, table, layout=ttnn.TILE_LAYOUT)) for table in self.lookup
+        ]
+
     def range(self, start: int, count: int) -> list[ttnn.Tensor]:
         """cos and sin [1, 1, count, D] of positions start.., both multiples of 32."""
         return [ttnn.slice(table, [0, 0, start, 0], [1, 1, start + count, self.head_dim]) for table in self.ranges]

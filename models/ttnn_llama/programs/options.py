@@ -26,6 +26,7 @@ class BoardOptions:
     zeros: nothing is drafted. More than one: whoever chooses among them may also choose to draft nothing for a while.
     greedy, batched: how the engine will decode and verify.
     slots: sequences that are written at once; more than one only where drafts are chains of a draft model, or copies.
+    pool: positions of all of them together in the target's cache; None: the whole context for each.
 
     From workload on they decide the programs that are prepared. Raises UserError for what has no meaning.
     """
@@ -44,6 +45,7 @@ class BoardOptions:
     greedy: bool = True
     batched: bool = True
     slots: int = 1
+    pool: int | None = None
 
     def __post_init__(self) -> None:
         for length in self.draft_lengths:

@@ -14,7 +14,7 @@ from models.boards import BOARDS, PLACEMENTS, Board
 from models.errors import UserError
 from models.llama.config import LlamaConfig
 from models.llama.head_config import HeadConfig
-from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, TILE, cache_length
+from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, TILE, cache_length, pool_pages
 from models.ttnn_llama.weights.head_tensors import drafting_config, head_specs
 from models.ttnn_llama.weights.precision import PRECISIONS, Precision, tile_bytes
 from models.ttnn_llama.weights.tensors import MESH_SIZES, WeightSpec, weight_specs
@@ -38,17 +38,18 @@ class MemoryPlan:
     max_seq_len: int
     dram_banks: int
     slots: int = 1  # sequences
+    pool: int | None = None  # positions of all of them together; None: max_seq_len for each
 
     @property
     def total(self) -> int:
         return self.weights + self.kv_cache + self.activations + self.traces
 
     def changed(self, **changes: object) -> MemoryPlan:
-        """The same model with another ``precision``, ``chips``, ``max_seq_len``, ``dram_banks`` or ``slots``.
+        """The same model with another ``precision``, ``chips``, ``max_seq_len``, ``dram_banks``, ``slots`` or ``pool``.
 
         Raises UserError as `plan` does.
         """
-        names = ("config", "precision", "chips", "max_seq_len", "dram_banks", "slots")
+        names = ("config", "precision", "chips", "max_seq_len", "dram_banks", "slots", "pool")
         asked = {name: getattr(self, name) for name in names} | changes
         return plan(
             asked["config"],
@@ -58,6 +59,7 @@ class MemoryPlan:
             self.traces,
             dram_banks=asked["dram_banks"],
             slots=asked["slots"],
+            pool=asked["pool"],
         )
 
 
@@ -70,11 +72,12 @@ def plan(
     *,
     dram_banks: int = 12,
     slots: int = 1,
+    pool: int | None = None,
 ) -> MemoryPlan:
     """What a model, or a draft head, takes of each of ``board_chips`` chips that share it.
 
     ``dram_banks`` is the board's (12 on Wormhole, 8 on Blackhole), ``trace_bytes`` the size of the trace region,
-    ``slots`` the sequences of max_seq_len positions that the cache has pages for.
+    ``slots`` the sequences that the cache has pages for: with ``pool`` positions together, else max_seq_len each.
     Raises UserError if the model cannot be split over so many chips.
     """
     positions = cache_length(max_seq_len)
@@ -86,7 +89,7 @@ def plan(
         activations = _activations(config, board_chips, positions)
     return MemoryPlan(
         weights=sum(weight_bytes(spec, board_chips, dram_banks) for spec in specs),
-        kv_cache=kv_cache_bytes(layer, precision, board_chips, max_seq_len, dram_banks, slots),
+        kv_cache=kv_cache_bytes(layer, precision, board_chips, max_seq_len, dram_banks, slots, pool),
         activations=activations,
         traces=trace_bytes,
         config=config,
@@ -95,6 +98,7 @@ def plan(
         max_seq_len=max_seq_len,
         dram_banks=dram_banks,
         slots=slots,
+        pool=pool,
     )
 
 
@@ -108,11 +112,17 @@ def weight_bytes(spec: WeightSpec, chips: int, dram_banks: int) -> int:
 
 
 def kv_cache_bytes(
-    config: LlamaConfig, precision: Precision, chips: int, max_seq_len: int, dram_banks: int, slots: int = 1
+    config: LlamaConfig,
+    precision: Precision,
+    chips: int,
+    max_seq_len: int,
+    dram_banks: int,
+    slots: int = 1,
+    pool: int | None = None,
 ) -> int:
-    """DRAM that the KV cache takes on each of ``chips`` chips: of several slots, pages for all of their positions."""
+    """DRAM that the KV cache takes on each of ``chips`` chips: pages for all positions of all slots, or of a pool."""
     heads = config.num_key_value_heads // chips
-    tiles = heads * slots * cache_length(max_seq_len) * config.head_dim // TILE**2
+    tiles = heads * pool_pages(slots, max_seq_len, pool) * KV_BLOCK * config.head_dim // TILE**2
     return 2 * config.num_hidden_layers * _dealt(tiles, tile_bytes(precision.kv_cache), dram_banks)
 
 
@@ -197,6 +207,9 @@ def _remedies(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> 
     context = _largest_context(board, plans, placement)
     if context:
         yield f"--max-seq-len {context}"
+    pool = _largest_pool(board, plans, placement)
+    if pool:
+        yield f"--pool-size {pool}"
     slots = _most_slots(board, plans, placement)
     if slots:
         yield f"{slots} slot{'s' * (slots > 1)}"
@@ -237,6 +250,23 @@ def _largest_context(board: Board, plans: Mapping[str, MemoryPlan], placement: s
         low, high = (middle, high) if fits(middle) else (low, middle)
     context = low * KV_BLOCK - TILE
     return context if context >= SMALLEST_CONTEXT else None
+
+
+def _largest_pool(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> int | None:
+    """The most positions of the target's texts together that fit, of one context at least; None: not so many, or one
+    text has the whole cache."""
+    target = plans["target"]
+
+    def fits(pages: int) -> bool:
+        return _fits(board, {**plans, "target": target.changed(pool=pages * KV_BLOCK)}, placement)
+
+    low, high = -(-target.max_seq_len // KV_BLOCK), pool_pages(target.slots, target.max_seq_len, target.pool)
+    if target.slots == 1 or low >= high or not fits(low):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * KV_BLOCK
 
 
 def _most_slots(board: Board, plans: Mapping[str, MemoryPlan], placement: str) -> int | None:
