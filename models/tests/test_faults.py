@@ -105,7 +105,7 @@ def request(prompt, drafter, **options):
 
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("company", [1, 3])
-def test_a_faulty_drafter_costs_one_warning_and_no_token(pair, name, company):
+def test_a_faulty_drafter_costs_one_warning_and_no_token(pair, name, company, tally):
     """Alone, and beside texts whose drafter is sound; and the next text is written as always."""
     target, draft = pair
     fault, words = FAULTS[name]
@@ -125,6 +125,7 @@ def test_a_faulty_drafter_costs_one_warning_and_no_token(pair, name, company):
     assert len(warned) == 1 and words in warned[0], warned
     drafted = [each.drafted > 0 for each in sequences[0].stats.rounds]
     assert sum(drafted) == SOUND_ROUNDS
+    tally["faults survived"] += 1
     for each in (*sequences[1:], after):
         assert sum(round_.drafted > 0 for round_ in each.stats.rounds) >= len(each.stats.rounds) - 1
 

@@ -135,7 +135,8 @@ def expected(alone, prompt, wish):
     prompt_rows=st.sampled_from((1, 4, 512)),
     wishes=st.lists(texts, min_size=1, max_size=5),
 )
-def test_every_text_is_plain_decodings_and_everything_is_given_back(shape, pool, prompt_rows, wishes):
+def test_every_text_is_plain_decodings_and_everything_is_given_back(tally, shape, pool, prompt_rows, wishes):
+    tally["cases tried"] += 1
     target, draft, head, alone = models_of(shape, pool)
     idle = target.cache.idle
     engine = Engine(target, prompt_rows=prompt_rows)
@@ -166,6 +167,8 @@ def test_every_text_is_plain_decodings_and_everything_is_given_back(shape, pool,
         text = sequence.tokens[len(prompt) :]
         whole, reason = expected(alone, prompt, wish)
         assert sequence.error is None
+        tally["tokens compared"] += len(text)
+        tally["tokens wrong"] += sum(mine != right for mine, right in zip(text, whole, strict=False))
         if stats.finish_reason == "interrupted":
             assert wish["leaves"] is not None and text == whole[: len(text)]
         else:
