@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from collections import Counter
 
 import numpy
 import pytest
@@ -32,6 +33,29 @@ def pytest_report_header(config):
         return "board: none, ttnn is not installed"
     made_of = medium() if cluster.has_board() else "mock, numbers from golden functions"
     return f"board: {config.getoption('--board')} ({made_of})"
+
+
+_COUNTED: Counter = Counter()
+
+
+@pytest.fixture
+def tally(request):
+    """A counter of what a test has tried ("cases tried", "faults survived", ..): its sums end the run's output."""
+    counted: Counter = Counter()
+    yield counted
+    request.node.user_properties += [(f"tally {what}", count) for what, count in counted.items()]
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":  # of tests in other processes too, where a plugin runs them there
+        for what, count in report.user_properties:
+            if what.startswith("tally "):
+                _COUNTED[what.removeprefix("tally ")] += count
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _COUNTED:
+        terminalreporter.write_line(", ".join(f"{what}: {count:,}" for what, count in sorted(_COUNTED.items())))
 
 
 @pytest.fixture(autouse=True, scope="session")

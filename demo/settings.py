@@ -17,8 +17,15 @@ from models.cli.arguments import (
 from models.cli.command import Parser
 from models.cli.default import CHAT_MODEL, CHAT_TOKENS, TOKENS, is_open
 from models.cli.settings import RunSettings, settings_of
+from models.errors import UserError
 
 MODES = ("compare", "speculative", "baseline")
+# What has no meaning in plain decoding. Who drafts how many tokens has one: forwards have as many rows as a run with
+# that drafter, so that the text is the same bit for bit.
+DRAFTING_ONLY = (
+    *("draft", "draft_dtype", "draft_precision", "draft_placement"),
+    *("exit_layer", "force_acceptance", "verification"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,12 @@ def parse_settings(
 
     choose: names the target where the command line leaves it open; None: the embedded pair.
     """
-    options = build_parser(mode, environ).parse_args(argv)
+    parser = build_parser(mode, environ)
+    options = parser.parse_args(argv)
     if options.version:
         return None
+    if options.mode == "baseline":
+        _check_baseline(options, parser)
     new_tokens = options.max_new_tokens
     options.max_new_tokens = new_tokens or TOKENS
     if choose and is_open(options):
@@ -94,3 +104,14 @@ def parse_settings(
         if options.target == CHAT_MODEL:
             options.max_new_tokens = new_tokens or CHAT_TOKENS
     return settings_of(Settings, options, environ, speculative=options.mode != "baseline")
+
+
+def _check_baseline(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise UserError for a flag that plain decoding would ignore."""
+    for name in DRAFTING_ONLY:
+        value = getattr(options, name)
+        if value != parser.get_default(name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} has no meaning in plain decoding, which drafts nothing: leave it "
+                "out, or run demo/simple_text_demo.py with --mode speculative"
+            )

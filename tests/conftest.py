@@ -30,7 +30,9 @@ def run(pair, tmp_path):
     def call(*argv, mode=None, models=True, max_new_tokens=8):
         path = tmp_path / "results.json"
         path.unlink(missing_ok=True)
-        chosen = ["--target", str(pair[0]), "--draft", str(pair[1])] if models else []
+        chosen = ["--target", str(pair[0])] if models else []
+        if models and "baseline" not in (mode, *argv):
+            chosen += ["--draft", str(pair[1])]
         limit = ["--max-new-tokens", str(max_new_tokens)]
         code = main([*chosen, *limit, "--json", str(path), *argv], mode)
         return code, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

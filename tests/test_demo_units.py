@@ -169,6 +169,30 @@ def test_the_baseline_demo_has_one_mode():
 
 
 @pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--draft", "tiny"), ("--draft-dtype", "fp32"), ("--draft-precision", "lofi")),
+        *(("--draft-placement", "own-chip"), ("--exit-layer", "2"), ("--force-acceptance", "0.5")),
+        ("--verification", "sequential"),
+    ],
+)
+def test_the_baseline_refuses_what_only_drafting_has_a_use_for(flag, value):
+    for argv, mode in (([flag, value], "baseline"), (["--mode", "baseline", flag, value], None)):
+        with pytest.raises(UserError) as caught:
+            settings(*argv, mode=mode)
+        message = str(caught.value)
+        assert flag in message and value in message and "leave it out" in message and "\n" not in message
+
+
+def test_the_baseline_takes_what_decides_how_many_rows_its_forwards_have():
+    environ = {"HF_MODEL": "tiny", "DRAFT_MODEL": "somewhere"}  # for other runs
+    plain = settings("--num-draft-tokens", "5", mode="baseline", environ=environ)
+    assert plain.fixed_rows == settings("--num-draft-tokens", "5").fixed_rows
+    tree = ("--drafter", "tree", "--tree-nodes", "6")
+    assert settings(*tree, mode="baseline").fixed_rows == settings(*tree).fixed_rows == 7
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--num-draft-tokens", "-1"], ["--num-draft-tokens", "-1", "0 to 31"]),

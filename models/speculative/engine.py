@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from models.speculative.drafters import MAX_DRAFT_LENGTH, Budget, Draft, Drafter
+from models.speculative.drafters import MAX_DRAFT_LENGTH, Budget, Draft, Drafter, check_draft
 from models.speculative.model import FusedRounds, LanguageModel, Rows, in_turns
 from models.speculative.scheduler import PROMPT_ROWS, Scheduler
 from models.speculative.sequence import WAITING, Request, Sequence, Token
@@ -236,17 +236,21 @@ class Engine:
         mark = self._clock()
         limits = self.target.limits
         rows = limits.rows if limits.batch_rows is None else min(limits.rows, limits.batch_rows)
-        budget = Budget(rows, len(sequences), context, self._scheduler.prompt_rows, limits.batch_rows)
+        prompt_rows = self._scheduler.prompt_rows
+        budget = Budget(rows, len(sequences), context, prompt_rows, limits.batch_rows, limits.vocabulary)
         drafts: dict[Sequence, Draft] = {}
         for drafter, members in groups.items():
             if drafter is None:
                 drafts.update(dict.fromkeys(members, NO_DRAFT))
                 continue
             for sequence, draft in zip(members, self._proposals(drafter, members, budget), strict=True):
-                if isinstance(draft, Exception):
-                    self._fail(sequence, draft)
-                else:
+                try:
+                    if isinstance(draft, Exception):
+                        raise draft
+                    check_draft(draft, sequence, budget)
                     drafts[sequence] = draft
+                except Exception as error:
+                    self._fail(sequence, error)
         draft_s = self._clock() - mark - sum(draft.prefill_s for draft in drafts.values())
         return [_Turn(sequence, drafts[sequence], draft_s) for sequence in sequences if sequence in drafts]
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+from models.speculative.tree import tree_levels
+
 if TYPE_CHECKING:  # command lines import this and answer at once
     from torch import Tensor
 
@@ -122,7 +124,7 @@ class Budget(NamedTuple):
     rows: of one sequence in a target's forward, the tokens before the drafted ones included. sequences: that share the
     step. context: tokens of all their texts. prompt_rows: that drafters may read of texts, all together, where several
     share the step. batch_rows: as of `model.Limits`: policies that choose how much is drafted keep to what fits one
-    forward of all; for others texts take turns.
+    forward of all; for others texts take turns. vocabulary: the target's; None: not known.
     """
 
     rows: int
@@ -130,6 +132,7 @@ class Budget(NamedTuple):
     context: int = 0
     prompt_rows: int = 512
     batch_rows: int | None = None
+    vocabulary: int | None = None
 
     def share(self, sequence: Sequence) -> Limit:
         """What is allowed to one sequence, by its policy, its end, and the rows that the text itself leaves."""
@@ -144,6 +147,38 @@ class Budget(NamedTuple):
             return min(sequence.wanted, sequence.remaining - 1, rows)
 
         return Limit(length, policy.pays, rows)
+
+
+def check_draft(draft: Draft, sequence: Sequence, budget: Budget) -> None:
+    """Raise ValueError for a draft that cannot be verified, or would not keep the target's distribution.
+
+    Looked at: ids, how many there are, the shape of a tree, shape and finiteness of probabilities.
+    """
+    tokens, probs, parents = draft.tokens, draft.probs, draft.parents
+    if not tokens:
+        return
+    if budget.vocabulary is not None and not 0 <= min(tokens) <= max(tokens) < budget.vocabulary:
+        wrong = next(token for token in tokens if not 0 <= token < budget.vocabulary)
+        raise ValueError(f"drafted id {wrong} is outside the target's vocabulary of {budget.vocabulary}")
+    if parents is not None and (
+        len(parents) != len(tokens) or not all(-1 <= parent < i for i, parent in enumerate(parents))
+    ):
+        raise ValueError(f"{len(tokens)} drafted tokens with parents {list(parents)} are no tree")
+    depth = len(tokens) if parents is None else tree_levels(parents)
+    rows = budget.rows - (len(sequence.tokens) - sequence.cached)
+    if len(tokens) > rows or depth > sequence.remaining - 1:
+        raise ValueError(
+            f"{len(tokens)} drafted tokens, {depth} one after the other: {rows} rows and "
+            f"{sequence.remaining - 1} tokens are left"
+        )
+    if probs is not None:
+        if probs.ndim != 2 or len(probs) != len(tokens) or probs.shape[1] != (budget.vocabulary or probs.shape[1]):
+            raise ValueError(
+                f"probabilities of shape {list(probs.shape)} for {len(tokens)} drafted tokens and a vocabulary of "
+                f"{budget.vocabulary}"
+            )
+        if not probs.isfinite().all():
+            raise ValueError("the draft's probabilities are not finite")
 
 
 class Drafter(Protocol):
@@ -230,9 +265,9 @@ class PerSequence:
         began = time.perf_counter()
         try:
             draft = self._of[sequence].propose(sequence.tokens, limit)
+            return draft._replace(seconds=time.perf_counter() - began - draft.prefill_s)
         except Exception as error:
             return error
-        return draft._replace(seconds=time.perf_counter() - began - draft.prefill_s)
 
 
 class OneText(PerSequence):

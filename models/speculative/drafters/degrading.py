@@ -1,4 +1,4 @@
-"""A drafter that may fail: texts go on without it."""
+"""A drafter that may fail, or draft what cannot be verified: texts go on without it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from models.speculative.drafters import Budget, Draft, Drafter
+from models.speculative.drafters import Budget, Draft, Drafter, check_draft
 
 if TYPE_CHECKING:
     from models.speculative.model import Features
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Degrading:
-    """A `Drafter` around another one: where that raises, the sequence is decoded plainly from then on.
+    """A `Drafter` around another one: where that raises, or `check_draft` refuses what it proposes, the sequence is
+    decoded plainly from then on. A drafter that never returns cannot be ended: it shares the engine's thread.
 
     The text stays the target's own, as it does with any draft. What drafts for other sequences is not touched.
 
@@ -54,10 +55,13 @@ class Degrading:
                 given = [error]
         drafts = {}
         for sequence, draft in zip(sound, given, strict=True):
-            if isinstance(draft, Exception):
-                self._lose(sequence, draft)
-            else:
+            try:
+                if isinstance(draft, Exception):
+                    raise draft
+                check_draft(draft, sequence, budget)
                 drafts[sequence] = draft
+            except Exception as error:
+                self._lose(sequence, error)
         return [drafts.get(each, Draft([])) for each in sequences]
 
     def verified(self, sequence: Sequence, features: Features, rows: Items[int], position: int) -> None:
