@@ -21,6 +21,7 @@ from models.speculative.stats import GenerationStats
 from models.tests.batch_fixtures import KINDS, SLOTS, VOCAB, Company, Wish, random_wish, request_of, text_of, write
 from models.tests.engine_fixtures import random_prompt
 from models.tests.test_generate_sampling import P_VALUE, PROMPT, chi_square_p_value, joint_law, p_values, tiny_model
+from models.torch_llama.draft_head import TorchHead
 from models.torch_llama.model import TorchLlama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,6 +118,30 @@ def test_a_step_is_one_forward_of_the_target_and_one_of_the_draft_for_each_posit
             assert [len(each) for each in rows] == [
                 sum(each.stats.rounds[-1].drafted > i for each in going) for i in range(longest)
             ]
+
+
+@pytest.mark.parametrize("kind", ["head", "head-tree"])
+def test_a_head_drafts_for_all_sequences_with_one_forward_for_each_position(company, kind, monkeypatch):
+    forwards, compute = [], TorchHead._rows
+    monkeypatch.setattr(TorchHead, "_rows", lambda self, shares: forwards.append(len(shares)) or compute(self, shares))
+    engine, drafters = Engine(company.target), {}
+    wishes = [Wish(number, kind, 2 + number) for number in range(4)]
+    sequences = [engine.add(request_of(company, wish, drafters, {})) for wish in wishes]
+    shared = 0
+    while not engine.idle:
+        going = [each for each in engine.running if each.stats.rounds]
+        forwards.clear()
+        engine.step()
+        if len(going) == 4:
+            rounds = [each.stats.rounds[-1] for each in going]
+            assert {(each.joint.drafting, each.joint.draft_steps) for each in rounds if each.drafted} == {
+                (max(forwards), len(forwards))
+            }
+            assert len(forwards) == max(each.depth for each in rounds) or kind == "head-tree"
+            assert forwards == sorted(forwards, reverse=True) and len(forwards) <= 5
+            shared += max(forwards) == 4
+    assert shared > 1
+    checked(company, wishes, sequences)
 
 
 @pytest.mark.parametrize("prompt_rows", [1, 7, 20])
