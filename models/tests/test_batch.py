@@ -256,6 +256,46 @@ def test_a_known_beginning_is_not_read_again_and_is_told():
         assert texts == expected
 
 
+@pytest.fixture(scope="module")
+def roomy():
+    """Texts of several pages."""
+    return Company(max_seq_len=512)
+
+
+@paged
+@pytest.mark.parametrize("kind", ["model", "model-ids", "combined", "tree"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_draft_model_does_not_read_a_known_beginning_again_and_drafts_the_same(roomy, kind, beside):
+    """Alone and in company: rows that it reads, what is proposed, and what is told."""
+    company = roomy
+    if company.draft.cache.unit != 128:
+        pytest.skip("on this machine only whole chunks are shared")
+    beginning = random_prompt(300, 100 + 2 * KINDS.index(kind) + beside, VOCAB)
+    prompts = [[*beginning, *random_prompt(length, number, VOCAB)] for number, length in enumerate((9, 4, 90))]
+    found = {}
+    for reuse in (True, False):
+        engine, drafter = Engine(company.target), company.drafter(kind)
+        if beside:
+            engine.add(Request(company.prompts[3], max_new_tokens=90, drafter=drafter))
+        for number, prompt in enumerate(prompts):
+            company.draft.forwards.clear()
+            sequence = engine.add(Request(prompt, max_new_tokens=12, drafter=drafter, reuse=reuse))
+            while not sequence.finished:
+                engine.step()
+            held = sequence.stats.draft_reused_tokens
+            found[reuse, number] = text_of(sequence), [each.proposed for each in sequence.stats.rounds]
+            assert sequence.stats.acceptance_rate > 0
+            assert held == (256 if reuse and number else 0) == sequence.stats.reused_tokens
+            rows = [each for rows in company.draft.forwards for each in rows if each.slot == sequence.slot]
+            assert all(each.position >= held for each in rows)
+            assert kind == "combined" or min(each.position for each in rows) == held
+        while not engine.idle:
+            engine.step()
+        assert company.draft.cache.usage.live == 0
+    for number in range(3):
+        assert found[True, number] == found[False, number]
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 def test_an_error_of_any_kind_stays_with_its_sequence(company):
     """In the drafter, while it is made, while it observes, in a watcher, in the target's and the draft's forward."""
