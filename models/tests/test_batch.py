@@ -288,7 +288,8 @@ def test_a_draft_model_does_not_read_a_known_beginning_again_and_drafts_the_same
             assert held == (256 if reuse and number else 0) == sequence.stats.reused_tokens
             rows = [each for rows in company.draft.forwards for each in rows if each.slot == sequence.slot]
             assert all(each.position >= held for each in rows)
-            assert kind == "combined" or min(each.position for each in rows) == held
+            if held and kind != "combined":
+                assert min(each.position for each in rows) == held
         while not engine.idle:
             engine.step()
         assert company.draft.cache.usage.live == 0
