@@ -33,8 +33,8 @@ def position_bytes(config: Config, dtype: str) -> int:
 class CachePlan:
     """What a target's pool and a draft's cache take beside the weights, on CPU or CUDA.
 
-    The draft's cache holds every slot's longest sequence, whatever the pool: its pages are not shared, so that those of
-    sequences that fit the pool might not fit one of the same size.
+    The draft's cache holds every slot's longest sequence, whatever the pool: it may share fewer pages than the target,
+    so that those of sequences that fit the pool might not fit one of the same size.
 
     Args:
         options: with every default filled in.

@@ -55,6 +55,7 @@ class GenerationStats:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of the prompt, whose keys and values another text had left in the cache
+    draft_reused_tokens: int = 0  # the same of the draft model's cache
     tokens: int = 0  # emitted, the first and a stop token included
     ttft_s: float = 0.0  # target prefill and choice of the first token; merged: the mean
     draft_prefill_s: float = 0.0  # the drafter's reading of the prompt, a part of decode_s
@@ -126,6 +127,7 @@ class GenerationStats:
         return cls(
             prompt_tokens=sum(part.prompt_tokens for part in parts),
             reused_tokens=sum(part.reused_tokens for part in parts),
+            draft_reused_tokens=sum(part.draft_reused_tokens for part in parts),
             tokens=sum(part.tokens for part in parts),
             ttft_s=sum(part.ttft_s * part.generations for part in begun) / max(generations, 1),
             draft_prefill_s=sum(part.draft_prefill_s for part in parts),

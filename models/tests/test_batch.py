@@ -21,6 +21,7 @@ from models.speculative.stats import GenerationStats
 from models.tests.batch_fixtures import KINDS, SLOTS, VOCAB, Company, Wish, random_wish, request_of, text_of, write
 from models.tests.engine_fixtures import random_prompt
 from models.tests.test_generate_sampling import P_VALUE, PROMPT, chi_square_p_value, joint_law, p_values, tiny_model
+from models.torch_llama.draft_head import TorchHead
 from models.torch_llama.model import TorchLlama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,6 +118,30 @@ def test_a_step_is_one_forward_of_the_target_and_one_of_the_draft_for_each_posit
             assert [len(each) for each in rows] == [
                 sum(each.stats.rounds[-1].drafted > i for each in going) for i in range(longest)
             ]
+
+
+@pytest.mark.parametrize("kind", ["head", "head-tree"])
+def test_a_head_drafts_for_all_sequences_with_one_forward_for_each_position(company, kind, monkeypatch):
+    forwards, compute = [], TorchHead._rows
+    monkeypatch.setattr(TorchHead, "_rows", lambda self, shares: forwards.append(len(shares)) or compute(self, shares))
+    engine, drafters = Engine(company.target), {}
+    wishes = [Wish(number, kind, 2 + number) for number in range(4)]
+    sequences = [engine.add(request_of(company, wish, drafters, {})) for wish in wishes]
+    shared = 0
+    while not engine.idle:
+        going = [each for each in engine.running if each.stats.rounds]
+        forwards.clear()
+        engine.step()
+        if len(going) == 4:
+            rounds = [each.stats.rounds[-1] for each in going]
+            assert {(each.joint.drafting, each.joint.draft_steps) for each in rounds if each.drafted} == {
+                (max(forwards), len(forwards))
+            }
+            assert len(forwards) == max(each.depth for each in rounds) or kind == "head-tree"
+            assert forwards == sorted(forwards, reverse=True) and len(forwards) <= 5
+            shared += max(forwards) == 4
+    assert shared > 1
+    checked(company, wishes, sequences)
 
 
 @pytest.mark.parametrize("prompt_rows", [1, 7, 20])
@@ -286,6 +311,47 @@ def test_a_known_beginning_is_not_read_again_and_is_told():
         if kind == "none":
             expected = texts
         assert texts == expected
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    """Texts of several pages."""
+    return Company(max_seq_len=512)
+
+
+@paged
+@pytest.mark.parametrize("kind", ["model", "model-ids", "combined", "tree"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_draft_model_does_not_read_a_known_beginning_again_and_drafts_the_same(roomy, kind, beside):
+    """Alone and in company: rows that it reads, what is proposed, and what is told."""
+    company = roomy
+    if company.draft.cache.unit != 128:
+        pytest.skip("on this machine only whole chunks are shared")
+    beginning = random_prompt(300, 100 + 2 * KINDS.index(kind) + beside, VOCAB)
+    prompts = [[*beginning, *random_prompt(length, number, VOCAB)] for number, length in enumerate((9, 4, 90))]
+    found = {}
+    for reuse in (True, False):
+        engine, drafter = Engine(company.target), company.drafter(kind)
+        if beside:
+            engine.add(Request(company.prompts[3], max_new_tokens=90, drafter=drafter))
+        for number, prompt in enumerate(prompts):
+            company.draft.forwards.clear()
+            sequence = engine.add(Request(prompt, max_new_tokens=12, drafter=drafter, reuse=reuse))
+            while not sequence.finished:
+                engine.step()
+            held = sequence.stats.draft_reused_tokens
+            found[reuse, number] = text_of(sequence), [each.proposed for each in sequence.stats.rounds]
+            assert sequence.stats.acceptance_rate > 0
+            assert held == (256 if reuse and number else 0) == sequence.stats.reused_tokens
+            rows = [each for rows in company.draft.forwards for each in rows if each.slot == sequence.slot]
+            assert all(each.position >= held for each in rows)
+            if held and kind != "combined":
+                assert min(each.position for each in rows) == held
+        while not engine.idle:
+            engine.step()
+        assert company.draft.cache.usage.live == 0
+    for number in range(3):
+        assert found[True, number] == found[False, number]
 
 
 # ------------------------------------------------------------------------------------------------------------ errors

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.errors import UserError
+from models.speculative.model import IDS, LOGITS, Rows, Want
 from models.tests.head_fixtures import head_config, random_head_tensors
 from models.tests.llama_fixtures import random_tensors, tiny_config
 from models.torch_llama import draft_head
@@ -123,7 +124,7 @@ def test_stale_rows_are_never_read():
     """Drafted rows are fed again with the target's states; nothing of them, nor of what lies behind, is left."""
     states, tokens = text()
     expected, head = given(build(), states, tokens), build()
-    head._caches.fill_(float("nan"))
+    head.cache.fill(float("nan"))  # what other texts left
     head.states(states[:20], range(20), 0)
     head.forward(tokens[1:21], 1)
     chain(head, [7, 7, 7, 7, 7], 21)
@@ -195,6 +196,91 @@ def test_a_freed_slot_leaves_the_others_alone():
         head.slot(1).forward([5], 21)
     with pytest.raises(IndexError, match="slot 2 of a head with 2"):
         head.slot(2)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Sequences of each forward of any head."""
+    noted, compute = [], TorchHead._rows
+    monkeypatch.setattr(TorchHead, "_rows", lambda self, shares: noted.append(len(shares)) or compute(self, shares))
+    return noted
+
+
+def test_rows_of_all_kinds_in_one_forward_equal_each_alone(forwards):
+    """Accepted rows with the target's states, a drafted one, a level of a tree and a text, on both sides of a page."""
+    texts = [text(seed, length) for seed, length in enumerate((20, 126, 40, 130, 60))]
+    rows = [
+        Rows(0, [11, 12, 13], 20, last=True),
+        Rows(1, [14], 127),
+        Rows(2, [15, 16], 40, [-1, 0, 0]),
+        Rows(3, [17], 131),
+        Rows(4, texts[4][1], 0, last=True),
+    ]
+
+    def ready(head, i):
+        states, tokens = texts[i]
+        if i == 4:
+            head.states(states, range(len(states)), 0)
+            return
+        given(head, states, [*tokens, 5])
+        if i == 0:
+            head.states(text(9)[0], range(3), 19)
+        if i == 2:
+            head.forward([7], 41)  # a chain that was drafted before is stale
+            head.states(states[39:], range(1), 39)
+            head.forward([5], 40)
+
+    head = build(slots=5, max_seq_len=200)
+    for i in range(5):
+        ready(head.slot(i), i)
+    forwards.clear()
+    step = head.extend(rows, LOGITS)
+    assert forwards == [1, 4]  # the text, and all others
+    for i, each in enumerate(rows):
+        alone = build(max_seq_len=200)
+        ready(alone, i)
+        if i == 4:
+            expected = alone.prefill(texts[4][1])[None]
+        else:
+            expected = alone.forward(each.tokens, each.position, each.parents)
+        torch.testing.assert_close(step.logits(i), expected[-1:] if each.last else expected, **CLOSE)
+        assert step.ids()[i] == alone._ids(step.logits(i).argmax(-1)).tolist()
+    again = head.extend([Rows(1, [14], 128), Rows(3, [17], 132)], IDS).ids()
+    for (slot, position, token), found in zip(((1, 128, 14), (3, 132, 17)), again, strict=True):
+        alone = build(max_seq_len=200)
+        ready(alone, slot)
+        assert found == [alone.greedy([token], at)[0] for at in (position - 1, position)][1:]
+
+
+def test_a_row_that_fails_leaves_the_others_as_they_were():
+    states, tokens = text()
+    head, alone = build(slots=2), build()
+    for each in (head, alone):
+        given(each, states[:20], tokens[:21])
+        each.states(states[20:22], range(2), 20)
+    good = Rows(0, [*tokens[21:23]], 21, last=True)
+    with pytest.raises(ValueError, match="not known"):
+        head.extend([good, Rows(1, [1, 2], 5)], LOGITS)
+    torch.testing.assert_close(head.extend([good], LOGITS).logits(0), alone.forward(tokens[21:23], 21)[1:], **CLOSE)
+    with pytest.raises(ValueError, match="several Rows of one slot"):
+        head.extend([good, good])
+    with pytest.raises(ValueError, match="keeps no hidden states"):
+        head.extend([good], Want(taps=(0,)))
+    refused(UserError, "33 rows exceed the 32", head.extend, [Rows(0, [1] * 33, 21)])
+
+
+def test_memory_grows_with_use_and_is_given_back():
+    head = build(slots=4, max_seq_len=1000)
+    assert head.cache.usage.live == 0
+    page = head.cache.position_bytes * 128
+    for slot, length in enumerate((20, 129, 130, 300)):
+        given(head.slot(slot), *text(slot, length))
+    assert head.cache.usage.live == head.cache.usage.held == (1 + 1 + 2 + 3) * page
+    for slot in (3, 1, 0, 2):
+        head.free(slot)
+    assert head.cache.usage.held == 0
+    head.slot(2).warm_up(text()[1])
+    assert head.cache.usage.held == 0
 
 
 # --------------------------------------------------------------------------------------------------------------- trees

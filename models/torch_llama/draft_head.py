@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,11 @@ import torch.nn.functional as F
 from models.errors import UserError
 from models.llama.head_config import HeadConfig
 from models.llama.rope import rope_tables
-from models.speculative.model import SlotBySlot
-from models.speculative.tree import tree_depths
+from models.speculative.model import IDS, Rows, SlotBySlot, Step, Want
+from models.speculative.tree import tree_levels
+from models.torch_llama.attention import Attention, Part
 from models.torch_llama.choice import argmax
+from models.torch_llama.kv_cache import KVCache, block_end
 from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, int8_works, packing_works
 
 READ_CHUNK = 512  # rows of a prompt that are computed at once
@@ -32,8 +35,25 @@ MAX_ROWS = 32
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
+class _Share(NamedTuple):
+    """One sequence's rows of a forward.
+
+    head: its slot. tokens: [n]. start: of the first row in the cache. states: what the rows join with the tokens, the
+    target's states [n, taps x H] where `true`, else those [n, H] that the head passed on. position: of the last row of
+    the text that is computed, -1 in a tree. tree: as of `attention.Part`.
+    """
+
+    head: TorchHead
+    tokens: Sequence[int] | torch.Tensor
+    start: int
+    states: torch.Tensor
+    true: bool
+    position: int
+    tree: tuple[int, Sequence[int]] | None = None
+
+
 class TorchHead(SlotBySlot):
-    """A draft head with its own KV cache on the target's device.
+    """A draft head with its own KV cache on the target's device: rows of several sequences are one forward.
 
     Implements `models.speculative.model.DraftHead`.
 
@@ -44,7 +64,7 @@ class TorchHead(SlotBySlot):
         device: "cpu", "cuda" or any torch device.
         dtype: "bf16", "fp32" or "fp16" (what it computes in).
         max_seq_len: positions of a sequence.
-        slots: sequences, each with a cache of its own.
+        slots: sequences, each with pages of its own in one cache, which are taken as rows are computed.
         quantize: "int8" for matrices in int8 (on CPU; all else is then fp32), or None.
 
     Raises:
@@ -76,6 +96,7 @@ class TorchHead(SlotBySlot):
         self.max_seq_len = max_seq_len
         self.max_rows = MAX_ROWS
         self.slots = slots
+        self._slot = 0
         self.dtype = torch.float32 if quantize else DTYPES[dtype]
         self._load(tensors, embedding, quantize)
         self._forget()
@@ -122,9 +143,17 @@ class TorchHead(SlotBySlot):
             self.target_ids = (torch.arange(config.draft_vocab_size) + tensors["d2t"].long()).to(self.device)
 
         length = self.max_seq_len + MAX_ROWS
-        shape = (self.slots, 2 * layer.num_key_value_heads, length, layer.head_dim)
-        self._caches = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.kv = self._caches[:1]  # [1, 2 KV, S, D]: keys of all heads, then values; index p-1 is position p's row
+        heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
+        self.cache = KVCache(  # the row of position p lies at p - 1
+            *(1, 2 * kv_heads, layer.head_dim),
+            dtype=self.dtype,
+            device=self.device,
+            slots=self.slots,
+            positions=self.max_seq_len,
+            spare=MAX_ROWS,
+        )
+        # The query heads of a group are rows of their KV head.
+        self._attention = Attention(self.cache, kv_heads, heads // kv_heads)
         cos, sin = rope_tables(layer, length)
         self.cos = cos.to(device=self.device, dtype=self.dtype)[:, None]  # [S, 1, D]
         self.sin = sin.to(device=self.device, dtype=self.dtype)[:, None]
@@ -137,8 +166,8 @@ class TorchHead(SlotBySlot):
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Bytes of the cache of all slots."""
-        return self._caches.nbytes
+        """Bytes of the cache when all slots are full; `cache.usage` says what it holds."""
+        return self.cache.usage.capacity
 
     # -------------------------------------------------------------------------------------------------- slots
     def slot(self, index: int) -> TorchHead:
@@ -147,14 +176,15 @@ class TorchHead(SlotBySlot):
             raise IndexError(f"slot {index} of a head with {self.slots}")
         if index not in self._views:
             view = copy.copy(self)
-            view.kv = self._caches[index : index + 1]
+            view._slot = index
             view._forget()
             self._views[index] = view
         return self._views[index]
 
     def free(self, slot: int) -> None:
-        """A sequence has ended: forget its states."""
+        """A sequence has ended: forget its states, and give its pages back."""
         self.slot(slot)._forget()
+        self.cache.free(slot)
 
     def _forget(self) -> None:
         width = len(self.taps) * self.config.target_hidden_size
@@ -187,29 +217,79 @@ class TorchHead(SlotBySlot):
         kept = self._known[: position - self._known_from]
         self._known = torch.cat((kept, taken)) if len(kept) else taken
 
-    def _true_states(self, position: int, n: int) -> torch.Tensor | None:
-        """Fused target states [n, H] for the rows at position..; None where they are not known. Earlier ones go."""
+    def _true_states(self, position: int, n: int) -> torch.Tensor:
+        """The target's states [n, taps x H] for the rows at position... Earlier ones go.
+
+        Raises ValueError where they are not known.
+        """
         start = position - 1 - self._known_from
         if start < 0 or start + n > len(self._known):
-            return None
-        taken = self._known[start : start + n]
+            raise ValueError(
+                f"{n} rows at position {position}: the target's states before them are not known "
+                f"({self._known_from}..{self._known_from + len(self._known) - 1} are)"
+            )
         self._known, self._known_from = self._known[start:], position - 1
+        return self._known[:n]
+
+    def _fused(self, states: torch.Tensor) -> torch.Tensor:
+        """[n, H] of the target's states [n, taps x H]."""
         eps, config = self.config.layer.rms_norm_eps, self.config
         if self.states_norm is not None:
-            taken = F.rms_norm(taken, (taken.shape[-1],), self.states_norm, eps)
+            states = F.rms_norm(states, (states.shape[-1],), self.states_norm, eps)
         if self.state_norms is not None:
-            each = taken.view(n, len(config.taps), config.target_hidden_size).unbind(1)
+            each = states.view(len(states), len(config.taps), config.target_hidden_size).unbind(1)
             normed = [F.rms_norm(x, (x.shape[-1],), norm, eps) for x, norm in zip(each, self.state_norms, strict=True)]
-            taken = torch.cat(normed, -1)
-        return self.fuse(taken)
+            states = torch.cat(normed, -1)
+        return self.fuse(states)
 
     # ------------------------------------------------------------------------------------------------ forward
+    @torch.inference_mode()
+    def extend(self, rows: Sequence[Rows], want: Want = IDS) -> Step:
+        """Compute rows of any number of sequences in one forward; a text of more rows than that takes its own.
+
+        Raises UserError for more rows, or positions, than there are, ValueError for what a head cannot do: two `Rows`
+        of one slot, hidden states, rows whose states are not there.
+        """
+        if len({each.slot for each in rows}) < len(rows):
+            raise ValueError(f"several Rows of one slot: {[each.slot for each in rows]}")
+        if want.taps:
+            raise ValueError("TorchHead keeps no hidden states: leave out taps")
+        results: list[list[int] | torch.Tensor] = [[] for _ in rows]
+        joint, shares = [], []
+        for i, (slot, tokens, position, parents, last) in enumerate(rows):
+            head = self.slot(slot)
+            if last and parents is None and (position == 0 or len(tokens) > self.max_rows):
+                logits = (head.read(tokens, position) if position else head.prefill(tokens))[None]
+                results[i] = logits if want.logits else self._ids(argmax(logits)).tolist()
+                continue
+            if len(tokens) > self.max_rows:
+                raise UserError(f"{len(tokens)} rows exceed the {self.max_rows} of a forward: draft fewer tokens")
+            joint.append(i)
+            shares.append(head._share(tokens, position, parents))
+        if shares:
+            hidden = [each[-1:] if rows[i].last else each for i, each in zip(joint, self._compute(shares), strict=True)]
+            sizes = [len(each) for each in hidden]
+            logits = self._logits(torch.cat(hidden))
+            if want.logits:
+                made: Sequence[list[int] | torch.Tensor] = logits.split(sizes)
+            else:
+                ids = self._ids(argmax(logits)).tolist()
+                made = [ids[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+            for i, result in zip(joint, made, strict=True):
+                results[i] = result
+        return Step(results, choosers=[self._choose] * len(rows) if want.logits else ())
+
+    def _choose(self, logits: torch.Tensor) -> list[int]:
+        return self._ids(argmax(logits)).tolist()
+
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], position: int) -> torch.Tensor:
         """Fill the cache with the rows of tokens at position.. (at least 1), whose states before them are known: logits
         [V_d] of the last."""
         for start in range(0, len(tokens), READ_CHUNK):
-            hidden = self._true_rows(tokens[start : start + READ_CHUNK], position + start)
+            chunk = tokens[start : start + READ_CHUNK]
+            self._check(len(chunk), position + start)
+            (hidden,) = self._compute([self._true_share(chunk, position + start)])
         return self._logits(hidden[-1:])[0]
 
     def warm_up(self, tokens: Sequence[int]) -> None:
@@ -218,7 +298,7 @@ class TorchHead(SlotBySlot):
             self._forget()
             self.states(torch.zeros(len(tokens), self._known.shape[-1], device=self.device), range(len(tokens)), 0)
             self.read(tokens[1:], 1)
-            self._forget()
+            self.free(self._slot)
 
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         """Fill the cache with a text of at least two tokens from its beginning: logits [V_d] of the last."""
@@ -271,49 +351,33 @@ class TorchHead(SlotBySlot):
     def _hidden(
         self, tokens: Sequence[int] | torch.Tensor, position: int, parents: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """States [n, H] that the rows pass on, of one of the three kinds of `forward`."""
+        """States [n, H] that the rows of this slot pass on, of one of the three kinds of `forward`."""
+        return self._compute([self._share(tokens, position, parents)])[0]
+
+    def _share(
+        self, tokens: Sequence[int] | torch.Tensor, position: int, parents: Sequence[int] | None = None
+    ) -> _Share:
+        """Rows of this slot, of one of the three kinds of `forward`."""
         if parents is not None:
-            return self._tree_rows(tokens, position, parents)
+            return self._tree_share(tokens, position, parents)
+        self._check(len(tokens), position)
         if position == self._last + 1 and len(tokens) == 1 and position > self._known_from + len(self._known):
-            self._check(1, position)
-            self._outputs = self._rows(tokens, self._outputs[:1], position)
-            self._last = position
-            return self._outputs
-        return self._true_rows(tokens, position)
+            return _Share(self, tokens, position - 1, self._outputs[:1], False, position)
+        return self._true_share(tokens, position)
 
-    def _true_rows(self, tokens: Sequence[int] | torch.Tensor, position: int) -> torch.Tensor:
+    def _true_share(self, tokens: Sequence[int] | torch.Tensor, position: int) -> _Share:
         n = len(tokens)
-        self._check(n, position)
-        states = self._true_states(position, n)
-        if states is None:
-            raise ValueError(
-                f"{n} rows at position {position}: the target's states before them are not known "
-                f"({self._known_from}..{self._known_from + len(self._known) - 1} are)"
-            )
-        hidden = self._rows(tokens, states, position)
-        self._outputs, self._last = hidden[-1:], position + n - 1
-        return hidden
+        return _Share(self, tokens, position - 1, self._true_states(position, n), True, position + n - 1)
 
-    def _tree_rows(self, tokens: Sequence[int] | torch.Tensor, root: int, parents: Sequence[int]) -> torch.Tensor:
-        n, done = len(tokens), len(parents) - len(tokens)
+    def _tree_share(self, tokens: Sequence[int] | torch.Tensor, root: int, parents: Sequence[int]) -> _Share:
+        done = len(parents) - len(tokens)
         if len(parents) > self.max_rows:
             raise UserError(f"a tree of {len(parents)} rows exceeds {self.max_rows}: draft fewer tokens")
         if root != self._last or not 1 <= done <= len(self._outputs) or max(parents[done:]) >= done:
             raise ValueError(f"a tree's rows at position {root} whose parents have not been computed")
-        depths = tree_depths(parents)
-        self._check(1 + max(depths), root)
-        outputs = self._outputs[:done]
-        seen = torch.eye(len(parents), dtype=torch.bool)
-        for row, parent in enumerate(parents[1:], 1):
-            seen[row] |= seen[parent]
-        mask = torch.zeros(n, root - 1 + len(parents), dtype=self.dtype)
-        mask[:, root - 1 :] = float("-inf")
-        mask[:, root - 1 :].masked_fill_(seen[done:], 0.0)
-        stands = torch.tensor([root + depth for depth in depths[done:]], device=self.device)
-        states = outputs[[parents[i] for i in range(done, len(parents))]]
-        hidden = self._rows(tokens, states, root + done, stands=stands, mask=mask.to(self.device))
-        self._outputs = torch.cat((outputs, hidden))
-        return hidden
+        self._check(tree_levels(parents), root)
+        states = self._outputs[list(parents[done:])]
+        return _Share(self, tokens, root - 1 + done, states, False, -1, (root - 1, parents))
 
     def _check(self, n: int, position: int) -> None:
         if n < 1 or position < 1 or position + n > self.max_seq_len:
@@ -322,50 +386,70 @@ class TorchHead(SlotBySlot):
                 "prompt or raise --max-seq-len"
             )
 
-    def _rows(
-        self,
-        tokens: Sequence[int] | torch.Tensor,
-        states: torch.Tensor,
-        position: int,
-        *,
-        stands: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """States [n, H] that rows pass on; their keys and values are written at position-1.. .
+    def _compute(self, shares: Sequence[_Share]) -> list[torch.Tensor]:
+        """States [n, H] that the rows of each sequence pass on, all computed in one forward.
 
-        Args:
-            states: [n, H] before them.
-            stands: positions [n], where they are not in a row.
-            mask: [n, S], where rows do not see all before them.
+        Their keys and values are written, and each slot notes what its next rows may go on from.
         """
+        order = sorted(range(len(shares)), key=lambda i: self._neighbours(shares[i]))
+        ordered = [shares[i] for i in order]
+        hidden = self._rows(ordered).split([len(share.tokens) for share in ordered])
+        for share, passed in zip(ordered, hidden, strict=True):
+            head = share.head
+            if share.tree is None:
+                head._outputs, head._last = passed[-1:], share.position
+            else:
+                done = len(share.tree[1]) - len(share.tokens)
+                head._outputs = torch.cat((head._outputs[:done], passed))
+        found = dict(zip(order, hidden, strict=True))
+        return [found[i] for i in range(len(shares))]
+
+    def _neighbours(self, share: _Share) -> tuple[int, ...]:
+        """Sequences of an order by this can be read together, where they lie evenly in the pool."""
+        n, slot = len(share.tokens), share.head._slot
+        start = self.cache.tables[slot].start or 0
+        return share.tree is not None, n, block_end(share.start + n), start, slot
+
+    def _before(self, shares: Sequence[_Share]) -> torch.Tensor:
+        """States [n, H] that the rows join with their tokens; the target's are fused, all at once."""
+        true = [share.states for share in shares if share.true]
+        if not true:
+            return torch.cat([share.states for share in shares]) if len(shares) > 1 else shares[0].states
+        fused = self._fused(torch.cat(true) if len(true) > 1 else true[0])
+        if len(true) == len(shares):
+            return fused
+        pieces = iter(fused.split([len(states) for states in true]))
+        return torch.cat([next(pieces) if share.true else share.states for share in shares])
+
+    def _ids_of(self, shares: Sequence[_Share]) -> torch.Tensor:
+        if len(shares) == 1:  # those of a chain stay on the device
+            return torch.as_tensor(shares[0].tokens, dtype=torch.long, device=self.device)
+        tokens = [int(token) for share in shares for token in share.tokens]
+        return torch.tensor(tokens, dtype=torch.long, device=self.device)
+
+    def _rows(self, shares: Sequence[_Share]) -> torch.Tensor:
+        """States [n, H] that all rows pass on; their keys and values are written."""
         layer, config = self.config.layer, self.config
-        ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
-        n, start, eps, shape = len(ids), position - 1, layer.rms_norm_eps, (layer.hidden_size,)
+        ids, states, parts = self._ids_of(shares), self._before(shares), []
+        for share in shares:
+            m = len(share.tokens)
+            table = self.cache.write(share.head._slot, share.start, share.start + m)
+            parts.append(Part(table, share.start, m, m, share.tree))
+        attention, (kv,) = self._attention, self.cache.pool
+        alone = len(parts) == 1 and parts[0].rows <= MAX_ROWS
+        plan = attention.alone(parts[0], fixed=False) if alone else attention.together(parts)
+        n, eps, shape = len(ids), layer.rms_norm_eps, (layer.hidden_size,)
         heads, kv_heads, dim = layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim
-        rotated, half, group, end = heads + kv_heads, dim // 2, heads // kv_heads, start + n
+        rotated, half, width = heads + kv_heads, dim // 2, heads * dim
 
         tokens_normed = F.rms_norm(self.embedding[ids].to(self.dtype), shape, self.token_norm, eps)
         states_normed = F.rms_norm(states, shape, self.state_norm, eps)
-        qkv = self.qkv(torch.cat((tokens_normed, states_normed), -1)).view(n, heads + 2 * kv_heads, dim)
-        if stands is None:
-            cos, sin = self.cos[start:end], self.sin[start:end]
-        else:
-            cos, sin = self.cos[stands - 1], self.sin[stands - 1]
-        qk = qkv[:, :rotated]
+        qkv = self.qkv(torch.cat((tokens_normed, states_normed), -1))
+        qk = qkv[:, : rotated * dim].view(n, rotated, dim)
         swapped = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
-        torch.addcmul(qk * cos, swapped, sin, out=qk)
-        self.kv[0, :, start:end] = qkv[:, heads:].transpose(0, 1)
-        if mask is None and n > 1:
-            mask = torch.full((n, end), float("-inf"), dtype=self.dtype, device=self.device).triu(start + 1)
-        # The query heads of a group are rows of their KV head.
-        queries = qkv[:, :heads].view(n, kv_heads, group, dim).permute(1, 0, 2, 3).reshape(1, kv_heads, n * group, dim)
-        attended = F.scaled_dot_product_attention(
-            queries,
-            self.kv[:, :kv_heads, :end],
-            self.kv[:, kv_heads:, :end],
-            attn_mask=None if mask is None else mask.repeat_interleave(group, dim=0)[None, None],
-        )
-        attended = attended.view(kv_heads, n, group, dim).permute(1, 0, 2, 3).reshape(n, heads * dim)
+        torch.addcmul(qk * self.cos[plan.stands], swapped, self.sin[plan.stands], out=qk)
+        attention.write(kv, qkv[:, width:].view(n, 2 * kv_heads, dim), plan)
+        attended = attention.attend(kv, qkv[:, :width], plan)
         x = (states_normed if config.norm_before_residual else states) + self.output(attended)
         gate, up = self.gate_up(F.rms_norm(x, shape, self.mlp_norm, eps)).chunk(2, dim=-1)
         x = x + self.down(F.silu(gate) * up)

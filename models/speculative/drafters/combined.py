@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from models.speculative.drafters import Draft, Limit, ReadsStates, SequenceDrafter
-from models.speculative.drafters.in_step import Answer, Ask, DraftsInSteps, Steps, alone
+from models.speculative.drafters.in_step import Answer, Ask, DraftsInSteps, Resumes, Steps, alone
 from models.speculative.model import Features
 
 
@@ -60,6 +60,12 @@ class Combined:
     def settle(self, tokens: list[int]) -> float:
         """Of all that read states."""
         return sum(drafter.settle(tokens) for drafter in self._drafters if isinstance(drafter, ReadsStates))
+
+    def resume(self, held: int) -> None:
+        """Tell those that have a model."""
+        for drafter in self._drafters:
+            if isinstance(drafter, Resumes):
+                drafter.resume(held)
 
     def observe(self, accepted: int) -> None:
         """Tell the drafter whose tokens they were."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models.speculative.drafters import Budget, Draft, Limit, PerSequence, SequenceDrafter
-from models.speculative.model import IDS, LOGITS, LanguageModel, Rows
+from models.speculative.model import IDS, LOGITS, LanguageModel, Paged, Rows
 from models.speculative.sequence import Sequence
 
 
@@ -51,6 +51,15 @@ class DraftsInSteps(Protocol):
 
     def steps(self, tokens: list[int], limit: Limit) -> Steps:
         """As `SequenceDrafter.propose`, as a dialogue: yields what it needs of the model."""
+        ...
+
+
+@runtime_checkable
+class Resumes(Protocol):
+    """A `SequenceDrafter` that can go on from a beginning that its model's cache holds already."""
+
+    def resume(self, held: int) -> None:
+        """The cache holds the first `held` tokens of the text; called before anything is proposed."""
         ...
 
 
@@ -97,6 +106,9 @@ class InStep(PerSequence):
     What they have to read before they can draft is bounded in each step, as prompts are for the target; a sequence
     whose drafter is still reading has no round meanwhile.
 
+    Where the draft model's cache has pages (`Paged`), a sequence that may reuse beginnings is read from where the cache
+    holds it: `stats.draft_reused_tokens`. With taps nothing is reused: states of the whole prompt are wanted.
+
     Args:
         make, taps: as of `PerSequence`.
         model: of which the drafters have a slot each, the sequence's.
@@ -108,16 +120,38 @@ class InStep(PerSequence):
         super().__init__(make, taps, model.free)
         self._model = model
         self._paused: dict[Sequence, _Talk] = {}
+        self._resumed: set[Sequence] = set()  # those that have not been drafted for yet
+
+    def begin(self, sequence: Sequence) -> None:
+        """Make the sequence's drafter, and promise it pages of the model's cache."""
+        super().begin(sequence)
+        drafter, model, request = self.of(sequence), self._model, sequence.request
+        positions = model.limits.positions
+        if self.taps or not (isinstance(model, Paged) and isinstance(drafter, Resumes)):
+            return
+        if len(request.prompt) > positions:  # nothing will be drafted
+            return
+        known = request.prompt if request.reuse else ()
+        held = model.reserve(sequence.slot, known, min(sequence.positions, positions))
+        if held:
+            sequence.stats.draft_reused_tokens = held
+            drafter.resume(held)
+            self._resumed.add(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence's drafter."""
         self._paused.pop(sequence, None)
+        self._resumed.discard(sequence)
         super().end(sequence)
 
     def propose(self, sequences: Items[Sequence], budget: Budget) -> Items[Draft | Exception]:
         """Drafts for all of them, with one forward for each drafted position."""
-        if budget.sequences == 1 and len(sequences) == 1 and not self._paused:
+        lone = budget.sequences == 1 and len(sequences) == 1 and not self._paused
+        if lone and sequences[0] not in self._resumed:
             return super().propose(sequences, budget)
+        # What follows a beginning is read by the model, which takes any number of rows.
+        rows = len(sequences[0].tokens) if lone else budget.prompt_rows
+        self._resumed.difference_update(sequences)
         began = time.perf_counter()
         own_s = 0.0  # of those that had no question
         drafts: list[Draft | Exception | _Talk] = []
@@ -127,7 +161,7 @@ class InStep(PerSequence):
             if not isinstance(drafts[-1], _Talk):
                 own_s += time.perf_counter() - mark
         talks = [each for each in drafts if isinstance(each, _Talk)]
-        self._read([each for each in talks if each.ask and each.ask.reads is Reads.NOTHING], budget.prompt_rows)
+        self._read([each for each in talks if each.ask and each.ask.reads is Reads.NOTHING], rows)
         forwards = 0
         while asking := [each for each in talks if each.ask and each.ask.reads is not Reads.NOTHING]:
             self._hear(asking)

@@ -84,6 +84,10 @@ class ModelDrafter:
             return Draft(self.model.draft_greedy(pending, position, k), None, prefill_s, source=self.source)
         return (yield from self._step_by_step(tokens, pending, position, k, prefill_s, limit))
 
+    def resume(self, held: int) -> None:
+        """The model's cache holds the first `held` tokens of the text."""
+        self.cached = held
+
     def observe(self, accepted: int) -> None:
         """Advance over the kept tokens: all kept leaves the last, which was never fed, and its successor to feed."""
         self.cached += min(accepted, self._ahead)
