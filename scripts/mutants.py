@@ -238,6 +238,7 @@ def command(argv: Sequence[str] | None = None) -> int:
             ordered = [results[each] for each in known if each in results]
             write_json(options.json, circumstances | {"mutants": ordered})
 
+    write()
     with tempfile.TemporaryDirectory() as folder:
         copied(Path(folder))
         for name in options.only or known:
@@ -251,7 +252,6 @@ def command(argv: Sequence[str] | None = None) -> int:
             results[name] = result = tried(mutant, Path(folder))
             print(f"{result['verdict']:<9}{name:<20}{' '.join(result['by'])}", flush=True)
             write()
-        write()
     survived = [each for each in results.values() if each["verdict"] == SURVIVED]
     print(f"{len(results) - len(survived)} of {len(results)} mutants were caught")
     return 1 if survived else 0
