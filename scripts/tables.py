@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/measured.md anew from the files in docs/results.
+"""Write the tables of README.md and some documents anew from the files in docs/results.
 
     python scripts/tables.py            # after a benchmark, the demo or the planner has written its results there
     python scripts/tables.py --check    # change nothing, name the tables that are not what the results say
@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,16 @@ from scripts.suites.report import number, percent, ranged, times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-DOCUMENTS = ("README.md", "docs/measured.md", "docs/batching.md", "docs/board.md", "docs/planner.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/measured.md",
+    "docs/batching.md",
+    "docs/board.md",
+    "docs/planner.md",
+    "docs/reliability.md",
+)
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-OUTPUT_FLAGS = ("--json", "--markdown", "--png", "--html")  # with a file behind them
+OUTPUT_FLAGS = ("--json", "--resume", "--markdown", "--png", "--html")  # with a file behind them
 LEVERS = ("draft in bfp4", "early exit")  # of the planner, to be shown; of several alike the best
 DRAFTERS = ("model", "prompt-lookup", "combined", "tree", "early-exit")
 ASSUMED = (0.6, 0.7, 0.8)  # acceptance of a drafted token, where random weights have none
@@ -232,6 +240,30 @@ def bottleneck() -> str:
     return f"{source(results)}\n\n{bound}\n\n{text}"
 
 
+def mutants() -> str:
+    """Faults that were put into the sources, and the test that each fell to."""
+    from scripts.mutants import CAUGHT, MUTANTS
+
+    results = read("mutants")
+    tried = {each["name"]: each for each in results["mutants"]}
+    rows, untried, caught = [], [], 0
+    for mutant in MUTANTS:
+        each = tried.get(mutant.name)
+        if each is None or each["digest"] != mutant.digest:
+            untried.append(f"`{mutant.name}`")
+            continue
+        caught += each["verdict"] == CAUGHT
+        rows.append((f"`{mutant.name}`", mutant.breaks, _test(each["by"]), f"{each['seconds']:.0f}"))
+    table = markdown_table(("mutant", "what is broken", "caught by", "s"), rows, left=3)
+    left = f"\nNot tried as they are now:\n{textwrap.fill(', '.join(untried), 100)}.\n" if untried else ""
+    return f"{source(results)}\n\n{table}{caught} of {len(rows)} were caught.\n{left}"
+
+
+def _test(failed: Sequence[str]) -> str:
+    """A test's name without its folder and parameters."""
+    return f"`{failed[0].partition('[')[0].rpartition('/')[2].replace('.py::', ': ')}`" if failed else "none"
+
+
 # ---- counted and predicted for boards -------------------------------------------------------------------------------
 
 
@@ -409,6 +441,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-smollm2": lambda: peers("peers-smollm2"),
     "expect": expect,
     "bottleneck": bottleneck,
+    "mutants": mutants,
     "op-counts": op_counts,
     "op-counts-users": users,
     "plan-fit": plan_fit,

@@ -9,7 +9,7 @@ from models.errors import UserError
 from models.llama.config import RopeScaling
 from models.speculative.model import LOGITS, Paged, Rows
 from models.tests.llama_fixtures import hf_model, random_tensors, tiny_config
-from models.torch_llama.kv_cache import KV_BLOCK
+from models.torch_llama.kv_cache import KV_BLOCK, KVCache
 from models.torch_llama.model import TorchLlama
 
 CONFIG = tiny_config(num_hidden_layers=2, max_position_embeddings=1024)
@@ -57,6 +57,23 @@ def test_a_shared_beginning_has_the_bits_of_one_read_anew(options, ended):
             assert torch.equal(
                 model.extend(rows, LOGITS).logits(0), alone.extend([Rows(0, [i], length + i)], LOGITS).logits(0)
             )
+
+
+def test_a_block_is_found_only_behind_what_it_was_read_behind():
+    """Its keys and values depend on all tokens before it, not on its own alone."""
+    cpu = torch.device("cpu")
+    cache = KVCache(1, 2, 4, dtype=torch.float32, device=cpu, slots=3, positions=4 * KV_BLOCK, spare=0, unit=KV_BLOCK)
+
+    def held(slot: int, *blocks: list[int]) -> int:
+        tokens = [token for block in blocks for token in block] + [0]
+        count = cache.reserve(slot, tokens, len(tokens))
+        cache.write(slot, count, len(tokens))
+        cache.note(slot, count, tokens[count:])
+        return count
+
+    a, b, c = (ids(KV_BLOCK, seed) for seed in (1, 2, 3))
+    assert held(0, a, b) == held(1, c, a) == 0
+    assert held(2, c, b) == KV_BLOCK  # b was read behind a
 
 
 def test_nobody_writes_into_what_others_share():

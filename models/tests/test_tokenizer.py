@@ -101,6 +101,15 @@ def test_bos_may_be_an_object_or_come_from_the_model_or_be_absent(directory, tmp
     assert LlamaTokenizer.load(path).bos_id == BOS
 
 
+def test_a_bos_that_the_models_tokenizer_does_not_add_is_not_added(directory, tmp_path):
+    path = shutil.copytree(directory, tmp_path / "x")
+    settings = {"bos_token": SPECIAL_TOKENS[BOS], "add_bos_token": False}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = LlamaTokenizer.load(path)
+    assert tokenizer.bos_id == BOS
+    assert tokenizer.encode("hello") == LlamaTokenizer.load(directory).encode("hello")[1:]
+
+
 # ------------------------------------------------------------------------------------------- streaming
 @pytest.mark.parametrize("text", TEXTS)
 def test_streamed_text_equals_decode_and_no_piece_breaks_a_character(tokenizer, text):
