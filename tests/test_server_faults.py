@@ -192,6 +192,9 @@ def test_a_page_is_served_where_there_is_one(tmp_path):
             return [await http.get(path) for path in ("/", "/app.js", "/v1/models", "/nothing", "/%2e%2e/x")]
 
     assert [each.status_code for each in asyncio.run(answers(tmp_path))] == [200, 200, 200, 404, 404]
+    for sent in asyncio.run(answers(tmp_path))[:2]:
+        assert sent.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+        assert sent.headers["X-Content-Type-Options"] == "nosniff"
     missing = asyncio.run(answers(tmp_path / "none"))
     assert [each.status_code for each in missing] == [404, 404, 200, 404, 404]
     assert "no chat page" in missing[0].json()["error"]["message"]

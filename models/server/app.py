@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from models.server.settings import ServerSettings
 
 PAGE = Path(__file__).resolve().parent / "page"
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # which a page cannot say of itself; the rest it does
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def create_app(settings: ServerSettings, load: Callable[[], LLM], failed: Callable[[Exception], None]) -> FastAPI:
@@ -95,6 +100,6 @@ def add_page(app: FastAPI, folder: Path) -> None:
 
 def _sender(file: Path) -> Callable[[], Awaitable[FileResponse]]:
     async def send_file() -> FileResponse:
-        return FileResponse(file, headers={"Cache-Control": "no-cache"})
+        return FileResponse(file, headers=PAGE_HEADERS)
 
     return send_file

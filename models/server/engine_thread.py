@@ -231,7 +231,7 @@ class EngineThread:
         except Exception as error:
             self._end(job, self._told(error))
             return
-        self._metrics.prompt_tokens.inc(job.prompt_tokens)
+        self._metrics.prompt_tokens += job.prompt_tokens
         self._outbox.append((job, Accepted()))
 
     def _step(self) -> None:
@@ -263,7 +263,7 @@ class EngineThread:
             return
         before, first = text.last, not text.first
         count = text.take(emission, now)
-        metrics.generation_tokens.inc(count)
+        metrics.generation_tokens += count
         if first:
             metrics.first_token.observe(now - job.arrived)
         elif count:
@@ -309,7 +309,7 @@ class EngineThread:
         return internal()
 
     def _lost_drafter(self, error: Exception) -> None:
-        self._metrics.degraded.inc()
+        self._metrics.degraded += 1
         logger.opt(exception=error).warning("a drafter failed: its text is decoded plainly from here on")
 
     def _warm_up(self) -> None:
