@@ -344,9 +344,16 @@ def load_draft(
     max_seq_len: int | None = None,
     slots: int = 1,
 ) -> LoadedModel[TorchLlama] | LoadedHead:
-    """Put a draft model, or a head that shares the target's embedding, on a device; arguments as of `load_model`."""
+    """Put a draft model, or a head that shares the target's embedding, on a device; arguments as of `load_model`.
+
+    Where several texts draft together a draft model is row-invariant, if it can be for nothing: a sampled text then has
+    the same drafts in any company.
+    """
     if isinstance(opened, OpenedModel):
-        return load_model(opened, device=device, dtype=dtype, max_seq_len=max_seq_len, slots=slots)
+        several = slots > 1 and target.row_invariant and target.fixed_rows is None
+        return load_model(
+            opened, device=device, dtype=dtype, max_seq_len=max_seq_len, slots=slots, row_invariant=several
+        )
     start = time.perf_counter()
     head = TorchHead(
         opened.checkpoint.config,

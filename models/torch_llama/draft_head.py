@@ -113,7 +113,7 @@ class TorchHead(SlotBySlot):
 
         def linear(*names: str):
             weight = torch.cat([take(f"{name}.weight") for name in names])
-            rows = 1 if weight.numel() >= 2**21 else 8  # as in `TorchLlama`
+            rows = 1 if weight.numel() >= 2**21 and self.slots == 1 else 8  # as in `TorchLlama`
             made: Int8Linear | PackedLinear | PlainLinear
             if quantize:
                 made = Int8Linear(weight, rows)
