@@ -101,17 +101,17 @@ MUTANTS = (
     Mutant("tree-greedy", "the walk down a tree reads a node's own row", ACCEPTANCE, "node, choice = kept, target_ids[kept + 1]", "node, choice = kept, target_ids[kept]", TREES),  # noqa: E501
     Mutant("tree-residual", "a rejected child changes nothing for its siblings", ACCEPTANCE, "            probs = residual(probs, draft_probs)\n", "", TREES),  # noqa: E501
     Mutant("tree-row", "sampling in a tree reads a node's own row", ACCEPTANCE, "node, probs = child, p[child + 1]", "node, probs = child, p[child]", TREES),  # noqa: E501
-    Mutant("bonus-row", "tokens that are fed again shift the rows of a verification", VERIFY, "ids = result.ids[last:]", "ids = result.ids[: len(draft.tokens) + 1]", LOOP),  # noqa: E501
+    Mutant("bonus-row", "tokens that are fed again shift the rows of a verification", VERIFY, "ids = result.ids[last:]", "ids = result.ids[: len(draft.tokens) + 1]", ("models/tests/test_tree.py",)),  # noqa: E501
     Mutant("re-feed", "only the last token is fed again, whatever the cache lacks", VERIFY, "again, parents = sequence.tokens[sequence.cached :], None", "again, parents = sequence.tokens[-1:], None", ("models/tests/test_tree.py",)),  # noqa: E501
     Mutant("cached", "the cache counts one token less than it holds", VERIFY, "len(sequence.tokens) + len(kept), 0.0, computed)", "len(sequence.tokens) + len(kept) - 1, 0.0, computed)", LOOP),  # noqa: E501
     Mutant("tree-parents", "the parents in a tree are one row off", VERIFY, "*(last + 1 + up for up in draft.parents)", "*(last + up for up in draft.parents)", ("models/tests/test_tree.py",)),  # noqa: E501
     Mutant("stop-token", "a stop token does not end the text", SEQUENCE, "if watched or token.id in request.stop_ids:", "if watched:", LOOP),  # noqa: E501
     Mutant("stop-string", "a stop string does not end the text", SEQUENCE, "if watched or token.id in request.stop_ids:", "if token.id in request.stop_ids:", ("models/tests/test_llm.py", "models/tests/test_text.py")),  # noqa: E501
     Mutant("behind-a-stop", "tokens behind a stop are emitted", SEQUENCE, 'block, reason = block[:sent], "stop"', 'reason = "stop"', LOOP),  # noqa: E501
-    Mutant("cut-round", "a round that a stop cut counts as a whole one", ENGINE, "round_.cut = len(tokens) <= accepted or", "round_.cut =", ("models/tests/test_generate_stats.py",)),  # noqa: E501
+    Mutant("cut-round", "a round that a stop cut counts as a whole one", ENGINE, "round_.cut = len(tokens) <= accepted or", "round_.cut =", ("models/tests/test_generate.py",)),  # noqa: E501
     Mutant("draft-cache", "the draft's cache counts a token that it never read", MODEL, "self.cached += min(accepted, self._ahead)", "self.cached += accepted", ("models/tests/test_model_drafter.py",)),  # noqa: E501
     Mutant("draft-tree-keep", "the draft keeps a tree's rows without moving them", TREE, "self.cached += self.model.keep(self.cached - 1, rows) - 1", "self.cached += len(rows) - 1", ("models/tests/test_tree.py",)),  # noqa: E501
-    Mutant("head-re-feed", "a head goes on from its own guesses", HEAD, '        """Nothing to keep: rows of drafted tokens are computed again."""', "        self.cached += accepted", ("models/tests/test_head_drafter.py",)),  # noqa: E501
+    Mutant("head-re-feed", "a head goes on from its own guesses", HEAD, '        """Nothing to keep: rows of drafted tokens are computed again."""', "        self.cached += accepted", ("models/tests/test_shipped_heads.py", "models/tests/test_head_drafter.py")),  # noqa: E501
     Mutant("tree-mask", "a row of a tree does not see its ancestors", TORCH, "            seen[row] |= seen[parent]\n", "            pass\n", ("models/tests/test_tree_forward.py",)),  # noqa: E501
     Mutant("tree-position", "rows of a tree stand one position too far", TORCH, "stands = torch.tensor([root + depth", "stands = torch.tensor([root + 1 + depth", ("models/tests/test_tree_forward.py",)),  # noqa: E501
     Mutant("not-finite", "logits that are NaN go unnoticed", SEQUENCE, "if block[-1].id < 0:", "if False:", ("models/tests/test_not_finite.py",)),  # noqa: E501

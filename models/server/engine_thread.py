@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from models.speculative.text import TextStream
 
 WARM_UP = ("Hello", 8)  # prompt, tokens
+# A stream's tokens wait for each other for so long: what an event costs is then shared by those of a fast model, which
+# come in a few milliseconds. The first one, and the last, do not wait.
+EVENT_S = 0.01
 FAILURES = 3  # steps in a row that raise, before the server calls itself unhealthy
 
 
@@ -39,6 +42,7 @@ class Text:
         self.written: list[Written] = []  # and not handed out
         self.started = 0.0  # when it got a slot, first: its first token, last: its last one
         self.first = self.last = 0.0
+        self.told = -math.inf  # when tokens were handed out last
         self.rounds = self.drafted = self.accepted = 0
 
     def take(self, emission: Emission, now: float) -> int:
@@ -53,12 +57,12 @@ class Text:
         self.last = now
         return len(tokens)
 
-    def delta(self, sequence: Sequence) -> Delta | None:
+    def delta(self, sequence: Sequence, now: float) -> Delta | None:
         """What is to be handed out now."""
         reason = OPENAI_REASONS.get(sequence.stats.finish_reason, "")
-        if not reason and not (self.job.stream and self.written):
+        if not reason and not (self.job.stream and self.written and now - self.told >= EVENT_S):
             return None
-        written, self.written = self.written, []
+        written, self.written, self.told = self.written, [], now
         counts = self.rounds, self.drafted, self.accepted
         return Delta(self.choice.index, written, counts, reason, self._summary(sequence) if reason else None)
 
@@ -273,7 +277,7 @@ class EngineThread:
             text.rounds += 1
             text.drafted += round_.drafted
             text.accepted += round_.accepted
-        if (delta := text.delta(sequence)) is not None:
+        if (delta := text.delta(sequence, now)) is not None:
             self._outbox.append((job, delta))
             if delta.summary:
                 del self._texts[sequence]
