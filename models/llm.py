@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
@@ -26,6 +27,7 @@ from models.options import AUTO, ResolvedOptions, describe_source, engine_option
 from models.speculative.control.costs import CostModel
 from models.speculative.control.policy import AutoDraftLength, Controller, FixedDraftLength
 from models.speculative.drafters import Drafter, PerSequence
+from models.speculative.drafters.degrading import Degrading
 from models.speculative.drafters.in_step import InStep
 from models.speculative.drafters.registry import FORCED, NONE, DrafterSpec, Parts, spec_of
 from models.speculative.engine import Engine
@@ -460,13 +462,20 @@ class LLM:
         drafter: str | None = None,
         num_draft_tokens: int | str | None = None,
         verification: str | None = None,
+        *,
+        lost: Callable[[Exception], None] | None = None,
     ) -> Drafting:
         """A configuration of who drafts how much, with the models that are loaded.
+
+        Where the drafter raises, or proposes what cannot be verified, that text goes on plainly:
+        `GenerationStats.drafting_failure` says why.
 
         Args:
             drafter: a name in `drafters.registry`; default: the loaded options'.
             num_draft_tokens: tokens drafted a round, or "auto"; default: the loaded options'.
             verification: "batched" or "sequential"; default: the loaded options'.
+            lost: told what was raised, once for each text that loses its drafter; default: a warning in the log, and a
+                UserError of a drafter that cannot draft for a text at all ends that text.
 
         Raises:
             UserError: a drafter that there is not, or that needs a model that is not loaded.
@@ -486,7 +495,9 @@ class LLM:
         if name == "model" and self.head is not None:
             raise UserError("drafter 'model' needs a draft model, and a head is loaded: draft with 'head'")
         how = verification or options.verification
-        return Drafting(name, length, self._drafter(spec), self.controller(length), how)
+        refusals = (UserError,) if lost is None else ()
+        guarded = Degrading(self._drafter(spec), lost or partial(_warn_of, name), refusals)
+        return Drafting(name, length, guarded, self.controller(length), how)
 
     def controller(self, num_draft_tokens: int | str) -> Controller:
         """Of a fixed draft length, or one that chooses ("auto") and learns in every text that it is used for."""
@@ -619,6 +630,11 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise UserError("this LLM is closed: load it again")
+
+
+def _warn_of(drafter: str, error: Exception) -> None:
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    logger.warning(f"the drafter {drafter!r} failed, and this text goes on without it: {what}")
 
 
 def check_exit_choice(max_seq_len: int, prompt: Sequence[int]) -> None:
