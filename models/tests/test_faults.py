@@ -291,6 +291,85 @@ def test_a_target_out_of_memory_ends_a_text_with_what_there_is_and_the_next_is_w
     assert llm.generate(prompt, max_new_tokens=new).token_ids == whole
 
 
+def failing_for(llm, prompt, error, calls):
+    """An `extend` that fails from a prompt's so many-th forward on, with rows of others beside it or without."""
+    extend, ids, seen = llm.target.model.extend, llm.encode(prompt), []
+
+    def failing(rows, *want):
+        slots = {each.slot for each in llm.engine.running if each.request.prompt == ids}
+        if slots & {each.slot for each in rows}:
+            seen.append(rows)
+            if len(seen) >= calls:
+                raise error
+        return extend(rows, *want)
+
+    return failing
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize("call", [1, 5])
+def test_the_error_of_a_whole_text_has_what_was_written(llm, error, call, monkeypatch):
+    whole = llm.generate(PROMPT, max_new_tokens=NEW, speculate=False)
+    idle = llm.target.model.cache.idle
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.target.model, "extend", failing_for(llm, PROMPT, error, call))
+        with pytest.raises(type(error)) as raised:
+            llm.generate(PROMPT, max_new_tokens=NEW, speculate=False)
+    (completion,) = raised.value.completions
+    assert completion.token_ids == whole.token_ids[: call - 1]
+    assert completion.text == llm.tokenizer.decode(completion.token_ids)
+    assert completion.finish_reason == "interrupted" and str(error) in completion.error
+    assert completion.stats is llm.stats and llm.stats.tokens == call - 1
+    assert llm.engine.idle and llm.target.model.cache.idle == idle
+
+
+@pytest.mark.parametrize("prompts", [2, 4])
+def test_an_error_in_one_text_of_a_list_leaves_the_others_whole(llm, prompts, monkeypatch, tally):
+    """Two slots: the others are beside it, or still wait when it happens."""
+    texts = [PROMPT, OTHER, "import os\n", "x = [1, 2, 3]\n"][:prompts]
+    whole = llm.generate(texts, max_new_tokens=NEW)
+    error = MemoryError("no memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.target.model, "extend", failing_for(llm, OTHER, error, 6))
+        with pytest.raises(MemoryError) as raised:
+            llm.generate(texts, max_new_tokens=NEW)
+    completions = raised.value.completions
+    assert raised.value is error and len(completions) == prompts
+    for i, (completion, expected) in enumerate(zip(completions, whole, strict=True)):
+        if i == 1:
+            n = len(completion.token_ids)
+            assert 0 < n < NEW and completion.token_ids == expected.token_ids[:n]
+            assert expected.text.startswith(completion.text) and completion.text
+            assert (completion.finish_reason, completion.error) == ("interrupted", "MemoryError: no memory")
+        else:
+            assert completion == replace(expected, stats=completion.stats)
+    assert llm.stats.tokens == sum(len(each.token_ids) for each in completions)
+    assert llm.engine.idle
+    assert [each.text for each in llm.generate(texts, max_new_tokens=NEW)] == [each.text for each in whole]
+    tally["faults survived"] += 1
+
+
+def test_an_interruption_of_a_list_has_what_was_written(llm, monkeypatch):
+    texts = [PROMPT, OTHER, "import os\n"]
+    whole = llm.generate(texts, max_new_tokens=NEW, speculate=False)
+    step, steps = llm.engine.step, []
+
+    def interrupted(chosen):
+        steps.append(chosen)
+        if len(steps) > 5:
+            raise KeyboardInterrupt
+        return step(chosen)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            llm.generate(texts, max_new_tokens=NEW, speculate=False)
+    for completion, expected, tokens in zip(raised.value.completions, whole, (5, 5, 0), strict=True):
+        assert completion.token_ids == expected.token_ids[:tokens]
+        assert (completion.finish_reason, completion.error) == ("interrupted", "")
+    assert llm.engine.idle
+
+
 # ---------------------------------------------------------------------------------------------------------- the clock
 @pytest.mark.parametrize("length", [3, "auto"])
 def test_a_clock_that_jumps_changes_no_token(pair, length):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
+from models.errors import in_words
 from models.speculative.drafters import Budget, Draft, Drafter, check_draft
 
 if TYPE_CHECKING:
@@ -95,5 +96,5 @@ class Degrading:
 
     def _lose(self, sequence: Sequence, error: Exception) -> None:
         # In words: the error's frames would keep the sequence alive.
-        sequence.stats.drafting_failure = " ".join(f"{type(error).__name__}: {error}".split())
+        sequence.stats.drafting_failure = in_words(error)
         self._warn(error)
