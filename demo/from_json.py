@@ -1,8 +1,7 @@
 """Dataclasses from what a JSON file holds, checked key by key.
 
 Fields may be scalars, `Any`, lists, dicts with string keys, dataclasses, and unions of these with None. Of several
-dataclasses in one union the one is taken whose fields are the keys. A field with a default may be missing: results
-written before there was one can be read.
+dataclasses in one union the one is taken whose fields are the keys.
 """
 
 import dataclasses
@@ -61,13 +60,12 @@ class _Reader:
 
     def _fields(self, kind: type, value: Any, where: str) -> Any:
         self._check(isinstance(value, dict), dict, value, where)
-        fields = dataclasses.fields(kind)
-        names, later = _names(kind), {each.name for each in fields if each.default is not dataclasses.MISSING}
-        for what, wrong in (("has no", names - later - set(value)), ("has an unknown", set(value) - names)):
+        names = _names(kind)
+        for what, wrong in (("has no", names - set(value)), ("has an unknown", set(value) - names)):
             if wrong:
                 raise UserError(f"{where} {what} key {', '.join(sorted(wrong))}: {self.remedy}")
-        known = [each for each in fields if each.name in value]
-        return kind(**{each.name: self.value(each.type, value[each.name], f"{where}.{each.name}") for each in known})
+        fields = dataclasses.fields(kind)
+        return kind(**{each.name: self.value(each.type, value[each.name], f"{where}.{each.name}") for each in fields})
 
     def _check(self, right: bool, kind: type, value: Any, where: str) -> None:
         if not right:

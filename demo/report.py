@@ -114,7 +114,6 @@ def _speculation(stats: GenerationStats, fused: bool) -> dict[str, Any]:
         "host_ms": stats.host_ms,
         "host_share": stats.host_share,
         "draft_prefill_ms": stats.draft_prefill_s * 1000,
-        "drafting_failure": stats.drafting_failure or None,
     }
 
 

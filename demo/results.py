@@ -64,7 +64,6 @@ class Speculation:
     host_ms: float | None = timed()
     host_share: float | None = timed()
     draft_prefill_ms: float | None = timed()
-    drafting_failure: str | None = None  # what the drafter did wrong, after which the text went on plainly
 
 
 @dataclass(frozen=True, kw_only=True)
