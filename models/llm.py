@@ -22,6 +22,7 @@ import torch
 from loguru import logger
 
 from models.errors import NotFinite, OptionError, UserError, in_words
+from models.llama.checkpoint import StoredTensors
 from models.loading import LoadedHead, LoadedModel, OpenedHead, OpenedPair, load_draft, load_model, open_pair
 from models.options import AUTO, ResolvedOptions, describe_source, engine_options
 from models.speculative.control.costs import CostModel
@@ -140,6 +141,7 @@ class LLM:
         self.exit: ExitChoice | None = None
         self.exit_s = 0.0  # that the choice took
         self._closed = False
+        self._mapped: list[StoredTensors] = []  # checkpoints whose files may back weights
         self._default: Drafting | None = None
         self._recorded: dict[tuple[int, ...], list[int]] = {}  # plain texts by prompt, for forced acceptance
         if self.options.threads:
@@ -148,6 +150,9 @@ class LLM:
         if options.device == "tt":
             self._load_on_board(pair, announce, progress)
         else:
+            if options.device == "cpu":
+                opened = [pair.target, pair.draft] if pair.draft else [pair.target]
+                self._mapped = [each.checkpoint for each in opened if isinstance(each.checkpoint, StoredTensors)]
             self.target = load_model(
                 pair.target,
                 device=options.device,
@@ -255,6 +260,8 @@ class LLM:
             The request, and its text: it is given every token by the engine, and gives out what is certain.
         """
         ids = self.encode(prompt)
+        for checkpoint in self._mapped:
+            checkpoint.check_in_place()
         drafting = self._drafting_for(speculate)
         text = TextStream(self.tokenizer.detokenizer() if self.tokenizer else None, checked_stops(stop))
         request = Request(
