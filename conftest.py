@@ -4,6 +4,7 @@ import os
 import random
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy
 import pytest
@@ -16,6 +17,7 @@ from models.boards import BOARDS, medium
 BOARD = os.environ.get("MESH_DEVICE")  # tt-metal's way to say which board a test runs on
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never waits for a network
 os.environ.pop("MESH_DEVICE", None)  # the demos honour it, the tests choose their own devices
+COUNTS = os.environ.pop("TEST_COUNTS", None)  # a directory for `tally`'s sums; pytest that a test runs adds nothing
 os.environ["HF_MODEL"] = "tiny"  # and models: none is fetched by default
 
 
@@ -40,7 +42,10 @@ _COUNTED: Counter = Counter()
 
 @pytest.fixture
 def tally(request):
-    """A counter of what a test has tried ("cases tried", "faults survived", ..): its sums end the run's output."""
+    """A counter of what a test has tried ("cases tried", "faults survived", ..): its sums end the run's output.
+
+    Where the environment names a directory, TEST_COUNTS, they are left there too: scripts/test.sh adds up its parts.
+    """
     counted: Counter = Counter()
     yield counted
     request.node.user_properties += [(f"tally {what}", count) for what, count in counted.items()]
@@ -54,6 +59,9 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_terminal_summary(terminalreporter):
+    if _COUNTED and COUNTS:
+        lines = [f"{what}:{count}\n" for what, count in _COUNTED.items()]
+        Path(COUNTS, f"{os.getpid()}.counts").write_text("".join(lines))
     if _COUNTED:
         terminalreporter.write_line(", ".join(f"{what}: {count:,}" for what, count in sorted(_COUNTED.items())))
 

@@ -136,6 +136,8 @@ def figures(row: Row, session: Session) -> list[str]:
         if baseline and speculative and session.timed:
             figures.append(f"{speculative / baseline:.2f}x")
         figures.append("same text" if row.identical else "other text")
+    if any(run.stats.drafting_failure for run in row.runs.values()):
+        figures.append("the drafter failed: plain from there")
     return figures
 
 

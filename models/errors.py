@@ -27,6 +27,11 @@ def is_text(value: str) -> bool:
     return True
 
 
+def in_words(error: BaseException) -> str:
+    """What was raised, as one line that keeps neither the error nor its frames alive."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class NotFinite(UserError):
     """A target whose numbers are NaN or infinite: nothing that it says means anything."""
 

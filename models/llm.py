@@ -15,17 +15,20 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
 from loguru import logger
 
-from models.errors import NotFinite, OptionError, UserError
+from models.errors import NotFinite, OptionError, UserError, in_words
+from models.llama.checkpoint import StoredTensors
 from models.loading import LoadedHead, LoadedModel, OpenedHead, OpenedPair, load_draft, load_model, open_pair
 from models.options import AUTO, ResolvedOptions, describe_source, engine_options
 from models.speculative.control.costs import CostModel
 from models.speculative.control.policy import AutoDraftLength, Controller, FixedDraftLength
 from models.speculative.drafters import Drafter, PerSequence
+from models.speculative.drafters.degrading import Degrading
 from models.speculative.drafters.in_step import InStep
 from models.speculative.drafters.registry import FORCED, NONE, DrafterSpec, Parts, spec_of
 from models.speculative.engine import Engine
@@ -34,7 +37,6 @@ from models.speculative.model import DraftHead, Workload
 from models.speculative.sampling import SamplingParams
 from models.speculative.scheduler import PROMPT_ROWS
 from models.speculative.sequence import LogitsReader, Request
-from models.speculative.sequence import Sequence as TextSequence
 from models.speculative.stats import GenerationStats
 from models.speculative.text import TextStream, checked_stops
 
@@ -66,19 +68,22 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """A text that is complete.
+    """A text that is complete, or what there is of it.
 
     Args:
         text: without special tokens, and without the stop string that ended it.
         token_ids: all that were emitted, a stop token included.
-        finish_reason: "stop", "length" (max_new_tokens) or "context" (no position is left).
+        finish_reason: "stop", "length" (max_new_tokens) or "context" (no position is left); "interrupted" in the
+            `completions` of an error.
         stats: counts and times.
+        error: in words, what ended it; "": no error of its own.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     stats: GenerationStats
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ class LLM:
         self.exit: ExitChoice | None = None
         self.exit_s = 0.0  # that the choice took
         self._closed = False
+        self._mapped: list[StoredTensors] = []  # checkpoints whose files may back weights
         self._default: Drafting | None = None
         self._recorded: dict[tuple[int, ...], list[int]] = {}  # plain texts by prompt, for forced acceptance
         if self.options.threads:
@@ -144,6 +150,9 @@ class LLM:
         if options.device == "tt":
             self._load_on_board(pair, announce, progress)
         else:
+            if options.device == "cpu":
+                opened = [pair.target, pair.draft] if pair.draft else [pair.target]
+                self._mapped = [each.checkpoint for each in opened if isinstance(each.checkpoint, StoredTensors)]
             self.target = load_model(
                 pair.target,
                 device=options.device,
@@ -251,6 +260,8 @@ class LLM:
             The request, and its text: it is given every token by the engine, and gives out what is certain.
         """
         ids = self.encode(prompt)
+        for checkpoint in self._mapped:
+            checkpoint.check_in_place()
         drafting = self._drafting_for(speculate)
         text = TextStream(self.tokenizer.detokenizer() if self.tokenizer else None, checked_stops(stop))
         request = Request(
@@ -310,7 +321,10 @@ class LLM:
 
         Raises:
             UserError: as of `stream`, before anything is written, and for a list of sampling parameters of another
-                length. What goes wrong in one text ends the others too.
+                length.
+            Exception: what ends a text in the middle. The other texts of a list are written to their ends before it is
+                raised, the first one of several. It keeps what was written as its attribute `completions`: a
+                `Completion` for each prompt, in their order, those that did not end with the reason "interrupted".
         """
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list | tuple):
             return self._complete_all(cast("Sequence[Prompt]", prompt), sampling, **options)
@@ -384,12 +398,10 @@ class LLM:
         self.close()
 
     def _complete(self, prompt: Prompt, sampling: SamplingParams | None, **options: Any) -> Completion:
-        pieces = self.stream(prompt, sampling, **options)
-        stats = self.stats
-        with closing(pieces):
-            written = list(pieces)
-        text = "".join(piece.text for piece in written)
-        return Completion(text, [piece.id for piece in written], stats.finish_reason, stats)
+        stats = options.pop("stats", None)
+        asked = self.request(prompt, sampling, **options)
+        self.stats = GenerationStats() if stats is None else stats
+        return self._write([asked], [self.stats])[0]
 
     def _complete_all(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None, **options: Any
@@ -405,33 +417,62 @@ class LLM:
                 f"{len(sampling)} sampling parameters for {len(prompts)} prompts: give one for each, or one"
             )
         if self.board and self.options.slots == 1:  # each prompt may need programs of its own
-            written = [self._complete(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
-            self.stats = GenerationStats.merge(each.stats for each in written)
-            return written
+            return self._one_after_the_other(prompts, sampling, **options)
         asked = [self.request(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
-        sequences = [self.engine.add(request) for request, _ in asked]
+        all_stats = [GenerationStats() for _ in asked]
+        try:
+            return self._write(asked, all_stats)
+        finally:
+            self.stats = GenerationStats.merge(all_stats)
+
+    def _one_after_the_other(
+        self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], **options: Any
+    ) -> list[Completion]:
+        written: list[Completion] = []
+        raised: Exception | None = None
+        for prompt, params in zip(prompts, sampling, strict=True):
+            try:
+                written.append(self._complete(prompt, params, **options))
+            except Exception as error:
+                raised = raised or error
+                none = Completion("", [], "interrupted", GenerationStats(), in_words(error))
+                written += getattr(error, "completions", [none])
+        self.stats = GenerationStats.merge(each.stats for each in written)
+        if raised is not None:
+            raise _with_completions(raised, written)
+        return written
+
+    def _write(
+        self, asked: Sequence[tuple[Request, TextStream]], all_stats: Sequence[GenerationStats]
+    ) -> list[Completion]:
+        """Whole texts. What is raised has the attribute `completions`."""
+        sequences = [self.engine.add(request, stats) for (request, _), stats in zip(asked, all_stats, strict=True)]
         left = set(sequences)
+        raised: BaseException | None = None
         try:
             while left:
-                for sequence, _ in self.engine.step(left):
-                    if sequence.error is not None:
-                        raise sequence.error
-                    if sequence.finished:
-                        left.discard(sequence)
-        except NotFinite as error:
-            self._abort(left)
-            raise self._explained(error, sequence.request.prompt, sequence.slot) from None
-        finally:
-            self._abort(left)
-            self.stats = GenerationStats.merge(each.stats for each in sequences)
-        return [
-            Completion(text.finish(), each.tokens[len(each.request.prompt) :], each.stats.finish_reason, each.stats)
+                left.difference_update(each for each, _ in self.engine.step(left) if each.finished)
+        except BaseException as error:  # no text's own: an interruption, or a slot that there is not
+            raised = error
+        for sequence in left:
+            self.engine.abort(sequence)
+        for sequence in sequences:
+            if isinstance(sequence.error, NotFinite):  # all slots of these texts are free by now
+                sequence.error = self._explained(sequence.error, sequence.request.prompt, sequence.slot)
+            raised = raised or sequence.error
+        written = [
+            Completion(
+                text.finish(),
+                each.tokens[len(each.request.prompt) :],
+                each.stats.finish_reason,
+                each.stats,
+                in_words(each.error) if each.error else "",
+            )
             for each, (_, text) in zip(sequences, asked, strict=True)
         ]
-
-    def _abort(self, sequences: Iterable[TextSequence]) -> None:
-        for each in sequences:
-            self.engine.abort(each)
+        if raised is not None:
+            raise _with_completions(raised, written)
+        return written
 
     def _pieces(self, request: Request, text: TextStream, stats: GenerationStats) -> Generator[Piece, None, None]:
         sequence = self.engine.add(request, stats)
@@ -460,13 +501,20 @@ class LLM:
         drafter: str | None = None,
         num_draft_tokens: int | str | None = None,
         verification: str | None = None,
+        *,
+        lost: Callable[[Exception], None] | None = None,
     ) -> Drafting:
         """A configuration of who drafts how much, with the models that are loaded.
+
+        Where the drafter raises, or proposes what cannot be verified, that text goes on plainly:
+        `GenerationStats.drafting_failure` says why.
 
         Args:
             drafter: a name in `drafters.registry`; default: the loaded options'.
             num_draft_tokens: tokens drafted a round, or "auto"; default: the loaded options'.
             verification: "batched" or "sequential"; default: the loaded options'.
+            lost: told what was raised, once for each text that loses its drafter; default: a warning in the log, and a
+                UserError of a drafter that cannot draft for a text at all ends that text.
 
         Raises:
             UserError: a drafter that there is not, or that needs a model that is not loaded.
@@ -486,7 +534,9 @@ class LLM:
         if name == "model" and self.head is not None:
             raise UserError("drafter 'model' needs a draft model, and a head is loaded: draft with 'head'")
         how = verification or options.verification
-        return Drafting(name, length, self._drafter(spec), self.controller(length), how)
+        refusals = (UserError,) if lost is None else ()
+        guarded = Degrading(self._drafter(spec), lost or partial(_warn_of, name), refusals)
+        return Drafting(name, length, guarded, self.controller(length), how)
 
     def controller(self, num_draft_tokens: int | str) -> Controller:
         """Of a fixed draft length, or one that chooses ("auto") and learns in every text that it is used for."""
@@ -619,6 +669,15 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise UserError("this LLM is closed: load it again")
+
+
+def _with_completions(error: BaseException, written: list[Completion]) -> BaseException:
+    error.completions = written  # type: ignore[attr-defined]
+    return error
+
+
+def _warn_of(drafter: str, error: Exception) -> None:
+    logger.warning(f"the drafter {drafter!r} failed, and this text goes on without it: {in_words(error)}")
 
 
 def check_exit_choice(max_seq_len: int, prompt: Sequence[int]) -> None:

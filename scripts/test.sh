@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests: scripts/test.sh
 #   Everything on the board N150, and on the other boards those ttnn tests that depend on the board; mocks of them where
-#   there is no silicon. Two processes at a time.
+#   there is no silicon. Two processes at a time. The last line says what was counted.
 # Some of them: scripts/test.sh ARGUMENTS, which are pytest's, paths relative to the repository
 # Makes .venv on first use. PYTHON=/path/to/python chooses the interpreter.
 set -euo pipefail
@@ -25,7 +25,8 @@ WHOLE_MODELS="test_mesh test_layout test_model test_fused test_kernel_audit"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0 # of the first run that fails; the others are run all the same
 others=
-taken= # a directory that has one of its own for each part that a lane has begun: mkdir succeeds for one of them
+taken= # a directory that has one of its own for each part that a lane has begun: mkdir succeeds for one of them; and
+# what the tests of each have counted: conftest.py
 log="$VENV/boards.log"
 run() { "$VENV_PYTHON" -m pytest "$@" || failed $?; }
 failed() { [ "$status" -ne 0 ] || status=$1; }
@@ -55,15 +56,29 @@ lane() { # PARTS
 }
 backwards() { local each all=; for each in $PARTS; do all="$each $all"; done && printf '%s' "$all"; }
 
+counted() { # one line: what the tests of all parts have counted, if they have
+    local what name count sum line= any=
+    for what in "cases tried" "faults survived" "tokens compared" "tokens wrong"; do
+        sum=0
+        while IFS=: read -r name count; do
+            any=1
+            [ "$name" != "$what" ] || sum=$((sum + count))
+        done < <(cat "$taken"/*.counts 2>/dev/null)
+        line="$line${line:+, }$what: $sum"
+    done
+    [ -z "$any" ] || printf '%s\n' "$line"
+}
+
+trap stop EXIT
+trap 'exit 130' INT TERM
+taken="$VENV/lanes.$$" && mkdir "$taken"
+export TEST_COUNTS="$taken"
 case $TTNN in
     no | broken)
         say "no ttnn: its tests are skipped"
         run --board N150
         ;;
     *)
-        trap stop EXIT
-        trap 'exit 130' INT TERM
-        taken="$VENV/lanes.$$" && mkdir "$taken"
         set -m # a process group of its own, which can be stopped as a whole
         # shellcheck disable=SC2046
         (trap - EXIT INT TERM && lane $(backwards) && exit "$status") </dev/null >"$log" 2>&1 &
@@ -76,4 +91,5 @@ case $TTNN in
         cat "$log"
         ;;
 esac
+counted
 exit "$status"

@@ -31,7 +31,7 @@ case "$1" in
 esac
 """
 # Notes the calls of pip, which fails or hangs where asked to, and prints the arguments of any script it is given; it
-# fails where they hold the text of the file fails-with.
+# fails where they hold the text of the file fails-with, and leaves what is in the file counts as what it has counted.
 VENV_PYTHON = """\
 #!/usr/bin/env bash
 root="$(dirname "$0")/../.."
@@ -50,6 +50,7 @@ case "$*" in
     *)
         echo "ran in $PWD:"
         printf '<%s>\\n' "$@"
+        if [ -e "$root/counts" ]; then cat "$root/counts" >"$TEST_COUNTS/$$.counts"; fi
         if [ -e "$root/fails-with" ]; then case "$*" in *"$(cat "$root/fails-with")"*) exit 3 ;; esac; fi
         ;;
 esac

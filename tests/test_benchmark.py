@@ -20,6 +20,7 @@ from models.llama.config import NAMED_SIZES
 from models.llama.random_weights import RandomWeights
 from models.llama.rope import rope_tables
 from models.speculative.drafters import registry
+from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.stats import GenerationStats, Round
 from models.tests.head_fixtures import write_head
 from models.tests.llama_fixtures import tiny_config, write_tiny_checkpoint
@@ -480,6 +481,22 @@ def test_forced_acceptance_is_what_was_asked_for_and_is_named(tmp_path, pair, ca
     assert code == 0 and results["forced"] and "forced" in results["drafter"] and results["arrivals"] == {}
     assert each["speculative"]["acceptance_rate"] == 1.0 and each["texts_equal"] == 2
     assert "**Forced:**" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suite", ["compare", "batch"])
+def test_a_drafter_that_fails_ends_a_benchmark_and_is_not_timed_as_one(pair, suite, monkeypatch, capsys):
+    def broken(self, tokens, limit):
+        raise ZeroDivisionError("a drafter of mine")
+
+    name = "prompt-lookup"
+    flags = {
+        "compare": f"--drafters {name} --auto-drafter {name} --lengths 1 --categories short-output".split() + SMALL,
+        "batch": f"--drafter {name} --sequences 2 --new-tokens 8 --repeats 1 --loads 0".split(),
+    }
+    monkeypatch.setattr(PromptLookup, "propose", broken)
+    assert run_command(lambda: benchmark.command([suite, *pair[:2], *flags[suite], "--quiet"])) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "a drafter of mine" in errors[0]
 
 
 # ---- interruption ----

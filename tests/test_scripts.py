@@ -328,6 +328,54 @@ def test_where_one_part_fails_the_others_are_run_and_the_whole_fails(machine, pa
     assert result.stdout.count("<pytest>") == len(PARTS)
 
 
+@pytest.mark.parametrize("ttnn", ["yes", "no"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_last_line_adds_up_what_the_tests_of_all_parts_have_counted(machine, ttnn, fails):
+    machine.python("python3.12", "3.12.1", ttnn=ttnn)
+    (machine.clone / "counts").write_text("faults survived:3\ntokens compared:1200\n")
+    if fails:
+        (machine.clone / "fails-with").write_text("N150")
+    result = machine.run(machine.clone / "scripts/test.sh")
+    parts = len(PARTS) if ttnn == "yes" else 1
+    assert result.returncode == (3 if fails else 0)
+    assert result.stdout.splitlines()[-1] == (
+        f"cases tried: 0, faults survived: {3 * parts}, tokens compared: {1200 * parts}, tokens wrong: 0"
+    )
+    assert result.stdout.count("cases tried") == 1
+    assert not [*machine.clone.glob(".venv/lanes*")]
+
+
+def test_runs_of_pytest_leave_what_their_tests_have_counted(tmp_path):
+    """With this repository's conftest.py; a run inside a test adds nothing to its own."""
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_it.py").write_text(
+        textwrap.dedent(
+            """\
+            import os
+
+            import pytest
+
+            @pytest.mark.parametrize("faults", [2, 5])
+            def test_it(faults, tally):
+                assert "TEST_COUNTS" not in os.environ
+                tally["faults survived"] += faults
+                tally["cases tried"] += 1
+                assert faults == 2
+            """
+        )
+    )
+    counts = tmp_path / "counts"
+    counts.mkdir()
+    env = {**os.environ, "TEST_COUNTS": str(counts), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"]
+    result = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert result.returncode == 1, result.stdout
+    (left,) = counts.iterdir()
+    assert sorted(left.read_text().splitlines()) == ["cases tried:2", "faults survived:7"]
+    assert "cases tried: 2, faults survived: 7" in result.stdout
+
+
 def test_without_ttnn_one_run_has_all_tests(machine):
     machine.python("python3.12", "3.12.1", ttnn="no")
     result = machine.run(machine.clone / "scripts/test.sh")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from models.errors import UserError
 from models.llama.config import LlamaConfig, as_token_ids, read_json
-from models.llama.shards import INDEX, SINGLE, Shard, read_layout, read_ranges, what_else
+from models.llama.shards import INDEX, SINGLE, Shard, read_layout, read_ranges, stamp, what_else
 
 SHARD_BYTES = 2 * 10**9
 # safetensors' names of the dtypes a Llama is stored in -> torch's.
@@ -41,14 +41,42 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         self.config = config
         self._shards = shards
         self._files = files
+        self._stamps = {shard.path: shard.stamp for shard in shards}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as stored, on the CPU. KeyError for other names.
+        """One tensor as stored, on the CPU. KeyError for other names, UserError where its file is not the one any more
+        that was checked.
 
         It is backed by the file: pages are read when touched and given back when the tensor is dropped.
         """
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        file = self._files[name]
+        self._check_unchanged(file)
+        with safe_open(file, framework="pt") as opened:
+            tensor = opened.get_tensor(name)
+        self._check_unchanged(file)
+        return tensor
+
+    def check_in_place(self) -> None:
+        """Raise UserError where a file was written to since it was opened: tensors that it backs have changed, or are
+        gone. A file that was replaced by renaming another one is still there for them."""
+        for shard in self._shards:
+            try:
+                now = stamp(shard.path)
+            except OSError:
+                continue
+            if now != shard.stamp and now[0] == shard.stamp[0]:
+                raise UserError(
+                    f"{shard.path} was written to while its model is in use: load it again, and replace checkpoints by "
+                    "renaming"
+                )
+
+    def _check_unchanged(self, file: Path) -> None:
+        try:
+            same = stamp(file) == self._stamps[file]
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}: it was there when it was opened") from None
+        if not same:
+            raise UserError(f"{file} was changed or replaced while it was being loaded: load it again")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensor(name)

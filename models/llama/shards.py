@@ -33,11 +33,18 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its length in bytes, and what it holds."""
+    """One safetensors file: its length in bytes, what it holds, and `stamp` of it as it was then."""
 
     path: Path
     size: int
     tensors: dict[str, StoredTensor]
+    stamp: tuple[int, int, int]
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """(inode, length in bytes, time of the last change in ns): another file, or a changed one, has another."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_layout(path: Path) -> tuple[list[Shard], dict[str, Path]]:
@@ -84,10 +91,11 @@ def _ranges(header: bytes) -> list[tuple[int, int]]:
 def _read_shard(path: Path) -> Shard:
     """What a file holds, from its header."""
     try:
+        before = stamp(path)
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             tensors = {name: StoredTensor(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
-        return Shard(path, path.stat().st_size, tensors)
+        return Shard(path, before[1], tensors, before)
     except (SafetensorError, OSError) as error:
         raise UserError(_fault(path, error)) from None
 

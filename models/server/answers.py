@@ -192,7 +192,7 @@ def timings(job: Job, stats: GenerationStats, summaries: Sequence[Summary]) -> d
 def speculation(stats: GenerationStats, summaries: Sequence[Summary]) -> dict[str, Any]:
     """What was drafted. state: "off", "on", "switched-off" by the policy at the end, or "failed"."""
     first = summaries[0]
-    failure = next((summary.failure for summary in summaries if summary.failure), "")
+    failure = stats.drafting_failure
     state = "on" if first.length else "off"
     if failure:
         state = "failed"

@@ -10,7 +10,6 @@ from models.errors import UserError
 from models.llm import LLM, Drafting
 from models.options import AUTO, DRAFT_TOKENS
 from models.speculative.control.policy import AutoDraftLength
-from models.speculative.drafters.degrading import Degrading
 from models.speculative.drafters.registry import NONE, spec_of, specs
 
 Length = int | str
@@ -62,7 +61,7 @@ class Draftings:
         llm = self._llm
         if name != NONE:
             self._check(name, length)
-        drafting = llm.drafting(name, length)
+        drafting = llm.drafting(name, length, lost=self._warn)
         if drafting.drafter is None:
             return drafting
         controller = drafting.controller
@@ -70,7 +69,7 @@ class Draftings:
             known = self.default.controller
             if isinstance(known, AutoDraftLength):  # what forwards cost does not depend on who drafts
                 controller = AutoDraftLength(controller.lengths, known.costs)
-        return dataclasses.replace(drafting, drafter=Degrading(drafting.drafter, self._warn), controller=controller)
+        return dataclasses.replace(drafting, controller=controller)
 
     def _check(self, name: str, length: Length) -> None:
         options, spec = self._llm.options, spec_of(name)

@@ -18,7 +18,6 @@ from models.server.errors import ApiError, internal, refused, unavailable
 from models.server.jobs import OPENAI_REASONS, Accepted, Choice, Delta, Event, Gone, Job, Summary, Written, clock
 from models.server.metrics import Metrics
 from models.server.scores import Scorer
-from models.speculative.drafters.degrading import Degrading
 
 if TYPE_CHECKING:
     from models.llm import LLM, Drafting
@@ -67,12 +66,10 @@ class Text:
         return Delta(self.choice.index, written, counts, reason, self._summary(sequence) if reason else None)
 
     def _summary(self, sequence: Sequence) -> Summary:
-        drafter = self.drafting.drafter
-        failure = drafter.failure(sequence) if isinstance(drafter, Degrading) else ""
         waited = max(self.first - sequence.stats.ttft_s - self.job.arrived, 0.0)
         decode_s = self.last - self.first
         name, length = self.drafting.name, self.drafting.length
-        return Summary(sequence.stats, waited, decode_s, name, length, sequence.wanted, failure)
+        return Summary(sequence.stats, waited, decode_s, name, length, sequence.wanted)
 
 
 class EngineThread:

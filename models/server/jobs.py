@@ -34,7 +34,6 @@ class Summary:
     Args:
         stats: of its text. decode_s: from its first token to its last, other texts' steps included.
         waited_s: for a slot. drafter, length: who drafted how much. allowed: tokens that the policy allowed last.
-        failure: what ended the drafting; "": nothing.
     """
 
     stats: GenerationStats
@@ -43,7 +42,6 @@ class Summary:
     drafter: str
     length: int | str
     allowed: int = 0
-    failure: str = ""
 
 
 class Delta(NamedTuple):

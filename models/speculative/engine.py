@@ -261,8 +261,8 @@ class Engine:
         except Exception as error:
             if len(sequences) == 1:
                 return [error]
-            # Whose error it is shows when each is asked for alone.
-            return [each for one in sequences for each in Engine._proposals(drafter, [one], budget)]
+        # Whose error it is shows when each is asked for alone, after the error's frames and their tensors are gone.
+        return [each for one in sequences for each in Engine._proposals(drafter, [one], budget)]
 
     def _begin(self, sequence: Sequence) -> None:
         """What a sequence needs before its first round, and not before its first token."""

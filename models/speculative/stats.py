@@ -64,6 +64,8 @@ class GenerationStats:
     # "stop", "length", "context" or "interrupted"; "" while running, or where merged ones differ
     finish_reason: str = ""
     generations: int = 1
+    # what its drafter raised or proposed wrongly, after which it was decoded plainly; "": nothing; merged: the first
+    drafting_failure: str = ""
 
     @property
     def decode_tokens(self) -> int:
@@ -135,6 +137,7 @@ class GenerationStats:
             rounds=[r for part in parts for r in part.rounds],
             finish_reason=reasons.pop() if len(reasons) == 1 else "",
             generations=generations,
+            drafting_failure=next((part.drafting_failure for part in parts if part.drafting_failure), ""),
         )
 
     @property

@@ -116,7 +116,8 @@ def compute_each(target: LanguageModel, parts: Sequence[Part]) -> list[Result | 
     except Exception as error:
         if len(parts) == 1:
             return [error]
-        return [result for part in parts for result in compute_each(target, [part])]
+    # Not while the error is held: its frames hold the tensors of a forward that may have run out of memory.
+    return [result for part in parts for result in compute_each(target, [part])]
 
 
 def first_token(sequence: TextSequence, result: Result) -> int:

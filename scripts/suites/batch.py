@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from models.cli.tables import markdown_table
+from scripts.suites.configurations import check_drafted
 from scripts.suites.measuring import percentile, ratios, shuffled, spread
 from scripts.suites.report import header, number, percent, ranged
 from scripts.suites.suite import Progress, Results, integer, integers, model_settings
@@ -199,6 +200,7 @@ class Batch:
                 for sequence, tokens in emissions:
                     if sequence.error is not None:
                         raise sequence.error
+                    check_drafted(sequence.stats)
                     if tokens:
                         written = texts[sequence]
                         written.tokens += [token.id for token in tokens]

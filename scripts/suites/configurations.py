@@ -99,7 +99,14 @@ def write(
             waits.append(now - mark)
             tokens.append(piece.id)
             mark = clock()
+    check_drafted(stats)
     return Sample(tokens, stats, waits, clock() - began)
+
+
+def check_drafted(stats: GenerationStats) -> None:
+    """Raise UserError for a text that has lost its drafter: its times say nothing about drafting."""
+    if stats.drafting_failure:
+        raise UserError(f"the drafter failed, nothing is measured without it: {stats.drafting_failure}")
 
 
 def prepare_lengths(bench: Bench, prompts: Sequence[Sequence[int]]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
+from models.errors import in_words
 from models.speculative.drafters import Budget, Draft, Drafter, check_draft
 
 if TYPE_CHECKING:
@@ -23,28 +23,32 @@ class Degrading:
     Args:
         drafter: the one that may fail.
         warn: told once for each sequence that loses its drafter: what has been raised.
+        refusals: errors that `begin` raises all the same: of these a sequence ends.
     """
 
-    def __init__(self, drafter: Drafter, warn: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, drafter: Drafter, warn: Callable[[Exception], None], refusals: tuple[type[Exception], ...] = ()
+    ) -> None:
         self.taps = drafter.taps
         self._drafter = drafter
         self._warn = warn
-        self._failed: WeakKeyDictionary[Sequence, str] = WeakKeyDictionary()
+        self._refusals = refusals
 
-    def failure(self, sequence: Sequence) -> str:
+    @staticmethod
+    def failure(sequence: Sequence) -> str:
         """What has ended the drafting for a sequence; "": nothing has."""
-        return self._failed.get(sequence, "")
+        return sequence.stats.drafting_failure
 
     def begin(self, sequence: Sequence) -> None:
         """As of `Drafter`."""
-        self._guard(sequence, lambda: self._drafter.begin(sequence))
+        self._guard(sequence, lambda: self._drafter.begin(sequence), self._refusals)
 
     def propose(self, sequences: Items[Sequence], budget: Budget) -> list[Draft | Exception]:
         """As of `Drafter`; nothing for sequences that have lost their drafter.
 
         What is raised while several are asked for is passed on: the engine then asks one by one.
         """
-        sound = [each for each in sequences if each not in self._failed]
+        sound = [each for each in sequences if not self.failure(each)]
         given: Items[Draft | Exception] = []
         if sound:
             try:
@@ -77,18 +81,20 @@ class Degrading:
         try:
             self._drafter.end(sequence)
         except Exception as error:
-            if sequence not in self._failed:
+            if not self.failure(sequence):
                 self._lose(sequence, error)
 
-    def _guard(self, sequence: Sequence, call: Callable[[], None]) -> None:
-        if sequence in self._failed:
+    def _guard(self, sequence: Sequence, call: Callable[[], None], refusals: tuple[type[Exception], ...] = ()) -> None:
+        if self.failure(sequence):
             return
         try:
             call()
+        except refusals:
+            raise
         except Exception as error:
             self._lose(sequence, error)
 
     def _lose(self, sequence: Sequence, error: Exception) -> None:
         # In words: the error's frames would keep the sequence alive.
-        self._failed[sequence] = " ".join(f"{type(error).__name__}: {error}".split())
+        sequence.stats.drafting_failure = in_words(error)
         self._warn(error)

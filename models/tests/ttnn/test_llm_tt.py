@@ -110,6 +110,33 @@ def test_texts_at_once_are_what_each_is_alone(board, shadowed):
         assert llm.target.model.pages.free_count == llm.target.model.pages.count
 
 
+def test_an_error_in_one_text_of_a_list_leaves_the_others_whole(board, shadowed, monkeypatch):
+    """One slot: prompts are written one after the other. One is too long, one meets an error in its middle."""
+    options = {"device": "tt", "max_seq_len": 128, "drafter": "prompt-lookup", "weight_cache": False}
+    with LLM.load("tiny", **options) as llm:
+        prompts = [PROMPT, "x " * 200, "import os", "class A:"]
+        whole = [llm.generate(prompt, max_new_tokens=4) for prompt in (PROMPT, "class A:")]
+        step, steps = llm.engine.step, []
+
+        def failing(chosen):
+            mine = [each for each in chosen if each.request.prompt == llm.encode("import os")]
+            steps.extend(mine)
+            if mine and len(steps) == 3:
+                raise MemoryError("no memory")
+            return step(chosen)
+
+        monkeypatch.setattr(llm.engine, "step", failing)
+        with pytest.raises(UserError, match="context is 128") as raised:
+            llm.generate(prompts, max_new_tokens=4)
+        completions = raised.value.completions
+        assert [completions[0].token_ids, completions[3].token_ids] == [each.token_ids for each in whole]
+        assert [each.finish_reason for each in completions] == ["length", "interrupted", "interrupted", "length"]
+        assert completions[1].token_ids == [] and "context is 128" in completions[1].error
+        assert len(completions[2].token_ids) >= 2
+        assert llm.stats.tokens == sum(len(each.token_ids) for each in completions)
+        assert llm.engine.idle
+
+
 def test_texts_share_a_pool_and_the_beginning_of_a_prompt(board, shadowed):
     options = {"device": "tt", "max_seq_len": 256, "drafter": "prompt-lookup", "slots": 3, "weight_cache": False}
     with pytest.raises(UserError, match="pool_size 200 cannot hold one text of max_seq_len 256"):
