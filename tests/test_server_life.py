@@ -21,7 +21,7 @@ LONG = {"prompt": "def", "max_tokens": 400, "temperature": 0, "speculation": "of
 @pytest.fixture(scope="module")
 def small(chat_pair):
     """Two slots, one place to wait, a key, and another page that is let in."""
-    flags = ["--slots", "2", "--queue", "1", "--drain-seconds", "0.5", "--cors-origin", "http://localhost:3000"]
+    flags = ["--slots", "2", "--queue", "1", "--drain-seconds", "0.15", "--cors-origin", "http://localhost:3000"]
     running = ServerProcess(*flags_for(chat_pair), *flags, env={"SPECULATIVE_API_KEY": KEY})
     loading = httpx.get(running.url + "/health")
     refused = httpx.post(running.url + "/v1/completions", json=LONG, headers={"Authorization": f"Bearer {KEY}"})
@@ -105,8 +105,8 @@ def test_sigterm_finishes_what_is_under_way_within_a_bound_and_takes_nothing_new
     server = small[0]
     headers = {"Authorization": f"Bearer {KEY}"}
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    # More tokens than the bound has time for, however fast the machine is.
-    short, long = LONG | options | {"max_tokens": 15}, LONG | options | {"max_tokens": 1900}
+    # As many tokens as the context holds, each with its likeliest ones: more than the bound has time for.
+    short, long = LONG | options | {"max_tokens": 5}, LONG | options | {"max_tokens": 500, "logprobs": 5}
 
     def begun(body):
         return httpx.stream("POST", server.url + "/v1/completions", json=body, headers=headers, timeout=60)
@@ -122,7 +122,7 @@ def test_sigterm_finishes_what_is_under_way_within_a_bound_and_takes_nothing_new
         finished = [line for line in finished if line]
         cut = [line for line in lines if line]
     assert finished[-1] == "data: [DONE]"
-    assert json.loads(finished[-2][6:])["usage"]["completion_tokens"] == 15
+    assert json.loads(finished[-2][6:])["usage"]["completion_tokens"] == 5
     assert json.loads(cut[-1][6:])["error"]["code"] == "draining"
     assert server.process.wait(20) == 0 and time.monotonic() - began < 10
 
