@@ -345,15 +345,16 @@ def _fill_pages(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | 
 
 
 def _attend_sequence(call: _Call, outputs: list[_Tensor], positions: Sequence[int] | None) -> list[Traffic]:
-    """Attention of a prefill chunk, whose start stands among the arguments; keys and values of its own else. With a
-    mask and a map of its blocks: of a tree."""
+    """Attention of a prefill chunk, whose start stands among the arguments, or is a tensor and taken for 0, as for the
+    first chunk; keys and values of its own else. With a mask and a map of its blocks: of a tree."""
     queries, *stored = call.inputs[:3]
-    if len(call.inputs) == 5:
+    found = re.search(r"SDPAProgramConfig\(.*?\), (\d+), (\d+|std::nullopt),", call.arguments[0])
+    causal, start = found.groups() if found else ("0", "")
+    if len(call.inputs) == 5 and causal == "0":
         return _attend_tree(call, positions)
-    start = re.search(r"SDPAProgramConfig\(.*?\), \d+, (\d+|std::nullopt),", call.arguments[0])
     end = stored[0].shape[2]
-    if len(call.inputs) > 3 and start is not None and start[1].isdigit():  # paged
-        end = int(start[1]) + queries.shape[2]
+    if len(call.inputs) > 3 and found:  # paged
+        end = (int(start) if start.isdigit() else 0) + queries.shape[2]
     return [
         Traffic(tensor.address, min(tensor.bytes, tensor.rows_bytes(math.ceil(end / TILE) * TILE)), 0, False)
         for tensor in stored
