@@ -11,7 +11,9 @@ from models.torch_llama.kv_cache import KV_BLOCK, KVCache
 
 MANY, SEVERAL, FEW = 130, 33, (2, 3, 5, 8, 16)
 SOME, BLOCKS = (1, 2, 3, 5, 8, 11, 16, 33), 6
-LEAST_TRIED, BYTES = 24, 2e9  # single rows that are tried of a matrix; of small ones more, until so much was read
+# A kernel that sums in another order shows in one of some thousand numbers: so many are tried of each matrix, in some
+# rows at least. Of a large matrix a few rows are enough, and loading it does not wait for more.
+NUMBERS, LEAST_TRIED = 5e5, 4
 
 
 def odd_alone(
@@ -35,11 +37,10 @@ def odd_alone(
     for (linear, width), most in (*((each, MANY) for each in linears), (head, SEVERAL)):
         x = noise(most, width)
         expected = linear(x)
-        if not all(_alike(linear, x[:SEVERAL], expected, n) for n in (*FEW, SEVERAL)):
+        tried = max(LEAST_TRIED, int(NUMBERS / expected.shape[1]))
+        if not all(_alike(linear, x[: max(n, min(tried, SEVERAL))], expected, n) for n in (*FEW, SEVERAL)):
             return None
-        # A kernel for one row that sums in another order shows in few numbers: many rows are tried.
-        singles = max(LEAST_TRIED, int(BYTES / (expected.shape[1] * width * x.itemsize)))
-        odd.append(not _alike(linear, x[:singles], expected, 1))
+        odd.append(not _alike(linear, x[:tried], expected, 1))
     return odd if _attention_alike(attention, noise) else None
 
 

@@ -146,3 +146,12 @@ def shadow():
 
     with shadow.shadowed():
         yield shadow
+
+
+@pytest.fixture(scope="module")
+def mesh(mesh_opener):
+    """All chips of the board, for a file's tests."""
+    from models.tests.ttnn.model_fixtures import board
+
+    with board(mesh_opener) as mesh:
+        yield mesh

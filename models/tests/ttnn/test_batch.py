@@ -15,7 +15,7 @@ from models.speculative.engine import Engine
 from models.speculative.model import IDS, LOGITS, Rows
 from models.speculative.sequence import Request
 from models.tests.engine_fixtures import perturbed
-from models.tests.ttnn.model_fixtures import Weights, board, cached, on_chips, random_ids, reduced
+from models.tests.ttnn.model_fixtures import Weights, cached, on_chips, random_ids, reduced
 from models.ttnn_llama.batch_model import BatchLlama
 from models.ttnn_llama.modules.batch_rows import Share, _turns
 from models.ttnn_llama.shapes import KV_BLOCK
@@ -23,12 +23,6 @@ from models.ttnn_llama.weights.precision import precision_named
 from models.ttnn_llama.weights.tensors import CheckpointSource
 
 CONTEXT = 352
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,11 @@ from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.engine import Engine
 from models.speculative.model import IDS, LOGITS, Paged, Rows
 from models.speculative.sequence import Request
-from models.tests.ttnn.model_fixtures import Weights, board, random_ids, reduced
+from models.tests.ttnn.model_fixtures import Weights, random_ids, reduced
 from models.tests.ttnn.test_batch import batch_of, of_user
 from models.ttnn_llama.shapes import KV_BLOCK
 
 CONTEXT = 480
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

@@ -6,19 +6,13 @@ import pytest
 
 from models.speculative.model import Rows, Tapped, Want
 from models.tests.conformance import Conformance, SlotConformance, Subject, TreeConformance
-from models.tests.ttnn.model_fixtures import Weights, board, hf_logits, reduced
+from models.tests.ttnn.model_fixtures import Weights, hf_logits, reduced
 from models.tests.ttnn.test_batch import batch_of
 from models.ttnn_llama.shapes import PREFILL_CHUNK
 
 LAYERS, EXIT = 2, 1
 CONTEXT = PREFILL_CHUNK + 96
 PROMPTS = (1, 130, PREFILL_CHUNK + 6)
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,13 @@ from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
 from models.tests.engine_fixtures import plain
-from models.tests.ttnn.model_fixtures import Weights, board, cached, random_ids, reduced
+from models.tests.ttnn.model_fixtures import Weights, cached, random_ids, reduced
 from models.ttnn_llama.programs.fused import FusedRound
 
 LAYERS, EXIT = 2, 1
 CONTEXT = 192
 IDS = random_ids(CONTEXT, seed=3)
 POSITION = 125
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,13 @@ import torch
 
 from models.errors import UserError
 from models.tests.engine_fixtures import perturbed
-from models.tests.ttnn.model_fixtures import Weights, board, cached, random_ids, reduced
+from models.tests.ttnn.model_fixtures import Weights, cached, random_ids, reduced
 from models.ttnn_llama.device.runner import Runner
 from models.ttnn_llama.programs.fused import FusedRound
 
 LENGTHS = (1, 4, 9, 14, 31)  # 14 leaves one row over
 CONTEXT = 192
 IDS = random_ids(CONTEXT, seed=21)
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from models.errors import UserError
 from models.speculative.model import LOGITS, DraftHead, Rows, Want
 from models.tests.head_fixtures import head_config, made_to_agree, random_head_tensors
 from models.tests.llama_fixtures import random_tensors
-from models.tests.ttnn.model_fixtures import VOCAB, Weights, board, on_chips, random_ids, reduced, row_pccs
+from models.tests.ttnn.model_fixtures import VOCAB, Weights, on_chips, random_ids, reduced, row_pccs
 from models.torch_llama.draft_head import TorchHead
 from models.torch_llama.model import TorchLlama
 from models.ttnn_llama.device.runner import Runner
@@ -33,12 +33,6 @@ OPTIONS = {
     "output": {"norm_output": True},
     "everything": {"norm_before_residual": True, "fc_norm": True, "norm_output": True},
 }
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

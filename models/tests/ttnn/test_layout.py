@@ -4,18 +4,12 @@ import pytest
 import ttnn
 
 from models.llama.config import named_config
-from models.tests.ttnn.model_fixtures import Weights, board, put, random_ids, reduced
+from models.tests.ttnn.model_fixtures import Weights, put, random_ids, reduced
 from models.ttnn_llama.modules.layout import Layout, compute_config
 from models.ttnn_llama.shapes import KV_BLOCK, PREFILL_CHUNK, TILE
 from models.ttnn_llama.weights.precision import precision_named
 
 MOST_TILES = 96  # of output that a core keeps in L1, or one row of tiles where that is more
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 def matrices(layout):

@@ -13,7 +13,6 @@ from models.tests.ttnn.model_fixtures import (
     CHECKPOINTS,
     SIZES,
     Weights,
-    board,
     cached,
     hf_logits,
     pcc,
@@ -28,12 +27,6 @@ from models.ttnn_llama.weights import tensors as ttnn_weights
 
 BOUND = 0.99
 LENGTHS = (1, 5, 127, 128, 129, 300)
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 class Case:

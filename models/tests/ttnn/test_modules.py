@@ -10,18 +10,12 @@ import ttnn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from models.tests.llama_fixtures import hf_model
-from models.tests.ttnn.model_fixtures import SIZES, VOCAB, Weights, board, in_pairs, on_chips, put, reduced, row_pccs
+from models.tests.ttnn.model_fixtures import SIZES, VOCAB, Weights, in_pairs, on_chips, put, reduced, row_pccs
 from models.ttnn_llama.modules.lm_head import LMHead
 from models.ttnn_llama.weights import tensors as ttnn_weights
 
 BOUND = 0.999
 PREFILL = 128
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 class Pair:

@@ -14,7 +14,6 @@ from models.tests.ttnn.model_fixtures import (
     SIZES,
     VOCAB,
     Weights,
-    board,
     cached,
     on_chips,
     random_ids,
@@ -30,12 +29,6 @@ IDS = random_ids(340, seed=3)
 PARENTS = [-1, 0, 0, 1, 1, 3, 2, 5, 6, 0, 6]
 TOKENS = random_ids(len(PARENTS), seed=9)
 POSITION = 121  # the tree lies across a border of 128
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

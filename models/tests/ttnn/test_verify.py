@@ -19,7 +19,6 @@ from models.tests.ttnn.model_fixtures import (
     SIZES,
     VOCAB,
     Weights,
-    board,
     cached,
     in_pairs,
     random_ids,
@@ -30,12 +29,6 @@ from models.ttnn_llama.shapes import ROW_COUNTS
 
 LAYERS = 2
 IDS = random_ids(340, seed=3)
-
-
-@pytest.fixture(scope="module")
-def mesh(mesh_opener):
-    with board(mesh_opener) as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")
