@@ -1,8 +1,8 @@
-"""The layers of a Llama as machine code that numba makes of this file, once for each machine.
+"""The layers of a Llama as machine code.
 
 A forward of a few rows is bound by reading weights, and in small models by the number of operations. Here a layer is
-six parallel loops instead of some twenty operations; weights are read once, in the order in which they lie in memory,
-whatever the number of rows; activations stay in fp32.
+eight phases of one job (see `threads`) instead of some twenty operations; weights are read once, in the order in which
+they lie in memory, whatever the number of rows; activations stay in fp32.
 
 Every product is computed by one kernel, `tile`: some rows times 16 or 64 columns. Each of its sums is added up in the
 order of its terms, in a lane of its own. The bits of a row are therefore the same in any company: alone, among drafted
@@ -10,498 +10,522 @@ tokens, in a prompt, or along a path of a tree.
 
 Layouts (fp32 unless said otherwise; a row's step is a whole number of panels, what lies behind its values is zeros):
     weights: panels of 64 outputs [in, 64], one behind the other; those of the gate and of the same outputs of "up" in
-        turn. bf16 comes as uint16, fp16 as int16, fp32 as float32.
-    keys: of 16 positions together [D, 16], in the cache's dtype. values: [position, D].
+        turn. bf16, fp16 or fp32, as the keys and the values.
+    keys: of 16 positions together [D, 16]. values: [position, D].
     rows of one sequence are together, in the order of their positions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from models.torch_llama.compiled.builder import (
+    BYTE,
+    F32,
+    FLOAT,
+    INT,
+    LANES,
+    WORD,
+    Array,
+    Code,
+    Module,
+    Place,
+    Stored,
+    Value,
+)
+from models.torch_llama.compiled.machine_code import Machine, load
+from models.torch_llama.compiled.threads import CALLS, JOB_CALL, add_calls, add_job
 
-LANES = 16  # numbers of a vector
 PANEL = 64  # outputs of a panel
 BLOCK = 128  # positions of a block of the cache
-SERIAL = 16384  # so many numbers are normed or rotated by one thread: sooner than others could begin
-EXACT = {"contract"}  # a product and a sum may be one operation; nothing is added up in another order
+WIDENED = 64  # depth of the part of a panel that is made fp32 for many rows: it stays in the first cache
+TILE_ROWS = 6  # of the largest tile
+MANY = 12  # more rows than these are many
+NOT_SEEN = -math.inf
 
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_VECTOR, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
-
-
-# ------------------------------------------------------------------------------------------------------- intrinsics
-def _as_floats(builder, kind, pointer):
-    """A vector of 16 numbers as they are stored, as fp32."""
-    if kind == types.float32:
-        return builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
-    halves = ir.VectorType(ir.IntType(16), LANES)
-    stored = builder.load(builder.bitcast(pointer, halves.as_pointer()), align=2)
-    if kind == types.int16:
-        return builder.fpext(builder.bitcast(stored, ir.VectorType(ir.HalfType(), LANES)), _VECTOR)
-    return builder.bitcast(builder.shl(builder.zext(stored, _INTS), ir.Constant(_INTS, [16] * LANES)), _VECTOR)
+Kernel = Callable[..., Value]
 
 
-def _tile(rows: int, vectors: int):
-    """Makes the kernel for so many rows and vectors of columns."""
+# --------------------------------------------------------------------------------------------------------- products
+class Products:
+    """Makes the kernels that multiply, each one when it is first asked for.
 
-    @intrinsic
-    def tile(typing, x, x_at, x_step, w, w_at, w_step, v_step, y, y_at, y_step, depth, add):
-        signature = types.void(x, x_at, x_step, w, w_at, w_step, v_step, y, y_at, y_step, depth, add)
-
-        def generate(context, builder, signature, args):
-            def pointer(index, at):
-                data = context.make_array(signature.args[index])(context, builder, args[index]).data
-                return builder.gep(data, [at])
-
-            def number(index):
-                return context.cast(builder, args[index], signature.args[index], types.int64)
-
-            x_step, w_step, v_step, y_step, depth = (number(index) for index in (2, 5, 6, 9, 10))
-            xs = [pointer(0, builder.add(number(1), builder.mul(x_step, _I64(row)))) for row in range(rows)]
-            ws = pointer(3, number(4))
-            places = [
-                [
-                    builder.bitcast(
-                        pointer(
-                            7, builder.add(number(8), builder.add(builder.mul(y_step, _I64(row)), _I64(v * LANES)))
-                        ),
-                        _VECTOR.as_pointer(),
-                    )
-                    for v in range(vectors)
-                ]
-                for row in range(rows)
-            ]
-            multiply_add = builder.module.globals.get("llvm.fma.v16f32") or ir.Function(
-                builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), "llvm.fma.v16f32"
-            )
-            zero = ir.Constant(_VECTOR, [0.0] * LANES)
-            again = builder.icmp_signed("!=", number(11), _I64(0))
-            loaded = builder.append_basic_block("loaded")
-            loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
-            entry = builder.block
-            builder.cbranch(again, loaded, loop)
-            with builder.goto_block(loaded):
-                before = [[builder.load(place, align=4) for place in line] for line in places]
-                builder.branch(loop)
-
-            builder.position_at_end(loop)
-            step = builder.phi(_I64)
-            sums = [[builder.phi(_VECTOR) for _ in range(vectors)] for _ in range(rows)]
-            for block in (entry, loaded):
-                step.add_incoming(_I64(0), block)
-                for row in range(rows):
-                    for v in range(vectors):
-                        sums[row][v].add_incoming(zero if block is entry else before[row][v], block)
-            weights_at = builder.gep(ws, [builder.mul(step, w_step)])
-            weights = [
-                _as_floats(builder, signature.args[3].dtype, builder.gep(weights_at, [builder.mul(v_step, _I64(v))]))
-                for v in range(vectors)
-            ]
-            undefined = ir.Constant(_VECTOR, ir.Undefined)
-            for row in range(rows):
-                value = builder.insert_element(undefined, builder.load(builder.gep(xs[row], [step])), _I32(0))
-                value = builder.shuffle_vector(value, undefined, ir.Constant(_INTS, [0] * LANES))
-                for v in range(vectors):
-                    old = sums[row][v]
-                    sums[row][v] = builder.call(multiply_add, [value, weights[v], old])
-                    old.add_incoming(sums[row][v], loop)
-            following = builder.add(step, _I64(1))
-            step.add_incoming(following, loop)
-            builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
-
-            builder.position_at_end(done)
-            for row in range(rows):
-                for v in range(vectors):
-                    builder.store(sums[row][v], places[row][v], align=4)
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return tile
-
-
-@intrinsic
-def _power_of_two(typing, exponent):
-    """2 ** exponent of a small int32, as fp32."""
-
-    def generate(context, builder, signature, args):
-        return builder.bitcast(builder.shl(builder.add(args[0], _I32(127)), _I32(23)), _F32)
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def _stored(typing, value, like):
-    """An fp32 number as an array like that stores it: rounded to even."""
-
-    def generate(context, builder, signature, args):
-        kind = signature.return_type
-        if kind == types.float32:
-            return args[0]
-        if kind == types.int16:
-            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-        bits = builder.bitcast(args[0], _I32)
-        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, _I32(0x7FFF))), _I32(16))
-        broken = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.trunc(builder.select(broken, _I32(0x7FC0), rounded), ir.IntType(16))
-
-    return like.dtype(value, like), generate
-
-
-_T1, _T2, _T4, _T6 = (_tile(rows, 4) for rows in (1, 2, 4, 6))
-_N1, _N2, _N4, _N6 = (_tile(rows, 1) for rows in (1, 2, 4, 6))
-_compiled = njit(nogil=True, error_model="numpy", fastmath=EXACT)
-
-
-# --------------------------------------------------------------------------------------------------- rows of a layer
-@_compiled
-def _multiply(x, x_at, x_step, rows, w, w_at, w_step, v_step, y, y_at, y_step, depth, add):
-    """Rows of x times 64 columns of w: into y, or added to it."""
-    row = 0
-    while row < rows:
-        a, b, left = x_at + row * x_step, y_at + row * y_step, rows - row
-        if left >= 6:
-            _T6(x, a, x_step, w, w_at, w_step, v_step, y, b, y_step, depth, add)
-            row += 6
-        elif left >= 4:
-            _T4(x, a, x_step, w, w_at, w_step, v_step, y, b, y_step, depth, add)
-            row += 4
-        elif left >= 2:
-            _T2(x, a, x_step, w, w_at, w_step, v_step, y, b, y_step, depth, add)
-            row += 2
-        else:
-            _T1(x, a, x_step, w, w_at, w_step, v_step, y, b, y_step, depth, add)
-            row += 1
-
-
-@_compiled
-def _multiply_narrow(x, x_at, x_step, rows, w, w_at, w_step, y, y_at, y_step, depth, add):
-    """The same with 16 columns."""
-    row = 0
-    while row < rows:
-        a, b, left = x_at + row * x_step, y_at + row * y_step, rows - row
-        if left >= 6:
-            _N6(x, a, x_step, w, w_at, w_step, 0, y, b, y_step, depth, add)
-            row += 6
-        elif left >= 4:
-            _N4(x, a, x_step, w, w_at, w_step, 0, y, b, y_step, depth, add)
-            row += 4
-        elif left >= 2:
-            _N2(x, a, x_step, w, w_at, w_step, 0, y, b, y_step, depth, add)
-            row += 2
-        else:
-            _N1(x, a, x_step, w, w_at, w_step, 0, y, b, y_step, depth, add)
-            row += 1
-
-
-_SMALLEST, _HALF, _ONE, _ZERO = np.float32(-87), np.float32(0.5), np.float32(1), np.float32(0)
-_LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-_SERIES = tuple(np.float32(1 / math.factorial(n)) for n in range(7, 1, -1))
-
-
-@_compiled
-def _exp(x):
-    """e ** x of an fp32 number x <= 0: to the last place or two; what is below e ** -87 is that."""
-    x = max(x, _SMALLEST)
-    whole = np.floor(x * _LOG2E + _HALF)
-    part = x - whole * _LN2_HIGH - whole * _LN2_LOW
-    power = _SERIES[0]
-    for n in range(1, 6):
-        power = power * part + _SERIES[n]
-    return (power * part * part + part + _ONE) * _power_of_two(np.int32(whole))
-
-
-@_compiled
-def _norm_rows(first, last, x, weight, width, step, eps, out):
-    """RMS norm of rows first..last-1."""
-    for row in range(first, last):
-        at = row * step
-        total = _sum_of_squares(x, at, width)
-        scale = _ONE / np.sqrt(total / np.float32(width) + eps)
-        for i in range(width):
-            out[at + i] = x[at + i] * scale * weight[i]
-
-
-@njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-def _sum_of_squares(x, at, width):
-    total = _ZERO
-    for i in range(width):
-        total += x[at + i] * x[at + i]
-    return total
-
-
-@_compiled
-def _rotate_rows(first, last, qkv, step, stands, places, cos, sin, heads, dim, kv, pool):
-    """Rotate the queries of rows, and write their rotated keys and their values to one layer's pool.
-
-    kv: KV heads. places: of the pool's positions.
+    Args:
+        module: they belong to.
+        registers: vectors that the machine's registers hold.
     """
-    half = dim // 2
-    size = len(pool) // (2 * kv)  # of one head's keys, or values
-    for row in range(first, last):
-        angle = stands[row] * half
-        for head in range(heads + kv):
-            at = row * step + head * dim
-            for i in range(half):
-                a, b = qkv[at + i], qkv[at + half + i]
-                qkv[at + i] = a * cos[angle + i] - b * sin[angle + i]
-                qkv[at + half + i] = b * cos[angle + i] + a * sin[angle + i]
-        place = places[row]
-        for head in range(kv):
-            at = row * step + (heads + head) * dim
-            to = head * size + place // LANES * LANES * dim + place % LANES
-            for i in range(dim):
-                pool[to + i * LANES] = _stored(qkv[at + i], pool)
-            at += kv * dim
-            to = (kv + head) * size + place * dim
-            for i in range(dim):
-                pool[to + i] = _stored(qkv[at + i], pool)
+
+    def __init__(self, module: Module, registers: int) -> None:
+        self.module = module
+        self.sums = registers * 3 // 4  # the others hold weights and what is multiplied
+        self._made: dict[tuple[Any, ...], Kernel] = {}
+
+    def tile(self, rows: int, stored: Stored, vectors: int) -> Kernel:
+        """Some rows times 16 columns, or 64 as 4 vectors: into y, or added to it."""
+        key = (rows, stored, vectors)
+        if key not in self._made:
+            self._made[key] = self._tile(*key)
+        return self._made[key]
+
+    def _tile(self, rows: int, stored: Stored, vectors: int) -> Kernel:
+        at_once = next(v for v in (4, 2, 1) if v <= vectors and (rows * v <= self.sums or v == 1))
+
+        @self.module.function(
+            *(Array(F32), INT, Array(stored), INT, INT, Array(F32), INT, INT, INT),
+            name=f"tile_{rows}_{vectors}_{stored.name}",
+        )
+        def tile(
+            code: Code,
+            x: Place,
+            x_step: Value,
+            w: Place,
+            w_step: Value,
+            v_step: Value,
+            y: Place,
+            y_step: Value,
+            depth: Value,
+            add: Value,
+        ) -> None:
+            xs, ys = [x + x_step * row for row in range(rows)], [y + y_step * row for row in range(rows)]
+            for first in range(0, vectors, at_once):
+                columns = range(first, first + at_once)
+                sums = [[code.variable(code.spread(0.0)) for _ in columns] for _ in range(rows)]
+                with code.when(add.differs(0)):
+                    for line, place in zip(sums, ys, strict=True):
+                        for total, v in zip(line, columns, strict=True):
+                            total.value = place.vector(v * LANES)
+                with code.loop(0, depth) as i:
+                    weights = [w.vector(i * w_step + v_step * v) for v in columns]
+                    for line, place in zip(sums, xs, strict=True):
+                        value = code.spread(place[i])
+                        for total, weight in zip(line, weights, strict=True):
+                            total.value = code.multiply_add(value, weight, total.value)
+                for line, place in zip(sums, ys, strict=True):
+                    for total, v in zip(line, columns, strict=True):
+                        place.put(v * LANES, total.value)
+
+        return tile
+
+    def multiply(self, stored: Stored, vectors: int) -> Kernel:
+        """The same of any number of rows."""
+        key = (stored, vectors)
+        if key not in self._made:
+            self._made[key] = self._multiply(*key)
+        return self._made[key]
+
+    def _multiply(self, stored: Stored, vectors: int) -> Kernel:
+        @self.module.function(
+            *(Array(F32), INT, INT, Array(stored), INT, INT, Array(F32), INT, INT, INT),
+            name=f"multiply_{vectors}_{stored.name}",
+        )
+        def multiply(
+            code: Code, x: Place, x_step: Value, rows: Value, w: Place, w_step: Value, v_step: Value, y: Place, *rest: Value
+        ) -> None:
+            y_step, depth, add = rest
+
+            def some(count: int, row: Value) -> None:
+                tile = self.tile(count, stored, vectors)
+                tile(code, x + row * x_step, x_step, w, w_step, v_step, y + row * y_step, y_step, depth, add)
+
+            whole = rows // TILE_ROWS * TILE_ROWS
+            with code.loop(0, whole, TILE_ROWS) as row:
+                some(TILE_ROWS, row)
+            for left in range(1, TILE_ROWS):
+                with code.when((rows - whole).equals(left)):
+                    some(left, whole)
+
+        return multiply
+
+    def panel(self, stored: Stored) -> Kernel:
+        """Any number of rows times a panel of weights."""
+        key = ("panel", stored)
+        if key not in self._made:
+            self._made[key] = self._panel(stored)
+        return self._made[key]
+
+    def _panel(self, stored: Stored) -> Kernel:
+        few, many = self.multiply(stored, 4), self.multiply(F32, 4)
+
+        @self.module.function(*(Array(F32), INT, INT, Array(stored), Array(F32), INT, INT, INT, Array(F32)))
+        def panel(
+            code: Code, x: Place, x_step: Value, rows: Value, w: Place, y: Place, y_step: Value, depth: Value, *rest: Any
+        ) -> None:
+            add, scratch = rest
+            with code.when(rows <= MANY):
+                few(code, x, x_step, rows, w, PANEL, LANES, y, y_step, depth, add)
+            with code.when(rows > MANY), code.loop(0, depth, WIDENED) as i:
+                part, widened = code.least(depth - i, WIDENED), w + i * PANEL
+                if stored is not F32:
+                    with code.loop(0, part * PANEL, LANES) as j:
+                        scratch.put(j, widened.vector(j))
+                    widened = scratch
+                again = code.select(i > 0, code.whole(1), add)
+                many(code, x + i, x_step, rows, widened, PANEL, LANES, y, y_step, part, again)
+
+        return panel
 
 
-_ONES = np.ones(LANES, np.float32)
+# -------------------------------------------------------------------------------------------------------- functions
+_SMALLEST, _LOG2E, _LN2_HIGH, _LN2_LOW = -87.0, 1.44269504, 0.693359375, -2.12194440e-4
+_SERIES = [1 / math.factorial(n) for n in range(7, 1, -1)]
+_SHIFT = 1.5 * 2**23  # added to a small number it leaves a whole one in the lower bits
 
 
-@_compiled
-def _attend_rows(
-    first, last, head, heads, qkv, step, ends, root, seen, blocks, dim, kv, group, pool, scratch, out, out_step
-):
-    """What rows first..last-1 of one sequence find for some query heads of one group: into `out`.
+def exponential(code: Code, x: Value) -> Value:
+    """e ** x of vectors <= 0: to the last place or two; what is below e ** -87 is that. Not a number stays so."""
+    x = code.select(x < _SMALLEST, _SMALLEST, x)
+    shifted = code.multiply_add(x, code.spread(_LOG2E), code.spread(_SHIFT))
+    whole = shifted - _SHIFT
+    part = code.multiply_add(whole, code.spread(-_LN2_HIGH), x)
+    part = code.multiply_add(whole, code.spread(-_LN2_LOW), part)
+    power = code.spread(_SERIES[0])
+    for factor in _SERIES[1:]:
+        power = code.multiply_add(power, part, code.spread(factor))
+    return (code.multiply_add(power * part, part, part) + 1.0) * code.power_of_two(shifted)
 
-    ends: how many positions each row sees. root: the position of a tree's row 0, from which on a row sees those that
-    `seen` [rows, R] says; else beyond all. blocks: of the pool, of this sequence. scratch: fp32, room for
-    m (2 D + 16 + whole blocks), m being rows times heads.
-    """
-    m, length = (last - first) * heads, ends[last - 1]
-    room = (length + BLOCK - 1) // BLOCK * BLOCK
-    size, g = len(pool) // (2 * kv), head // group
-    queries, found, totals, scores = 0, m * dim, 2 * m * dim, 2 * m * dim + m * LANES
-    scale = _ONE / np.sqrt(np.float32(dim))
-    for j in range(m):
-        at = (first + j // heads) * step + (head + j % heads) * dim
-        for i in range(dim):
-            scratch[queries + j * dim + i] = qkv[at + i] * scale
-    for b in range(room // BLOCK):
-        at = g * size + blocks[b] * BLOCK * dim
-        for p in range(0, min(BLOCK, length - b * BLOCK), PANEL):
-            _multiply(
-                scratch,
-                queries,
-                dim,
-                m,
-                pool,
-                at + p * dim,
-                LANES,
-                LANES * dim,
-                scratch,
-                scores + b * BLOCK + p,
-                room,
-                dim,
-                0,
-            )
-    for j in range(m):
-        row = first + j // heads
-        at, end = scores + j * room, ends[row]
-        for p in range(root, end):
-            if not seen[row, p - root]:
-                scratch[at + p] = -np.inf
-        best = _greatest(scratch, at, at + end)
-        for p in range(at, at + end):
-            scratch[p] = _exp(scratch[p] - best)
-        for p in range(root, end):
-            if not seen[row, p - root]:
-                scratch[at + p] = _ZERO
-        scratch[at + end : at + length] = _ZERO
-    _multiply_narrow(scratch, scores, room, m, _ONES, 0, 0, scratch, totals, LANES, length, 0)
-    for b in range(room // BLOCK):
-        at, depth = (kv + g) * size + blocks[b] * BLOCK * dim, min(BLOCK, length - b * BLOCK)
+
+def _larger(code: Code) -> Callable[[Value, Value], Value]:
+    return lambda a, b: code.select(a > b, a, b)
+
+
+def norm_kernel(module: Module) -> Kernel:
+    """RMS norm of some rows."""
+
+    @module.function(INT, INT, Array(F32), Array(F32), INT, INT, FLOAT, Array(F32))
+    def norm(
+        code: Code, first: Value, last: Value, x: Place, weight: Place, width: Value, step: Value, eps: Value, out: Place
+    ) -> None:
+        with code.loop(first, last) as row:
+            line, result = x + row * step, out + row * step
+            total = code.variable(code.spread(0.0))
+            with code.loop(0, step, LANES) as i:
+                total.value = code.multiply_add(line.vector(i), line.vector(i), total.value)
+            squares = code.fold(total.value, lambda a, b: a + b)
+            scale = code.number(1.0) / code.root(squares / width.as_float() + eps)
+            with code.loop(0, step, LANES) as i:
+                result.put(i, line.vector(i) * scale * weight.vector(i))
+
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------- parts of layers
+def rotate_kernel(module: Module, stored: Stored) -> Kernel:
+    """Rotate the queries of some rows, and write their rotated keys and their values to one layer's pool."""
+
+    @module.function(
+        *(INT, INT, Array(F32), INT, Array(WORD), Array(WORD), Array(F32), Array(F32)),
+        *(INT, INT, INT, Array(stored), INT),
+    )
+    def rotate(
+        code: Code,
+        first: Value,
+        last: Value,
+        qkv: Place,
+        step: Value,
+        stands: Place,
+        places: Place,
+        cos: Place,
+        sin: Place,
+        heads: Value,
+        dim: Value,
+        kv: Value,
+        pool: Place,
+        size: Value,
+    ) -> None:
+        half = dim // 2
+
+        def turn(read: Callable[[Place, Value], Value], line: Place, angle: Value, i: Value) -> None:
+            a, b = read(line, i), read(line, half + i)
+            c, s = read(cos, angle + i), read(sin, angle + i)
+            line.put(i, code.multiply_add(a, c, 0.0 - b * s))
+            line.put(half + i, code.multiply_add(b, c, a * s))
+
+        with code.loop(first, last) as row:
+            angle, place = stands[row] * half, places[row]
+            with code.loop(0, heads + kv) as head:
+                line = qkv + (row * step + head * dim)
+                whole = half // LANES * LANES
+                with code.loop(0, whole, LANES) as i:
+                    turn(Place.vector, line, angle, i)
+                with code.loop(whole, half) as i:
+                    turn(Place.__getitem__, line, angle, i)
+            with code.loop(0, kv) as head:
+                key = qkv + (row * step + (heads + head) * dim)
+                to = pool + (head * size + place // LANES * LANES * dim + place % LANES)
+                with code.loop(0, dim) as i:
+                    to.put(i * LANES, key[i])
+                value, to = key + kv * dim, pool + ((kv + head) * size + place * dim)
+                with code.loop(0, dim, LANES) as i:
+                    to.put(i, value.vector(i))
+
+    return rotate
+
+
+def attend_kernel(products: Products, stored: Stored) -> Kernel:
+    """What some rows of one sequence find for some query heads of one group."""
+    wide, narrow, same = products.multiply(stored, 4), products.multiply(stored, 1), products.multiply(F32, 1)
+
+    @products.module.function(
+        *(INT, INT, INT, INT, Array(F32), INT, Array(WORD), INT, Array(BYTE), INT, Array(WORD)),
+        *(INT, INT, INT, FLOAT, Array(F32), Array(stored), INT, Array(F32), Array(F32), INT),
+    )
+    def attend(
+        code: Code,
+        first: Value,
+        last: Value,
+        head: Value,
+        heads: Value,
+        qkv: Place,
+        step: Value,
+        ends: Place,
+        root: Value,
+        seen: Place,
+        seen_step: Value,
+        blocks: Place,
+        dim: Value,
+        kv: Value,
+        group: Value,
+        scale: Value,
+        ones: Place,
+        pool: Place,
+        size: Value,
+        scratch: Place,
+        out: Place,
+        out_step: Value,
+    ) -> None:
+        m, length, pair = (last - first) * heads, ends[last - 1], head // group
+        count = (length + (BLOCK - 1)) // BLOCK
+        room = count * BLOCK
+        queries, found, totals = scratch, scratch + m * dim, scratch + m * dim * 2
+        scores = totals + m * LANES
+        with code.loop(0, m) as j:
+            line, query = qkv + ((first + j // heads) * step + (head + j % heads) * dim), queries + j * dim
+            with code.loop(0, dim, LANES) as i:
+                query.put(i, line.vector(i) * scale)
+
+        with code.loop(0, count) as b:
+            keys, left = pool + (pair * size + blocks[b] * BLOCK * dim), code.least(length - b * BLOCK, BLOCK)
+            with code.loop(0, left, PANEL) as p:
+                to = scores + (b * BLOCK + p)
+                wide(code, queries, dim, m, keys + p * dim, LANES, dim * LANES, to, room, dim, 0)
+
+        with code.loop(0, m) as j:
+            row, line = first + j // heads, scores + j * room
+            end = ends[row]
+            sight = seen + row * seen_step
+            with code.loop(root, end) as p, code.when(sight[p - root].equals(0)):
+                line.put(p, code.number(NOT_SEEN))
+            best = code.variable(code.spread(NOT_SEEN))
+            with code.loop(0, length, LANES) as p:
+                score = code.select(code.below(end - p), line.vector(p), NOT_SEEN)
+                line.put(p, score)
+                best.value = code.select(score > best.value, score, best.value)
+            greatest = code.fold(best.value, _larger(code))
+            with code.loop(0, length, LANES) as p:
+                score = line.vector(p)
+                power = exponential(code, score - greatest)
+                line.put(p, code.select(score.equals(NOT_SEEN), 0.0, power))
+        same(code, scores, room, m, ones, 0, 0, totals, LANES, length, 0)
+
         whole = dim // PANEL * PANEL
-        for i in range(0, whole, PANEL):
-            _multiply(
-                scratch,
-                scores + b * BLOCK,
-                room,
-                m,
-                pool,
-                at + i,
-                dim,
-                LANES,
-                scratch,
-                found + i,
-                dim,
-                depth,
-                b,
-            )
-        for i in range(whole, dim, LANES):
-            _multiply_narrow(scratch, scores + b * BLOCK, room, m, pool, at + i, dim, scratch, found + i, dim, depth, b)
-    for j in range(m):
-        at = (first + j // heads) * out_step + (head + j % heads) * dim
-        part = _ONE / scratch[totals + j * LANES]
-        for i in range(dim):
-            out[at + i] = scratch[found + j * dim + i] * part
+        with code.loop(0, count) as b:
+            values, depth = pool + ((kv + pair) * size + blocks[b] * BLOCK * dim), code.least(length - b * BLOCK, BLOCK)
+            shares = scores + b * BLOCK
+            with code.loop(0, whole, PANEL) as i:
+                wide(code, shares, room, m, values + i, dim, LANES, found + i, dim, depth, b)
+            with code.loop(whole, dim, LANES) as i:
+                narrow(code, shares, room, m, values + i, dim, LANES, found + i, dim, depth, b)
+
+        with code.loop(0, m) as j:
+            line, part = found + j * dim, code.number(1.0) / totals[j * LANES]
+            to = out + ((first + j // heads) * out_step + (head + j % heads) * dim)
+            with code.loop(0, dim, LANES) as i:
+                to.put(i, line.vector(i) * part)
+
+    return attend
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz", "reassoc"})
-def _greatest(x, first, last):
-    best = x[first]
-    for i in range(first + 1, last):
-        best = max(best, x[i])
-    return best
+def gate_kernel(products: Products, stored: Stored) -> Kernel:
+    """SiLU of some rows' gates times "up", for one panel of each."""
+    product = products.panel(stored)
 
-
-@_compiled
-def _gate_rows(first, last, x, step, rows, w, w_at, depth, out, out_step, scratch):
-    """SiLU of the gates times "up", for panels first..last-1 of each."""
-    for panel in range(first, last):
+    @products.module.function(Array(F32), INT, INT, Array(stored), INT, Array(F32), INT, Array(F32))
+    def gate(
+        code: Code,
+        x: Place,
+        step: Value,
+        rows: Value,
+        w: Place,
+        depth: Value,
+        out: Place,
+        out_step: Value,
+        scratch: Place,
+    ) -> None:
+        pairs = scratch + WIDENED * PANEL
         for which in range(2):
-            at = w_at + (2 * panel + which) * depth * PANEL
-            _multiply(x, 0, step, rows, w, at, PANEL, LANES, scratch, which * PANEL, 2 * PANEL, depth, 0)
-        for row in range(rows):
-            at, to = row * 2 * PANEL, row * out_step + panel * PANEL
-            for i in range(PANEL):
-                gate = scratch[at + i]
-                small = _exp(-abs(gate))
-                share = (_ONE if gate >= _ZERO else small) / (_ONE + small)
-                out[to + i] = gate * share * scratch[at + PANEL + i]
+            product(code, x, step, rows, w + depth * (which * PANEL), pairs + which * PANEL, 2 * PANEL, depth, 0, scratch)
+        with code.loop(0, rows) as row:
+            pair, to = pairs + row * (2 * PANEL), out + row * out_step
+            for i in range(0, PANEL, LANES):
+                value = pair.vector(i)
+                small = exponential(code, 0.0 - code.absolute(value))
+                share = code.select(value >= 0.0, 1.0, small) / (small + 1.0)
+                to.put(i, value * share * pair.vector(PANEL + i))
 
-
-@_compiled
-def _product(first, last, x, step, rows, w, w_at, depth, out, out_step, add):
-    """Rows of x times panels first..last-1."""
-    for panel in range(first, last):
-        at = w_at + panel * depth * PANEL
-        _multiply(x, 0, step, rows, w, at, PANEL, LANES, out, panel * PANEL, out_step, depth, add)
+    return gate
 
 
 # ------------------------------------------------------------------------------------------------------ whole layers
-@_compiled
-def _padded(width):
-    return (width + PANEL - 1) // PANEL * PANEL
+def layer_fields(stored: Stored) -> dict[str, Any]:
+    """What the job of some layers consists of.
 
-
-_parallel = njit(parallel={"fusion": False}, nogil=True, error_model="numpy", fastmath=EXACT, cache=True)
-
-
-@_parallel
-def run_layers(
-    x,
-    first,
-    stop,
-    sizes,
-    eps,
-    norms,
-    weights,
-    pool,
-    cos,
-    sin,
-    stands,
-    places,
-    ends,
-    seen,
-    tiles,
-    blocks,
-    item_heads,
-    normed,
-    qkv,
-    attended,
-    gated,
-    scratch,
-    threads,
-):
-    """Layers first..stop-1 for some rows: their residuals x are changed, their keys and values written.
-
-    Args:
-        x: [n, padded H] flat.
-        sizes: n, H, query heads, KV heads, D, intermediate.
-        eps: of the norms.
-        norms: [layers, 2, H].
-        weights: [layers, panels of all four matrices].
-        pool: [layers, 2 KV P D].
-        cos, sin: [S, D / 2] flat.
-        stands, places, ends: [n] of each row, its position, its place in the pool, how many positions it may see.
-        seen: [n, R] of rows of trees, which of the positions from the tree's first on they see.
-        tiles: [m, 4] rows that attention takes together: first, behind the last, where their sequence's blocks begin,
-            where its tree begins.
-        blocks: of the pool.
-        item_heads: query heads of a group that one thread takes together.
-        normed, qkv, attended, gated: [n, ..] flat, for results in between. scratch: [threads, ..].
-        threads: how many.
+    x: residuals [n, padded H]; they are changed. layers: from `first` on. norms: [layers, 2, padded H].
+    weights: [layers, panels of all four matrices], a layer's first one being weight_step behind the one before.
+    pool: [layers, 2 KV P D], a head's D P = size. cos, sin: [S, D / 2].
+    stands, places, ends: [n] of each row, its position, its place in the pool, how many positions it may see.
+    seen: [n, seen_step] of rows of trees, which of the positions from the tree's first on they see.
+    tiles: [m, 4] rows that attention takes together: first, behind the last, where their sequence's blocks begin, the
+        position of a tree's row 0, from which on `seen` counts; else beyond all. blocks: of the pool.
+    item_heads: query heads of a group that one thread takes together.
+    normed, qkv, attended, gated: [n, ..], for results in between. scratch: [threads, scratch_step].
+    chunk, row_chunk: rows of an item of a product, and of what has to do with single rows.
     """
-    n, hidden, heads, kv, dim, inner = sizes
-    group = heads // kv
-    x_step, q_width = _padded(hidden), heads * dim
-    qkv_step, a_step, inner_step = _padded(q_width + 2 * kv * dim), _padded(q_width), _padded(inner)
-    qkv_panels, x_panels, inner_panels = qkv_step // PANEL, x_step // PANEL, inner_step // PANEL
-    output_at = qkv_step * hidden
-    gate_at = output_at + x_step * q_width
-    down_at = gate_at + 2 * inner_step * hidden
-    splits = heads // item_heads
-    items = len(tiles) * splits
-    few = n * x_step <= SERIAL
-    for layer in range(first, stop):
-        w, cached = weights[layer], pool[layer]
-        if few:
-            _norm_rows(0, n, x, norms[layer, 0], hidden, x_step, eps, normed)
-        else:
-            for t in prange(threads):
-                _norm_rows(n * t // threads, n * (t + 1) // threads, x, norms[layer, 0], hidden, x_step, eps, normed)
-        for t in prange(threads):
-            a, b = qkv_panels * t // threads, qkv_panels * (t + 1) // threads
-            _product(a, b, normed, x_step, n, w, 0, hidden, qkv, qkv_step, 0)
-        if few:
-            _rotate_rows(0, n, qkv, qkv_step, stands, places, cos, sin, heads, dim, kv, cached)
-        else:
-            for t in prange(threads):
-                a, b = n * t // threads, n * (t + 1) // threads
-                _rotate_rows(a, b, qkv, qkv_step, stands, places, cos, sin, heads, dim, kv, cached)
-        for t in prange(threads):
-            for item in range(t, items, threads):
-                tile, head = tiles[item // splits], item % splits * item_heads
-                _attend_rows(
-                    tile[0],
-                    tile[1],
-                    head,
-                    item_heads,
-                    qkv,
-                    qkv_step,
-                    ends,
-                    tile[3],
-                    seen,
-                    blocks[tile[2] :],
-                    dim,
-                    kv,
-                    group,
-                    cached,
-                    scratch[t],
-                    attended,
-                    a_step,
-                )
-        for t in prange(threads):
-            a, b = x_panels * t // threads, x_panels * (t + 1) // threads
-            _product(a, b, attended, a_step, n, w, output_at, q_width, x, x_step, 1)
-        if few:
-            _norm_rows(0, n, x, norms[layer, 1], hidden, x_step, eps, normed)
-        else:
-            for t in prange(threads):
-                _norm_rows(n * t // threads, n * (t + 1) // threads, x, norms[layer, 1], hidden, x_step, eps, normed)
-        for t in prange(threads):
-            a, b = inner_panels * t // threads, inner_panels * (t + 1) // threads
-            _gate_rows(a, b, normed, x_step, n, w, gate_at, hidden, gated, inner_step, scratch[t])
-        for t in prange(threads):
-            a, b = x_panels * t // threads, x_panels * (t + 1) // threads
-            _product(a, b, gated, inner_step, n, w, down_at, inner, x, x_step, 1)
+    whole = "n hidden heads kv dim inner size first layers weight_step pool_step seen_step item_heads scratch_step"
+    whole += " chunk row_chunk row_items qkv_items attend_items hidden_items inner_items"
+    floats = "x norms cos sin ones normed qkv attended gated scratch"
+    return (
+        dict.fromkeys(whole.split(), INT)
+        | {"eps": FLOAT, "scale": FLOAT}
+        | dict.fromkeys(floats.split(), F32)
+        | dict.fromkeys(("stands", "places", "ends", "tiles", "blocks"), WORD)
+        | {"seen": BYTE, "weights": stored, "pool": stored}
+    )
 
 
-@_parallel
-def run_head(x, n, hidden, eps, norm, weights, scored, logits, threads):
-    """The final norm of rows x [n, padded H] into `scored`, and their logits [n, padded V]."""
-    step, panels = _padded(hidden), len(weights) // (hidden * PANEL)
-    _norm_rows(0, n, x, norm, hidden, step, eps, scored)
-    for t in prange(threads):
-        a, b = panels * t // threads, panels * (t + 1) // threads
-        _product(a, b, scored, step, n, weights, 0, hidden, logits, panels * PANEL, 0)
+def head_fields(stored: Stored) -> dict[str, Any]:
+    """What the job of the final norm and the head consists of: residuals x [n, padded H], `scored` behind the norm,
+    weights [panels of V], logits [n, padded V]."""
+    whole = "n hidden panels chunk row_chunk scratch_step row_items panel_items"
+    floats = dict.fromkeys("x norm scored logits scratch".split(), F32)
+    return dict.fromkeys(whole.split(), INT) | {"eps": FLOAT} | floats | {"weights": stored}
+
+
+def _padded(width: Value) -> Value:
+    return (width + (PANEL - 1)) // PANEL * PANEL
+
+
+def layers_module(stored: Stored, machine: Machine) -> Module:
+    """All code for weights that are stored so."""
+    module = Module(f"layers_{stored.name}", machine.triple)
+    products = Products(module, machine.registers)
+    product, norm = products.panel(stored), norm_kernel(module)
+    rotate, attend, gate = rotate_kernel(module, stored), attend_kernel(products, stored), gate_kernel(products, stored)
+
+    def rows_of(code: Code, job: SimpleNamespace, item: Value, chunk: Value) -> tuple[Value, Value]:
+        first = item * chunk
+        return first, code.least(first + chunk, job.n)
+
+    def panel_of(code: Code, job: SimpleNamespace, item: Value, panels: Value) -> tuple[Value, Value, Value]:
+        """(panel, first row, rows) of an item of a product."""
+        first, last = rows_of(code, job, item // panels, job.chunk)
+        return item % panels, first, last - first
+
+    def steps(job: SimpleNamespace) -> SimpleNamespace:
+        q_width = job.heads * job.dim
+        made = SimpleNamespace(x=_padded(job.hidden), inner=_padded(job.inner), q_width=q_width)
+        made.qkv, made.attended = _padded(q_width + job.kv * job.dim * 2), _padded(q_width)
+        made.output_at = made.qkv * job.hidden
+        made.gate_at = made.output_at + made.x * q_width
+        made.down_at = made.gate_at + made.inner * job.hidden * 2
+        return made
+
+    def norms(which: int) -> Any:
+        def phase(code: Code, job: SimpleNamespace, turn: Value, item: Value, thread: Value) -> None:
+            first, last = rows_of(code, job, item, job.row_chunk)
+            step = steps(job).x
+            weight = job.norms + ((job.first + turn) * 2 + which) * step
+            norm(code, first, last, job.x, weight, job.hidden, step, job.eps, job.normed)
+
+        return phase
+
+    def multiplied(source: str, target: str, source_step: str, target_step: str, at: str, depth: str, add: int) -> Any:
+        def phase(code: Code, job: SimpleNamespace, turn: Value, item: Value, thread: Value) -> None:
+            step = steps(job)
+            x_step, y_step = getattr(step, source_step), getattr(step, target_step)
+            panel, row, rows = panel_of(code, job, item, y_step // PANEL)
+            width = getattr(job, depth) if hasattr(job, depth) else getattr(step, depth)
+            w = job.weights + ((job.first + turn) * job.weight_step + panel * PANEL * width)
+            if at:
+                w = w + getattr(step, at)
+            y = getattr(job, target) + (row * y_step + panel * PANEL)
+            scratch = job.scratch + thread * job.scratch_step
+            product(code, getattr(job, source) + row * x_step, x_step, rows, w, y, y_step, width, add, scratch)
+
+        return phase
+
+    def rotated(code: Code, job: SimpleNamespace, turn: Value, item: Value, thread: Value) -> None:
+        first, last = rows_of(code, job, item, job.row_chunk)
+        pool = job.pool + (job.first + turn) * job.pool_step
+        rows = (first, last, job.qkv, steps(job).qkv, job.stands, job.places, job.cos, job.sin)
+        rotate(code, *rows, job.heads, job.dim, job.kv, pool, job.size)
+
+    def attended(code: Code, job: SimpleNamespace, turn: Value, item: Value, thread: Value) -> None:
+        splits = job.heads // job.item_heads
+        tile, head = job.tiles + item // splits * 4, item % splits * job.item_heads
+        pool, step = job.pool + (job.first + turn) * job.pool_step, steps(job)
+        queries = (tile[0], tile[1], head, job.item_heads, job.qkv, step.qkv)
+        sights = (job.ends, tile[3], job.seen, job.seen_step, job.blocks + tile[2])
+        sizes = (job.dim, job.kv, job.heads // job.kv, job.scale, job.ones)
+        scratch = job.scratch + thread * job.scratch_step
+        attend(code, *queries, *sights, *sizes, pool, job.size, scratch, job.attended, step.attended)
+
+    def gated(code: Code, job: SimpleNamespace, turn: Value, item: Value, thread: Value) -> None:
+        step = steps(job)
+        panel, row, rows = panel_of(code, job, item, step.inner // PANEL)
+        w = job.weights + ((job.first + turn) * job.weight_step + step.gate_at + panel * (2 * PANEL) * job.hidden)
+        out = job.gated + (row * step.inner + panel * PANEL)
+        scratch = job.scratch + thread * job.scratch_step
+        gate(code, job.normed + row * step.x, step.x, rows, w, job.hidden, out, step.inner, scratch)
+
+    phases = [
+        ("row_items", norms(0)),
+        ("qkv_items", multiplied("normed", "qkv", "x", "qkv", "", "hidden", 0)),
+        ("row_items", rotated),
+        ("attend_items", attended),
+        ("hidden_items", multiplied("attended", "x", "attended", "x", "output_at", "q_width", 1)),
+        ("row_items", norms(1)),
+        ("inner_items", gated),
+        ("hidden_items", multiplied("gated", "x", "inner", "x", "down_at", "inner", 1)),
+    ]
+    add_job(module, "layers", layer_fields(stored), lambda job: job.layers, phases)
+
+    def scored(code: Code, job: SimpleNamespace, turn: Value, item: Value, thread: Value) -> None:
+        first, last = rows_of(code, job, item, job.row_chunk)
+        norm(code, first, last, job.x, job.norm, job.hidden, _padded(job.hidden), job.eps, job.scored)
+
+    def rated(code: Code, job: SimpleNamespace, turn: Value, item: Value, thread: Value) -> None:
+        step, y_step = _padded(job.hidden), job.panels * PANEL
+        panel, row, rows = panel_of(code, job, item, job.panels)
+        w, y = job.weights + panel * PANEL * job.hidden, job.logits + (row * y_step + panel * PANEL)
+        scratch = job.scratch + thread * job.scratch_step
+        product(code, job.scored + row * step, step, rows, w, y, y_step, job.hidden, 0, scratch)
+
+    head = [("row_items", scored), ("panel_items", rated)]
+    add_job(module, "head", head_fields(stored), lambda job: job.row_items * 0 + 1, head)
+    add_calls(module)
+    return module
+
+
+_SOURCES = tuple(Path(__file__).with_name(f"{name}.py") for name in ("builder", "kernels", "threads", "machine_code"))
+FUNCTIONS = {"layers": JOB_CALL, "head": JOB_CALL} | CALLS
+
+
+@cache
+def load_layers(stored: Stored) -> dict[str, Any]:
+    """The functions for weights that are stored so."""
+    return load(f"layers-{stored.name}", lambda machine: layers_module(stored, machine), FUNCTIONS, _SOURCES)
