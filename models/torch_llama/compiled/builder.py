@@ -418,7 +418,9 @@ class Module:
         kind = ir.FunctionType(result, arguments)
         return self._ir.globals.get(name) or ir.Function(self._ir, kind, name)
 
-    def function(self, *kinds: Any, result: Any = None, export: bool = False, name: str = "") -> Callable[[Any], Callable[..., Any]]:
+    def function(
+        self, *kinds: Any, result: Any = None, export: bool = False, name: str = ""
+    ) -> Callable[[Any], Callable[..., Any]]:
         """Make a function of the one that is decorated, which gets a Code and a value for each of these types.
 
         result: its type, if it returns a value. export: whether Python calls it. name: if not that of the one.

@@ -13,21 +13,27 @@ from models.llama.rope import rope_tables
 from models.speculative.tree import tree_depths
 from models.torch_llama.attention import Part
 from models.torch_llama.compiled.builder import BF16, F16, F32, LANES
-from models.torch_llama.compiled.kernels import PANEL, TILE_ROWS, WIDENED, head_fields, layer_fields, load_layers
+from models.torch_llama.compiled.kernels import head_fields, layer_fields, load_layers
+from models.torch_llama.compiled.products import PANEL, TILE_ROWS, WIDENED
 from models.torch_llama.compiled.threads import pool as threads_pool
 from models.torch_llama.kv_cache import KV_BLOCK, KVCache
 
 _STORED = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
 _ONES = torch.ones(LANES)
 _SERIAL = 16384  # so many numbers are normed or rotated by one thread: sooner than others could begin
-_CHUNK = 64  # rows of a product that one thread takes together, at most
+_CHUNK = 66  # rows of a product that one thread takes together, at most
 _TILE_ROWS = 12  # rows times query heads that attention takes together
 _NO_TREE = np.iinfo(np.int64).max
 
 
+def _up(number: int, whole: int) -> int:
+    """The next multiple of a whole number."""
+    return -(-number // whole) * whole
+
+
 def padded(width: int) -> int:
     """Numbers from one row to the next: whole panels."""
-    return -(-width // PANEL) * PANEL
+    return _up(width, PANEL)
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
@@ -54,12 +60,16 @@ class CompiledLayers:
     """
 
     def __init__(
-        self, config: LlamaConfig, take: Callable[[str], torch.Tensor], head: torch.Tensor, cache: KVCache, positions: int
+        self,
+        config: LlamaConfig,
+        take: Callable[[str], torch.Tensor],
+        head: torch.Tensor,
+        cache: KVCache,
+        positions: int,
     ) -> None:
         self.config, self.cache = config, cache
         count, hidden, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
         self.norms = torch.empty(count, 2, padded(hidden))
-        self.weights: torch.Tensor | None = None
         for i in range(count):
             prefix = f"model.layers.{i}."
             names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -67,7 +77,7 @@ class CompiledLayers:
             gate, up = (panels(take(f"{prefix}mlp.{name}.weight")) for name in ("gate_proj", "up_proj"))
             output, down = (panels(take(f"{prefix}{name}.weight")) for name in ("self_attn.o_proj", "mlp.down_proj"))
             parts = [each.flatten() for each in (qkv, output, torch.stack((gate, up), 1), down)]
-            if self.weights is None:
+            if not i:
                 self.weights = torch.empty(count, sum(map(len, parts)), dtype=parts[0].dtype)
             torch.cat(parts, out=self.weights[i])
             self.norms[i, 0] = _wide(take(prefix + "input_layernorm.weight"))
@@ -114,7 +124,7 @@ class CompiledLayers:
         rows = _Rows(parts, n, max(1, _TILE_ROWS * kv // heads))
         tiles = len(rows.tiles) // 4
         item_heads = heads // kv if tiles * kv % threads == 0 or tiles * kv > 4 * threads else 1
-        room = -(-int(rows.ends.max()) // KV_BLOCK) * KV_BLOCK
+        room = _up(int(rows.ends.max()), KV_BLOCK)
         chunk, row_chunk = _chunk(n), max(1, _SERIAL // padded(hidden))
         chunks, row_items = -(-n // chunk), -(-n // row_chunk)
         scratch = max(PANEL * (WIDENED + 2 * chunk), max(_TILE_ROWS, heads // kv) * (2 * dim + LANES + room))
@@ -218,9 +228,8 @@ class _Rows:
 
 
 def _chunk(n: int) -> int:
-    """Rows of an item: all, or a few equal parts of many."""
-    chunks = -(-n // _CHUNK)
-    return -(-(-(-n // chunks)) // TILE_ROWS) * TILE_ROWS if chunks > 1 else n
+    """Rows of an item: all, or whole tiles of many."""
+    return n if n <= _CHUNK else min(_CHUNK, _up(-(-n // 2), TILE_ROWS))
 
 
 def _ancestors(parents: Sequence[int]) -> np.ndarray:

@@ -69,7 +69,7 @@ def add_job(
     module: Module,
     name: str,
     fields: Fields,
-    rounds: Callable[[SimpleNamespace], Value],
+    rounds: Callable[[Code, SimpleNamespace], Value],
     phases: Sequence[tuple[str, Callable[[Code, SimpleNamespace, Value, Value, Value], None]]],
 ) -> None:
     """A function that takes items of a job while there are any.
@@ -91,7 +91,7 @@ def add_job(
         ends = [counts[0]]
         for each in counts[1:]:
             ends.append(ends[-1] + each)
-        total = ends[-1] * rounds(job)
+        total = ends[-1] * rounds(code, job)
         turns, helped = code.variable(code.whole(0)), code.variable(code.whole(0))
         with code.forever() as leave:
             ticket = code.take(context + _TICKET)
@@ -228,7 +228,9 @@ def _bits(number: float) -> int:
 
 
 def _sched_yield() -> Any:
-    return ctypes.windll.kernel32.SwitchToThread if sys.platform == "win32" else ctypes.CDLL(None).sched_yield
+    if sys.platform == "win32":
+        return ctypes.windll.kernel32.SwitchToThread
+    return ctypes.CDLL(None).sched_yield
 
 
 _pool = Pool()
