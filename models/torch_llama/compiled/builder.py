@@ -383,6 +383,12 @@ class Code:
             function = self.module.declare(name, ir.VoidType(), [a.type for a in arguments])
             self.ir.call(function, arguments)
 
+    def prefetch(self, place: Place, ahead: int, count: int) -> None:
+        """Begin to load so many numbers that lie a number of bytes ahead."""
+        function = self.module.declare("llvm.prefetch.p0", ir.VoidType(), [POINTER, _I32, _I32, _I32])
+        for byte in range(ahead, ahead + count * place.stored.size, 64):
+            self.ir.call(function, [(place + byte // place.stored.size).raw, _I32(0), _I32(3), _I32(1)])
+
     def call(self, address: Value, result: ir.Type, *values: Value | Place) -> Value:
         """Call the function at an address."""
         kind = ir.FunctionType(result, [v.raw.type for v in values])

@@ -13,7 +13,8 @@ from models.torch_llama.compiled.builder import F32, INT, LANES, Array, Code, Mo
 
 PANEL = 64  # outputs of a panel of weights
 TILE_ROWS = 6  # of the largest tile
-MANY = 12  # more rows than these are many
+MANY = 18  # more rows than these are many
+AHEAD = 2048  # bytes of weights that are being loaded before they are needed
 WIDENED = 64  # depth of the part of a panel that is made fp32 for many rows: it stays in the first cache
 
 Kernel = Callable[..., Value]
@@ -38,19 +39,20 @@ class Products:
             self._made[key] = make(*how)
         return self._made[key]
 
-    def tile(self, stored: Stored, vectors: int, rows: int) -> Kernel:
+    def tile(self, stored: Stored, vectors: int, ahead: bool, rows: int) -> Kernel:
         """So many rows times 16 columns, or 64 as 4 vectors: into y, or added to it.
 
         Its arguments: x, numbers from one of its rows to the next; w, numbers from one term to the next, from one
-        vector to the next; y, numbers from one of its rows to the next; depth, whether to add.
+        vector to the next; y, numbers from one of its rows to the next; depth, whether to add. ahead: w is a panel of
+        weights, which come from memory.
         """
-        return self._once(self._tile, stored, vectors, rows)
+        return self._once(self._tile, stored, vectors, ahead, rows)
 
-    def _tile(self, stored: Stored, vectors: int, rows: int) -> Kernel:
+    def _tile(self, stored: Stored, vectors: int, ahead: bool, rows: int) -> Kernel:
         at_once = next(v for v in (4, 2, 1) if v <= vectors and (rows * v <= self.sums or v == 1))
         kinds = (Array(F32), INT, Array(stored), INT, INT, Array(F32), INT, INT, INT)
 
-        @self.module.function(*kinds, name=f"tile_{stored.name}_{vectors}_{rows}")
+        @self.module.function(*kinds, name=f"tile_{stored.name}_{vectors}_{ahead}_{rows}")
         def tile(code: Code, *given: Any) -> None:
             x, x_step, w, w_step, v_step, y, y_step, depth, add = given
             xs, ys = [x + x_step * row for row in range(rows)], [y + y_step * row for row in range(rows)]
@@ -62,6 +64,8 @@ class Products:
                         for total, v in zip(line, columns, strict=True):
                             total.value = place.vector(v * LANES)
                 with code.loop(0, depth) as i:
+                    if ahead and not first:
+                        code.prefetch(w + i * w_step, AHEAD, PANEL)
                     weights = [w.vector(i * w_step + v_step * v) for v in columns]
                     for line, place in zip(sums, xs, strict=True):
                         value = code.spread(place[i])
@@ -73,19 +77,19 @@ class Products:
 
         return tile
 
-    def multiply(self, stored: Stored, vectors: int) -> Kernel:
+    def multiply(self, stored: Stored, vectors: int, ahead: bool = False) -> Kernel:
         """The same for any number of rows: x, step, rows, then as above."""
-        return self._once(self._multiply, stored, vectors)
+        return self._once(self._multiply, stored, vectors, ahead)
 
-    def _multiply(self, stored: Stored, vectors: int) -> Kernel:
+    def _multiply(self, stored: Stored, vectors: int, ahead: bool) -> Kernel:
         kinds = (Array(F32), INT, INT, Array(stored), INT, INT, Array(F32), INT, INT, INT)
 
-        @self.module.function(*kinds, name=f"multiply_{stored.name}_{vectors}")
+        @self.module.function(*kinds, name=f"multiply_{stored.name}_{vectors}_{ahead}")
         def multiply(code: Code, *given: Any) -> None:
             x, x_step, rows, w, w_step, v_step, y, y_step, depth, add = given
 
             def some(count: int, row: Value) -> None:
-                tile = self.tile(stored, vectors, count)
+                tile = self.tile(stored, vectors, ahead, count)
                 tile(code, x + row * x_step, x_step, w, w_step, v_step, y + row * y_step, y_step, depth, add)
 
             whole = rows // TILE_ROWS * TILE_ROWS
@@ -103,7 +107,7 @@ class Products:
         return self._once(self._panel, stored)
 
     def _panel(self, stored: Stored) -> Kernel:
-        few, many = self.multiply(stored, 4), self.multiply(F32, 4)
+        few, many = self.multiply(stored, 4, True), self.multiply(F32, 4)
 
         @self.module.function(*(Array(F32), INT, INT, Array(stored), Array(F32), INT, INT, INT, Array(F32)))
         def panel(code: Code, *given: Any) -> None:
@@ -113,8 +117,10 @@ class Products:
             with code.when(rows > MANY), code.loop(0, depth, WIDENED) as i:
                 part, widened = code.least(depth - i, WIDENED), w + i * PANEL
                 if stored is not F32:
-                    with code.loop(0, part * PANEL, LANES) as j:
-                        scratch.put(j, widened.vector(j))
+                    with code.loop(0, part * PANEL, PANEL) as j:
+                        code.prefetch(widened + j, AHEAD, PANEL)
+                        for k in range(0, PANEL, LANES):
+                            scratch.put(j + k, widened.vector(j + k))
                     widened = scratch
                 again = code.select(i > 0, code.whole(1), add)
                 many(code, x + i, x_step, rows, widened, PANEL, LANES, y, y_step, part, again)
