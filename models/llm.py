@@ -163,6 +163,7 @@ class LLM:
                 fixed_rows=options.fixed_rows,
                 row_invariant=options.row_invariant and options.fixed_rows is None,
                 typical_rows=options.verify_rows,
+                compiled=options.compiled,
             )
             if options.row_invariant and not self.target.model.row_invariant:
                 logger.warning("rows of this model are not alike on this machine: a near-tie can fall the other way")
