@@ -24,6 +24,9 @@ class Network(Protocol):
 
     dtype: torch.dtype
     """Of hidden states between layers."""
+    layers: Sequence
+    norm: torch.Tensor
+    """Weights [H] of the final norm."""
 
     @property
     def bytes(self) -> int:
@@ -99,7 +102,9 @@ class TorchLayers:
             self.linears.append(linear(weight))
             return self.linears[-1]
 
-        self.layers = [_Layer(take, made, f"model.layers.{i}.", cache.pool[i]) for i in range(config.num_hidden_layers)]
+        self.layers: Sequence[_Layer] = [
+            _Layer(take, made, f"model.layers.{i}.", cache.pool[i]) for i in range(config.num_hidden_layers)
+        ]
         self.norm = take("model.norm.weight")
         self.head: Linear = made(head)
         cos, sin = rope_tables(config, positions)

@@ -225,6 +225,11 @@ class TorchLlama(SlotBySlot):
         return self.network.layers
 
     @property
+    def norm(self) -> torch.Tensor:
+        """Weights [H] of the final norm."""
+        return self.network.norm.to(self.dtype)
+
+    @property
     def linears(self) -> list[Linear]:
         """The linear layers, of which compiled layers have none."""
         return self.network.linears if isinstance(self.network, TorchLayers) else []

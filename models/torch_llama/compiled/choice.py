@@ -81,7 +81,8 @@ def measure(config: LlamaConfig, dtype: str, seconds: float = SECONDS) -> Compar
         TorchLlama(part, RandomWeights(part), dtype=dtype, max_seq_len=POSITION + READ_TIMED, compiled=compiled)
         for compiled in (False, True)
     ]
-    order, ratios = random.Random(0), []
+    order = random.Random(0)
+    ratios: list[float] = []
     for model in models:  # not counted
         _turn(model)
     deadline = time.perf_counter() + seconds

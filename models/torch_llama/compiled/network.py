@@ -73,7 +73,7 @@ class CompiledLayers:
     ) -> None:
         self.config = config
         count, hidden, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
-        self.layers = range(count)
+        self.layers: Sequence = range(count)
         norms = np.empty((count, 2, hidden), np.float32)
         weights: torch.Tensor | None = None
         for i in self.layers:
@@ -90,7 +90,8 @@ class CompiledLayers:
             norms[i, 1] = take(prefix + "post_attention_layernorm.weight").float()
         assert weights is not None  # a model has layers
         cos, sin = rope_tables(config, positions)
-        self._norms, self._norm = norms, take("model.norm.weight").float().numpy()
+        self.norm = take("model.norm.weight").float()
+        self._norms, self._norm = norms, self.norm.numpy()
         self._weights, self._head = as_numbers(weights), as_numbers(panels(head).flatten())
         self._cos = cos[:, : dim // 2].contiguous().view(-1).numpy()
         self._sin = sin[:, dim // 2 :].contiguous().view(-1).numpy()
