@@ -1,12 +1,16 @@
-"""What a prompt is, and what is written after it: the pieces of a stream, or a whole text."""
+"""What a prompt is, and what is written after it: the pieces of a stream, or whole texts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from models.errors import NotFinite, in_words
+from models.speculative.engine import Engine
+from models.speculative.sequence import Request
 from models.speculative.stats import GenerationStats
+from models.speculative.text import TextStream
 
 # A text, token ids, or the messages of a conversation.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -43,3 +47,55 @@ class Completion:
     finish_reason: str
     stats: GenerationStats
     error: str = ""
+
+
+def write_texts(
+    engine: Engine,
+    asked: Sequence[tuple[Request, TextStream]],
+    all_stats: Sequence[GenerationStats],
+    explained: Callable[[NotFinite, Sequence[int], int], NotFinite],
+) -> list[Completion]:
+    """Write texts side by side, to their ends.
+
+    Args:
+        engine: takes the steps.
+        asked: requests with their texts.
+        all_stats: a fresh one for each, to fill.
+        explained: the error to show for one of numbers that are not finite, of the prompt and the slot it came in.
+
+    Raises:
+        Exception: what ended a text, once all others are complete, with the attribute `completions`.
+    """
+    sequences = [engine.add(request, stats) for (request, _), stats in zip(asked, all_stats, strict=True)]
+    left = set(sequences)
+    raised: BaseException | None = None
+    try:
+        while left:
+            left.difference_update(each for each, _ in engine.step(left) if each.finished)
+    except BaseException as error:  # no text's own: an interruption, or a slot that there is not
+        raised = error
+    for sequence in left:
+        engine.abort(sequence)
+    for sequence in sequences:
+        if isinstance(sequence.error, NotFinite):  # all slots of these texts are free by now
+            sequence.error = explained(sequence.error, sequence.request.prompt, sequence.slot)
+        raised = raised or sequence.error
+    written = [
+        Completion(
+            text.finish(),
+            each.tokens[len(each.request.prompt) :],
+            each.stats.finish_reason,
+            each.stats,
+            in_words(each.error) if each.error else "",
+        )
+        for each, (_, text) in zip(sequences, asked, strict=True)
+    ]
+    if raised is not None:
+        raise with_completions(raised, written)
+    return written
+
+
+def with_completions(error: BaseException, written: list[Completion]) -> BaseException:
+    """The error, with what was written until it came."""
+    error.completions = written  # type: ignore[attr-defined]
+    return error

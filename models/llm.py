@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from models.completion import Completion, Piece, Prompt
+from models.completion import Completion, Piece, Prompt, with_completions, write_texts
 from models.drafting import Drafting, DraftingPair
 from models.errors import NotFinite, UserError, in_words
 from models.loading import OpenedPair, open_pair
@@ -255,7 +255,7 @@ class LLM(DraftingPair):
         stats = options.pop("stats", None)
         asked = self.request(prompt, sampling, **options)
         self.stats = GenerationStats() if stats is None else stats
-        return self._write([asked], [self.stats])[0]
+        return write_texts(self.engine, [asked], [self.stats], self._explained)[0]
 
     def _complete_all(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None, **options: Any
@@ -275,7 +275,7 @@ class LLM(DraftingPair):
         asked = [self.request(each, params, **options) for each, params in zip(prompts, sampling, strict=True)]
         all_stats = [GenerationStats() for _ in asked]
         try:
-            return self._write(asked, all_stats)
+            return write_texts(self.engine, asked, all_stats, self._explained)
         finally:
             self.stats = GenerationStats.merge(all_stats)
 
@@ -293,39 +293,7 @@ class LLM(DraftingPair):
                 written += getattr(error, "completions", [none])
         self.stats = GenerationStats.merge(each.stats for each in written)
         if raised is not None:
-            raise _with_completions(raised, written)
-        return written
-
-    def _write(
-        self, asked: Sequence[tuple[Request, TextStream]], all_stats: Sequence[GenerationStats]
-    ) -> list[Completion]:
-        """Whole texts. What is raised has the attribute `completions`."""
-        sequences = [self.engine.add(request, stats) for (request, _), stats in zip(asked, all_stats, strict=True)]
-        left = set(sequences)
-        raised: BaseException | None = None
-        try:
-            while left:
-                left.difference_update(each for each, _ in self.engine.step(left) if each.finished)
-        except BaseException as error:  # no text's own: an interruption, or a slot that there is not
-            raised = error
-        for sequence in left:
-            self.engine.abort(sequence)
-        for sequence in sequences:
-            if isinstance(sequence.error, NotFinite):  # all slots of these texts are free by now
-                sequence.error = self._explained(sequence.error, sequence.request.prompt, sequence.slot)
-            raised = raised or sequence.error
-        written = [
-            Completion(
-                text.finish(),
-                each.tokens[len(each.request.prompt) :],
-                each.stats.finish_reason,
-                each.stats,
-                in_words(each.error) if each.error else "",
-            )
-            for each, (_, text) in zip(sequences, asked, strict=True)
-        ]
-        if raised is not None:
-            raise _with_completions(raised, written)
+            raise with_completions(raised, written)
         return written
 
     def _pieces(self, request: Request, text: TextStream, stats: GenerationStats) -> Generator[Piece, None, None]:
@@ -348,8 +316,3 @@ class LLM(DraftingPair):
             except NotFinite as found:
                 error = found
         return NotFinite(f"{describe_source(self.options.target)}: {error}")
-
-
-def _with_completions(error: BaseException, written: list[Completion]) -> BaseException:
-    error.completions = written  # type: ignore[attr-defined]
-    return error
