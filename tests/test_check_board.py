@@ -10,10 +10,11 @@ import pytest
 
 from models.board_mock import cluster
 from models.cli.command import run_command
-from models.llama.config import LlamaConfig
+from models.llama.config import LlamaConfig, named_config
 from models.tests.head_fixtures import head_config
 from models.tests.llama_fixtures import tiny_config
 from models.ttnn_llama.weights.precision import tile_bytes
+from scripts.board_check.question import find_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "check_board.py"
@@ -257,8 +258,8 @@ def test_bad_input_to_op_counts_is_one_line_and_exit_code_2(op_counts, capsys, a
 
 
 @pytest.mark.parametrize("name", ["1B", "llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B"])
-def test_published_sizes_are_known_without_a_download(check_board, name):
-    assert check_board.find_config(name) == check_board.named_config("1b")
+def test_published_sizes_are_known_without_a_download(name):
+    assert find_config(name) == named_config("1b")
 
 
 def test_the_note_of_every_answer_names_what_is_not_proved(check_board):
