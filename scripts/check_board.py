@@ -49,6 +49,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="prompt lengths (default: 1 127 128 129 1000 as far as they fit, and the context)",
     )
     parser.add_argument("--slots", type=int, default=1, help="texts at once, each of that context (default: 1)")
+    parser.add_argument(
+        "--pool-size", type=int, metavar="N", help="tokens of all texts together (default: --slots times the context)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     return parser.parse_args(argv)
 
@@ -64,7 +67,8 @@ def command(argv: Sequence[str] | None) -> int:
         name for name in (options.model, options.draft, options.draft_head and f"{options.draft_head} head") if name
     )
     subject = f"{models} on {options.mesh}, context {asked.max_seq_len}"
-    subject += f", {asked.slots} slots" * (asked.slots > 1)
+    if asked.slots > 1:
+        subject += f", {asked.slots} slots" + (f" of {asked.pool} tokens together" if asked.pool else "")
     checks: list[Check] = []
     usages: dict[str, Usage] = {}
     cluster.activate(options.mesh)

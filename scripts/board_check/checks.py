@@ -7,7 +7,7 @@ from pathlib import Path
 
 from models.llama.head_config import HeadConfig
 from models.ttnn_llama.device.mesh import first_line, open_mesh
-from models.ttnn_llama.shapes import MAX_ROWS
+from models.ttnn_llama.shapes import KV_BLOCK, MAX_ROWS
 from scripts.board_check.question import Question
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +133,7 @@ def run_checks(asked: Question, trace_bytes: int) -> Iterator[Check | dict[str, 
                 max_seq_len=asked.max_seq_len,
                 runner=runner if mesh is meshes.target else None,
                 slots=asked.slots,
+                pool=asked.pool if name == "target" else None,
             )
 
         for name, config in asked.configs.items():
@@ -194,9 +195,17 @@ def uses_together(model, asked: Question) -> Iterator[tuple[str, Callable[[], ob
     from models.speculative.model import Rows
 
     for rows in (1, asked.draft_tokens + 1):
-        users = min(asked.slots, MAX_ROWS // rows)
-        step = [Rows(slot, [1] * rows, asked.max_seq_len - rows) for slot in range(users)]
-        yield f"{users} users, {rows} rows each, in one forward", lambda step=step: model.extend(step)
+        users = min(asked.slots, MAX_ROWS // rows, model.pages.count)
+        share = model.pages.count // users * KV_BLOCK  # positions that each can have, of a pool
+        step = [Rows(slot, [1] * rows, min(asked.max_seq_len, share) - rows) for slot in range(users)]
+        yield f"{users} users, {rows} rows each, in one forward", lambda step=step: _alone(model, step)
+
+
+def _alone(model, step) -> None:
+    """Rows of texts that have the cache to themselves."""
+    for slot in range(model.limits.slots):
+        model.free(slot)
+    model.extend(step)
 
 
 def uses_of_head(head, rounds, asked: Question) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 from models.board_mock import cluster
 from models.boards import Board
+from models.cache_size import asked_pool
 from models.errors import UserError
 from models.llama.config import NAMED_SIZES, LlamaConfig, named_config
 from models.llama.head_config import HeadConfig, typical_head
@@ -71,6 +72,7 @@ class Question:
     prompts: list[int]
     draft_tokens: int
     slots: int = 1
+    pool: int | None = None  # positions of all texts together; None: the whole context for each
 
 
 def question(options: argparse.Namespace) -> Question:
@@ -146,6 +148,7 @@ def question(options: argparse.Namespace) -> Question:
         prompts=sorted(set(prompts)),
         draft_tokens=drafted,
         slots=options.slots,
+        pool=asked_pool(options.pool_size, options.slots, length),
     )
 
 
@@ -161,6 +164,7 @@ def memory_plans(asked: Question) -> dict[str, memory.MemoryPlan]:
         workload=spec_of("head" if isinstance(asked.configs.get("draft"), HeadConfig) else "model").workload,
         draft_lengths=(asked.draft_tokens,),
         slots=asked.slots,
+        pool=asked.pool,
     )
     # of an opened model only the configuration is looked at
     opened = [
