@@ -68,7 +68,10 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True, scope="session")
 def padding_is_free():
-    """Rows are padded alike on every machine: nothing is measured to decide it. `test_calibration.py` measures."""
+    """Rows are padded alike on every machine, and layers are torch's: nothing is measured to decide it.
+
+    `test_calibration.py` measures, and tests of compiled layers ask for them.
+    """
     from models import loading
     from models.options import FREE_ROWS
     from models.torch_llama.calibration import ROWS, Calibration
@@ -77,6 +80,7 @@ def padding_is_free():
     free = Calibration(1.0, costs, dict.fromkeys(ROWS, 0.0), "2026-01-01")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "calibrate", lambda *_: free)
+        patch.setattr(loading, "compiles", lambda *_: False)
         yield
 
 

@@ -35,6 +35,8 @@ from models.options import (
 )
 from models.speculative.model import DraftModel, HeadChains, LanguageModel
 from models.torch_llama.calibration import Calibration, calibrate
+from models.torch_llama.compiled import not_compiled
+from models.torch_llama.compiled.choice import compiles
 from models.torch_llama.draft_head import TorchHead
 from models.torch_llama.model import TorchLlama
 from models.ttnn_llama.weights.precision import default_precision
@@ -201,6 +203,9 @@ def open_pair(options: EngineOptions) -> OpenedPair:
                 f"[max_seq_len] {max_seq_len} is longer than the context of {describe_source(opened.source)}, "
                 f"{longest} tokens: lower it"
             )
+    if options.compiled is None and options.device == "cpu":
+        dtype = options.dtype or "bf16"
+        options = dataclasses.replace(options, compiled=compiles(target.checkpoint.config, dtype, options.threads))
     calibration = _calibration(options, target)
     if calibration:
         alike = calibration.rows_alike if options.row_invariant else calibration.alike_for_nothing
@@ -215,7 +220,7 @@ def open_pair(options: EngineOptions) -> OpenedPair:
         if isinstance(resolved.exit_layer, int):
             check_exit_layer(resolved.exit_layer, layers)
     if options.device == "tt":  # what fits there is known when it is known which board it is
-        pool = asked_pool(resolved, max_seq_len)
+        pool = asked_pool(resolved.pool_size, resolved.slots, max_seq_len)
     else:
         drafts = draft.checkpoint.config if draft else None
         pool = choose_pool(resolved, target.source, target.checkpoint.config, drafts, max_seq_len)
@@ -225,7 +230,7 @@ def open_pair(options: EngineOptions) -> OpenedPair:
 def _calibration(options: EngineOptions, target: OpenedModel) -> Calibration | None:
     """What padding costs here, where that decides whether rows are padded."""
     dtype = options.dtype or "bf16"
-    given = options.free_rows or options.rows_alike is not None
+    given = options.free_rows or options.rows_alike is not None or options.compiled
     if options.device != "cpu" or given or options.row_invariant is False or dtype == "fp32":
         return None
     return calibrate(target.checkpoint.config, dtype, options.threads)
@@ -292,6 +297,7 @@ def load_model(
     fixed_rows: int | None = None,
     row_invariant: bool = False,
     typical_rows: int | None = None,
+    compiled: bool = False,
     slots: int = 1,
     pool: int | None = None,
 ) -> LoadedModel[TorchLlama]:
@@ -300,7 +306,7 @@ def load_model(
     ``dtype`` is "bf16", "fp32", "fp16", or "int8" (8-bit matrices, the rest in fp32). ``max_seq_len`` is the context
     to reserve in tokens (default: `default_context`); ``fixed_rows`` pads every forward to that many rows,
     ``row_invariant`` asks for what that is for without padding, ``typical_rows`` says how many most forwards have,
-    ``pool`` bounds what all ``slots`` hold together (see `TorchLlama`).
+    ``compiled`` asks for compiled layers, ``pool`` bounds what all ``slots`` hold together (see `TorchLlama`).
 
     Raises UserError if the device is not there, or cannot hold the model.
     """
@@ -318,6 +324,7 @@ def load_model(
             fixed_rows=fixed_rows,
             row_invariant=row_invariant,
             typical_rows=typical_rows,
+            compiled=compiled,
             slots=slots,
             pool=pool,
             quantize="int8" if dtype == "int8" else None,
@@ -352,7 +359,13 @@ def load_draft(
     if isinstance(opened, OpenedModel):
         several = slots > 1 and target.row_invariant and target.fixed_rows is None
         return load_model(
-            opened, device=device, dtype=dtype, max_seq_len=max_seq_len, slots=slots, row_invariant=several
+            opened,
+            device=device,
+            dtype=dtype,
+            max_seq_len=max_seq_len,
+            slots=slots,
+            row_invariant=several,
+            compiled=target.compiled and not not_compiled(opened.checkpoint.config, target.device, dtype),
         )
     start = time.perf_counter()
     head = TorchHead(

@@ -47,6 +47,7 @@ MAX_SLOTS = 1024
 TORCH_OPTIONS = {
     "dtype": "use [precision] or leave it out",
     "draft_dtype": "use [draft_precision] or leave it out",
+    "compiled": "leave it out, a board runs programs of its own",
     "row_invariant": "leave it out, on a board all rows are computed alike",
     "free_rows": "leave it out, on a board all rows are computed alike",
     "rows_alike": "leave it out, on a board all rows are computed alike",
@@ -74,6 +75,9 @@ class EngineOptions:
             (default: slots times max_seq_len, or on CPU and CUDA what the memory that is free holds, if that is less).
         dtype, draft_dtype: "bf16" (default), "fp32", "fp16", or "int8" on CPU: 8-bit matrices; of the draft by default
             the target's.
+        compiled: run the layers of models on a CPU as machine code of this project's own, in which every row has the
+            same bits in any company (default: where that is faster than torch, timed once,
+            `torch_llama.compiled.choice`).
         row_invariant: compute every row of the target in a way that does not depend on the rows beside it, so that
             greedy text is the same bit for bit with and without speculation (default: where that costs plain decoding
             nothing).
@@ -114,6 +118,7 @@ class EngineOptions:
     pool_size: int | None = None
     dtype: str | None = None
     draft_dtype: str | None = None
+    compiled: bool | None = None
     row_invariant: bool | None = None
     free_rows: tuple[int, ...] | None = None
     rows_alike: bool | None = None
@@ -149,22 +154,26 @@ class EngineOptions:
             length = 0 if chosen == NONE else DRAFT_TOKENS if by_hand else AUTO
         longest = 0 if length == AUTO else int(length)
         dtype = self.dtype or "bf16"
-        row_invariant = self.row_invariant
+        compiled = bool(self.compiled)
+        row_invariant = True if compiled else self.row_invariant
+        rows_alike = compiled or self.rows_alike
         free = self.free_rows or FREE
         if row_invariant is None:
             asked = longest if self.tree_nodes is None else self.tree_nodes
             needed = LEAST_FREE_ROWS if length == AUTO and not self.tree_nodes else asked + 1
-            possible = bool(self.rows_alike) or needed <= max(free)
+            possible = bool(rows_alike) or needed <= max(free)
             row_invariant = self.device != "tt" and dtype != "fp32" and possible
         elif max(free) < LEAST_FREE_ROWS:  # asked for whatever it costs
             free = FREE
-        padded = row_invariant and not self.rows_alike
+        padded = row_invariant and not rows_alike
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}
         return dataclasses.replace(
             ResolvedOptions(**given),
             dtype=dtype,
             draft_dtype=self.draft_dtype or dtype,
+            compiled=compiled,
             row_invariant=row_invariant,
+            rows_alike=rows_alike,
             free_rows=free,
             precision=self.precision or precision,
             draft_precision=self.draft_precision or self.precision or PRECISION,
@@ -328,6 +337,7 @@ class ResolvedOptions(EngineOptions):
 
     dtype: str = "bf16"
     draft_dtype: str = "bf16"
+    compiled: bool = False
     row_invariant: bool = False
     free_rows: tuple[int, ...] = FREE
     precision: str = PRECISION

@@ -144,6 +144,13 @@ def add_model_arguments(
         help="of the draft; a cheaper one can only lower acceptance, never change the text (default: --dtype)",
     )
     group.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run layers on the CPU as machine code of this project's own, in which a row has the same bits in any "
+        "company (default: where that is faster than torch, timed once on this machine)",
+    )
+    group.add_argument(
         "--row-invariant",
         action=argparse.BooleanOptionalAction,
         default=None,

@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
@@ -95,7 +96,7 @@ def calibrate(
         directory: where it is kept (default: in the user's cache directory).
     """
     threads = threads or torch.get_num_threads()
-    file = (directory or user_cache("calibration")) / f"{_key(config, dtype, threads)}.json"
+    file = kept_file(config, f"{VERSION} {dtype}", threads, directory)
     try:
         kept = json.loads(file.read_text())
         alike, costs, errors = (kept[name] for name in ("rows_alike", "costs", "errors"))
@@ -117,13 +118,7 @@ def calibrate(
     if not calibration.certain:
         logger.info("the machine is too busy to tell what padded rows cost: they are timed again with the next start")
         return calibration
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}")
-        part.write_text(json.dumps(dataclasses.asdict(calibration)))
-        part.replace(file)
-    except OSError as error:
-        logger.debug(f"the calibration is not kept: {error}")
+    keep(file, dataclasses.asdict(calibration))
     return calibration
 
 
@@ -198,10 +193,26 @@ def part_of(config: LlamaConfig, most: int | None = None) -> LlamaConfig:
     )
 
 
-def _key(config: LlamaConfig, dtype: str, threads: int) -> str:
+def kept_file(config: LlamaConfig, what: str, threads: int, directory: Path | None = None) -> Path:
+    """Where what was measured for models of these sizes on this machine is kept (default: the user's cache)."""
+    return (directory or user_cache("calibration")) / f"{_key(config, what, threads)}.json"
+
+
+def keep(file: Path, found: Mapping[str, Any]) -> None:
+    """Write what was measured, if that is possible."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_text(json.dumps(found))
+        part.replace(file)
+    except OSError as error:
+        logger.debug(f"what was measured is not kept: {error}")
+
+
+def _key(config: LlamaConfig, what: str, threads: int) -> str:
     """What a calibration depends on, in short."""
     parts = (
-        *(VERSION, torch.__version__, threads, _cpu(), dtype),
+        *(what, torch.__version__, threads, _cpu()),
         *(config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size),
         *(config.num_attention_heads, config.num_key_value_heads, config.head_dim),
     )

@@ -35,9 +35,10 @@ def odd_alone(
 
     odd = []
     for (linear, width), most in (*((each, MANY) for each in linears), (head, SEVERAL)):
-        x = noise(most, width)
+        out = linear(noise(2, width)).shape[1]
+        tried = max(LEAST_TRIED, int(NUMBERS / out))
+        x = noise(max(most, tried), width)
         expected = linear(x)
-        tried = max(LEAST_TRIED, int(NUMBERS / expected.shape[1]))
         if not all(_alike(linear, x[: max(n, min(tried, SEVERAL))], expected, n) for n in (*FEW, SEVERAL)):
             return None
         odd.append(not _alike(linear, x[:tried], expected, 1))

@@ -110,6 +110,7 @@ class KVCache:
         spare: positions that a forward may write beyond them (a tree's rows).
         pool: positions of all sequences together (default: as many as they may have); at least one block.
         unit: positions in whole numbers of which a beginning may be shared: multiples of KV_BLOCK; 0: none.
+        key_group: positions whose keys are stored together, as [D, key_group]: compiled layers read them so.
 
     Attributes:
         pool: [layers, 2 KV, P, D]: the keys of all heads, then the values. In memory the positions of a head lie side
@@ -130,7 +131,9 @@ class KVCache:
         spare: int,
         pool: int | None = None,
         unit: int = 0,
+        key_group: int = 1,
     ) -> None:
+        self.key_group = key_group
         self.slots, self.positions, self.spare, self.unit = slots, positions, spare, unit
         self.device = device
         self.home = blocks_of(positions + spare)  # blocks of the longest sequence
@@ -257,7 +260,30 @@ class KVCache:
         if moved < len(rows):
             table = self.tables[slot]
             to = [table.at(position + i) for i in range(moved, len(rows))]
-            self.pool[:, :, to] = self.pool[:, :, [table.at(position + row) for row in rows[moved:]]]
+            self._move([table.at(position + row) for row in rows[moved:]], to)
+
+    def _move(self, places: Sequence[int], to: Sequence[int]) -> None:
+        """Copy keys and values from some places of the pool to others."""
+        if self.key_group == 1:
+            self.pool[:, :, to] = self.pool[:, :, places]
+            return
+        kv_heads = self.pool.shape[1] // 2
+        keys = self.pool[:, :kv_heads].view(len(self.pool), kv_heads, -1, self.pool.shape[-1], self.key_group)
+        values = self.pool[:, kv_heads:]
+        values[:, :, to] = values[:, :, places]
+        old, new, group = torch.tensor(places), torch.tensor(to), self.key_group
+        keys[:, :, new // group, :, new % group] = keys[:, :, old // group, :, old % group]
+
+    def _grouped(self, keys: torch.Tensor) -> torch.Tensor:
+        """[.., P / group, D, group] of keys [.., P, D] as they are stored: a view."""
+        return keys.reshape(*keys.shape[:-2], -1, keys.shape[-1], self.key_group)
+
+    def in_order(self, kv: torch.Tensor) -> torch.Tensor:
+        """Keys and values [.., 2 KV, P, D] as they are stored, with each key by itself."""
+        if self.key_group == 1:
+            return kv
+        keys, values = kv.chunk(2, dim=-3)
+        return torch.cat((self._grouped(keys).transpose(-1, -2).reshape(keys.shape), values), dim=-3)
 
     # -------------------------------------------------------------------------------------------------- reading
     def gather(self, kv: torch.Tensor, table: Table, length: int) -> torch.Tensor:

@@ -11,11 +11,22 @@ Every class here is a callable `linear(x [rows, in]) -> [rows, out]` with `.byte
 from __future__ import annotations
 
 import functools
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 _MKLDNN, _ONEDNN = torch.ops.mkldnn, torch.ops.onednn
+
+
+class Linear(Protocol):
+    """A linear layer in any form."""
+
+    bytes: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows [n, in] -> [n, out]."""
+        ...
 
 
 def packing_works(dtype: torch.dtype) -> bool:
@@ -58,7 +69,7 @@ class PackedLinear:
 class PairedLinear:
     """A linear that computes a single row twice, side by side, so that it has the bits that it has among others."""
 
-    def __init__(self, linear: PlainLinear | PackedLinear | Int8Linear):
+    def __init__(self, linear: Linear):
         self.linear, self.bytes = linear, linear.bytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,23 +19,23 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from models.errors import UserError
 from models.llama.config import LlamaConfig
-from models.llama.rope import rope_tables
 from models.speculative.model import IDS, LOGITS, Chooser, Limits, Rows, SlotBySlot, Step, Want, _computed
 from models.speculative.tree import tree_levels
-from models.torch_llama.attention import Attention, Part, Plan, whole
+from models.torch_llama.attention import Part, whole
 from models.torch_llama.choice import Head
+from models.torch_llama.compiled import LANES, not_compiled
 from models.torch_llama.first_layers import FirstLayers, chained_greedy
-from models.torch_llama.invariance import odd_alone
 from models.torch_llama.joint import Piece, passes
 from models.torch_llama.kv_cache import KV_BLOCK, KVCache, block_end
-from models.torch_llama.linear import Int8Linear, PackedLinear, PairedLinear, PlainLinear, int8_works, packing_works
+from models.torch_llama.layers import Network, TorchLayers
+from models.torch_llama.linear import Int8Linear, Linear, PackedLinear, PlainLinear, int8_works, packing_works
 
 if TYPE_CHECKING:
     from models.llama.gguf_checkpoint import AnyCheckpoint
@@ -45,30 +45,6 @@ PREFILL_CHUNK = 512
 MAX_ROWS = 32
 
 Tokens = Sequence[int] | torch.Tensor
-
-
-_MATRICES = ("qkv", "output", "gate_up", "down")
-
-
-class _Layer:
-    """Weights of one decoder layer, and its keys and values of all slots.
-
-    qkv: H -> (Q + 2 KV) D; gate_up: H -> 2 intermediate.
-    """
-
-    __slots__ = ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down", "kv")
-
-    def __init__(self, take: Callable, linear: Callable, prefix: str, kv: torch.Tensor) -> None:
-        def fused(*names: str):
-            return linear(torch.cat([take(f"{prefix}{name}.weight") for name in names]))
-
-        self.attention_norm = take(prefix + "input_layernorm.weight")
-        self.qkv = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self.output = fused("self_attn.o_proj")
-        self.mlp_norm = take(prefix + "post_attention_layernorm.weight")
-        self.gate_up = fused("mlp.gate_proj", "mlp.up_proj")
-        self.down = fused("mlp.down_proj")
-        self.kv = kv  # [2 KV, P, D]: of the pool's positions
 
 
 class TorchLlama(SlotBySlot):
@@ -93,9 +69,11 @@ class TorchLlama(SlotBySlot):
         typical_rows: rows that most forwards have, for which weights are laid out (default: fixed_rows, else 1; at
             least 2 with row_invariant). A hint: it changes speed, and results only in their last bits.
         quantize: "int8" for matrices in int8 (on CPU; all else is then fp32), or None.
+        compiled: run layers as machine code of this project's own (on CPU), see `compiled`. Rows are alike so, whatever
+            the machine, and nothing is padded.
 
     Raises:
-        UserError: unknown dtype or quantisation, a context longer than the model's.
+        UserError: unknown dtype or quantisation, a context longer than the model's, layers that cannot be compiled.
     """
 
     def __init__(
@@ -113,6 +91,7 @@ class TorchLlama(SlotBySlot):
         row_invariant: bool = False,
         typical_rows: int | None = None,
         quantize: str | None = None,
+        compiled: bool = False,
     ):
         if dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -123,6 +102,8 @@ class TorchLlama(SlotBySlot):
             raise UserError(f"int8 weights run on the CPU only, not on {self.device}: use bf16 there")
         if quantize and not int8_works():
             raise UserError(f"torch {torch.__version__} has no int8 kernels for this CPU: use bf16")
+        if compiled and (reason := not_compiled(config, self.device, quantize)):
+            raise UserError(f"compiled layers {reason}: leave them out")
         if not 0 < max_seq_len <= config.max_position_embeddings:
             raise UserError(
                 f"context of {max_seq_len} tokens is outside the model's 1..{config.max_position_embeddings}: "
@@ -138,8 +119,11 @@ class TorchLlama(SlotBySlot):
         self.batch = batch
         self.slots = slots
         self._slot = 0
-        self.fixed_rows = fixed_rows
-        self.row_invariant = row_invariant or fixed_rows is not None  # until it is known whether rows are alike
+        self.compiled = compiled
+        self.fixed_rows = fixed_rows = None if compiled else fixed_rows
+        self.row_invariant = (
+            row_invariant or compiled or fixed_rows is not None
+        )  # until it is known whether rows are alike
         self.max_rows = fixed_rows or MAX_ROWS
         # In the layout for one row, one row's bits are others than in those for several.
         self.typical_rows = max(typical_rows or fixed_rows or 1, 2 if row_invariant else 1)
@@ -159,25 +143,9 @@ class TorchLlama(SlotBySlot):
     # ------------------------------------------------------------------------------------------ construction
     def _load(self, tensors: Mapping[str, torch.Tensor], quantize: str | None, pool: int | None) -> None:
         config, on_cpu = self.config, self.device.type == "cpu"
-        packed = on_cpu and not quantize and packing_works(self.dtype)
-        self.linears: list = []
 
         def take(name: str) -> torch.Tensor:
             return tensors[name].to(device=self.device, dtype=self.dtype)
-
-        def layout_rows(weight: torch.Tensor) -> int:
-            # For one row, large weights are 1.3x faster in their own layout, small ones 1.1x to 1.3x slower.
-            rows = self.typical_rows * self.batch
-            return rows if rows > 1 or weight.numel() >= 2**21 else 8
-
-        def linear(weight: torch.Tensor):
-            made: Int8Linear | PackedLinear | PlainLinear
-            if quantize:
-                made = Int8Linear(weight, layout_rows(weight))
-            else:
-                made = PackedLinear(weight, layout_rows(weight)) if packed else PlainLinear(weight)
-            self.linears.append(made)
-            return made
 
         spare = self.fixed_rows or MAX_ROWS
         self.cache = KVCache(
@@ -190,62 +158,87 @@ class TorchLlama(SlotBySlot):
             positions=self.max_seq_len,
             spare=spare,
             pool=pool,
+            key_group=LANES if self.compiled else 1,
         )
         # On the CPU the table stays as stored (a memory-mapped file costs no memory of its own): it is only ever
         # read a few rows at a time, and a tied lm_head has its own packed copy.
         embedding = tensors["model.embed_tokens.weight"]
         self.embedding = embedding if on_cpu else embedding.to(device=self.device, dtype=self.dtype)
-        self.layers = [
-            _Layer(take, linear, f"model.layers.{i}.", self.cache.pool[i]) for i in range(config.num_hidden_layers)
-        ]
-        self.norm = take("model.norm.weight")
         tied = config.tie_word_embeddings
         head = self.embedding.to(self.dtype) if tied else take("lm_head.weight")
-        self.lm_head = linear(head)
-        # Equal logits are decided by rows of the stored matrix, where these take no memory of their own.
-        decides = self.dtype in (torch.bfloat16, torch.float16) and on_cpu
+        # Equal logits are decided by rows of the stored matrix, where these take no memory of their own. In fp32, as
+        # compiled layers compute them, logits are next to never equal.
+        decides = self.dtype in (torch.bfloat16, torch.float16) and on_cpu and not self.compiled
         stored = self.embedding if tied else head if decides and tensors["lm_head.weight"].dtype == self.dtype else None
         self._head_rows = Head(stored if decides else None)
-        cos, sin = rope_tables(config, self.max_seq_len + spare)
-        self.cos = cos.to(device=self.device, dtype=self.dtype)[:, None]  # [S, 1, D]
-        self.sin = sin.to(device=self.device, dtype=self.dtype)[:, None]
         # Attention may take the query heads of a group as rows of their KV head, which is then read (on CPU also
         # repacked) once for all of them: equal but for the last bit, 1.3x cheaper at 24 heads on 8, 4x in a batch of
         # 96. Two heads a group are cheaper left apart.
         group = config.num_attention_heads // config.num_key_value_heads
         self.fold = group if group > 2 or self.batch > 1 else 1
-        streams = config.num_attention_heads // self.fold
-        self._attention = Attention(self.cache, streams, self.fold)
-        # Whether a row has the same bits among any number of others; of which matrices a single row has others.
-        self.odd_alone = self._odd_alone() if on_cpu else None
+        self.network: Network
+        if self.compiled:
+            from models.torch_llama.compiled.network import CompiledLayers
+
+            self.network = CompiledLayers(config, take, head, self.cache, self.max_seq_len + spare)
+            self.odd_alone: list[bool] | None = []
+        else:
+            linear = self._linear_maker(quantize)
+            self.network = TorchLayers(config, take, head, linear, self.cache, self.max_seq_len + spare, self.fold)
+            # Whether a row has the same bits among any number of others; of which matrices a single row has others.
+            self.odd_alone = self._odd_alone() if on_cpu else None
         self.rows_alike = self.odd_alone is not None
         if self.row_invariant and self.fixed_rows is None:
             self.row_invariant = self.rows_alike
-            self._pair(self.odd_alone or ())
+            if isinstance(self.network, TorchLayers):
+                self.network.pair(self.odd_alone or ())
         if self.batch > 1:
             for index in range(self.batch):
                 self.cache.reserve(index, (), self.max_seq_len)
         else:
             self.cache.unit = KV_BLOCK if self.rows_alike else PREFILL_CHUNK
 
+    def _linear_maker(self, quantize: str | None) -> Callable[[torch.Tensor], Linear]:
+        packed = self.device.type == "cpu" and packing_works(self.dtype)
+
+        def linear(weight: torch.Tensor) -> Linear:
+            # For one row, large weights are 1.3x faster in their own layout, small ones 1.1x to 1.3x slower.
+            rows = self.typical_rows * self.batch
+            rows = rows if rows > 1 or weight.numel() >= 2**21 else 8
+            if quantize:
+                return Int8Linear(weight, rows)
+            return PackedLinear(weight, rows) if packed else PlainLinear(weight)
+
+        return linear
+
     def computed_rows(self, n: int) -> int:
         """Rows that a forward of n rows of one sequence computes."""
         return max(n, self.fixed_rows or 1)
 
     def _odd_alone(self) -> list[bool] | None:
-        layer, config = self.layers[0], self.config
-        hidden = config.hidden_size
-        widths = (hidden, config.num_attention_heads * config.head_dim, hidden, config.intermediate_size)
-        linears = zip((getattr(layer, name) for name in _MATRICES), widths, strict=True)
-        return odd_alone(list(linears), (self.lm_head, hidden), self._attention)
+        assert isinstance(self.network, TorchLayers)
+        return self.network.odd_alone()
 
-    def _pair(self, odd: Sequence[bool]) -> None:
-        """Let those matrices compute no row alone."""
-        for name, pairs in zip(_MATRICES, odd, strict=False):
-            for layer in self.layers if pairs else ():
-                setattr(layer, name, PairedLinear(getattr(layer, name)))
-        if odd and odd[-1]:
-            self.lm_head = PairedLinear(self.lm_head)
+    @property
+    def layers(self) -> Sequence:
+        """The layers; those in torch operations have weights to look at."""
+        return self.network.layers
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """Weights [H] of the final norm."""
+        return self.network.norm.to(self.dtype)
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The linear layers, of which compiled layers have none."""
+        return self.network.linears if isinstance(self.network, TorchLayers) else []
+
+    @property
+    def lm_head(self) -> Linear:
+        """The output matrix, rows [n, H] -> logits [n, V]."""
+        assert isinstance(self.network, TorchLayers)
+        return self.network.head
 
     def _view(self, index: int) -> TorchLlama:
         """A slot as a model of its own that shares weights and cache."""
@@ -256,10 +249,8 @@ class TorchLlama(SlotBySlot):
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights held in memory; a memory-mapped embedding table is the file's, not counted."""
-        held = sum(linear.bytes for linear in self.linears)
-        norms = self.norm.nbytes * (2 * len(self.layers) + 1)
         table_of_its_own = self.device.type != "cpu" and not self.config.tie_word_embeddings
-        return held + norms + (self.embedding.nbytes if table_of_its_own else 0)
+        return self.network.bytes + (self.embedding.nbytes if table_of_its_own else 0)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -271,10 +262,9 @@ class TorchLlama(SlotBySlot):
         """[layers, B, S, 2 KV, D]: what this slot's blocks, or the batch's, hold. A view, where they lie together."""
         tables = self.cache.tables[self._slot : self._slot + self.batch]
         length = len(tables[0].blocks) * KV_BLOCK
-        held = [torch.stack([self.cache.gather(kv, table, length) for kv in self.cache.pool]) for table in tables[1:]]
-        if held or tables[0].start is None:
-            first = torch.stack([self.cache.gather(kv, tables[0], length) for kv in self.cache.pool])
-            return torch.stack((first, *held), 1).transpose(2, 3)
+        if len(tables) > 1 or tables[0].start is None or self.compiled:
+            held = [torch.stack([self.cache.gather(kv, table, length) for kv in self.cache.pool]) for table in tables]
+            return self.cache.in_order(torch.stack(held, 1)).transpose(2, 3)
         return self.cache.pool[:, None, :, tables[0].start : tables[0].start + length].transpose(2, 3)
 
     # -------------------------------------------------------------------------------------------------- slots
@@ -401,10 +391,10 @@ class TorchLlama(SlotBySlot):
             tokens += new
         n = len(tokens)
         if n == 1 and (self.fixed_rows or not self.row_invariant):  # another kernel may compute a single row
-            plan = self._attention.alone(parts[0]._replace(rows=2), fixed=True)
+            plan = self.network.plan([parts[0]._replace(rows=2)], fixed=True)
             tokens.append(0)
         else:
-            plan = self._attention.together(parts)
+            plan = self.network.plan(parts)
         x = self._layers(torch.tensor(tokens, device=self.device), plan, n, taps=taps, kept=kept)
         for piece, part in zip(pieces, parts, strict=True):
             whole = part.position % PREFILL_CHUNK == 0 and n == part.rows == PREFILL_CHUNK
@@ -589,13 +579,13 @@ class TorchLlama(SlotBySlot):
         """
         n, padded = len(ids), self._pad_ids(ids)
         table = self.cache.write(self._slot, position, position + n)
-        plan = self._attention.alone(Part(table, position, len(padded), n, tree), self.row_invariant)
+        plan = self.network.plan([Part(table, position, len(padded), n, tree)], self.row_invariant)
         return self._layers(padded, plan, n, first=first, stop=stop, x=x, taps=self._taps, kept=self._tapped)
 
     def _layers(
         self,
         ids: torch.Tensor,
-        plan: Plan,
+        plan: Any,
         used: int,
         *,
         first: int = 0,
@@ -609,31 +599,18 @@ class TorchLlama(SlotBySlot):
         used: the first rows, which are tokens; the others are padding, whose results mean nothing.
         first, stop: layers to run, from x [R, H]. taps: layers after which states go into the lists of `kept`.
         """
-        config, attention = self.config, self._attention
-        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        rotated, q_width, rows = heads + kv_heads, heads * dim, len(ids)
-        cos, sin = self.cos[plan.stands], self.sin[plan.stands]  # [R, 1, D]
-        eps, shape, half = config.rms_norm_eps, (config.hidden_size,), dim // 2
-
+        last = len(self.layers) if stop is None else stop
         if x is None:
-            x = self.embedding[ids].to(self.dtype)  # [R, H]
-        for layers, states in zip(taps, kept, strict=True):
-            if layers == first:
-                states.append(x[:used])
-        for count, layer in enumerate(self.layers[first:stop], first + 1):
-            qkv = layer.qkv(F.rms_norm(x, shape, layer.attention_norm, eps))
-            qk = qkv[:, : rotated * dim].view(rows, rotated, dim)
-            swapped = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
-            torch.addcmul(qk * cos, swapped, sin, out=qk)
-            attention.write(layer.kv, qkv[:, q_width:].view(rows, 2 * kv_heads, dim), plan)
-            x = x + layer.output(attention.attend(layer.kv, qkv[:, :q_width], plan))
-            gate, up = layer.gate_up(F.rms_norm(x, shape, layer.mlp_norm, eps)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
-            for layers, states in zip(taps, kept, strict=True):
-                if layers == count:
-                    states.append(x[:used])
+            x = self.embedding[ids].to(self.network.dtype)  # [R, H]
+        done = first
+        for end in sorted({first, *(count for count in taps if first < count < last), last}):
+            if end > done:
+                x, done = self.network.run(x, plan, done, end), end
+            for count, states in zip(taps, kept, strict=True):
+                if count == end:
+                    states.append(x[:used].to(self.dtype))
         return x
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        self._scored = F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
-        return self.lm_head(self._scored)
+        self._scored, logits = self.network.logits(hidden)
+        return logits

@@ -23,7 +23,7 @@ from typing import Any
 
 from llvmlite import ir
 
-LANES = 16  # numbers of a vector
+from models.torch_llama.compiled import LANES
 
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 INT, FLOAT, POINTER = ir.IntType(64), ir.FloatType(), ir.PointerType()

@@ -171,11 +171,11 @@ class Pool:
         self._buffers: dict[str, torch.Tensor] = {}
         self._yield = ctypes.cast(_sched_yield(), ctypes.c_void_p).value or 0
 
-    def buffer(self, name: str, size: int) -> torch.Tensor:
-        """Room for so many fp32 numbers until the next call that asks for it. Its user holds the lock."""
+    def buffer(self, name: str, size: int) -> int:
+        """The address of room for so many fp32 numbers. It is the caller's while it holds the lock."""
         if name not in self._buffers or len(self._buffers[name]) < size:
             self._buffers[name] = torch.empty(size)
-        return self._buffers[name]
+        return self._buffers[name].data_ptr()
 
     def run(
         self, code: Mapping[str, Any], function: str, fields: Fields, threads: int, job: Mapping[str, float]
