@@ -180,7 +180,7 @@ class Pool:
     def run(
         self, code: Mapping[str, Any], function: str, fields: Fields, threads: int, job: Mapping[str, float]
     ) -> None:
-        """Compute a job with so many threads.
+        """Compute a job with so many threads, for the caller that holds the lock.
 
         Args:
             code: functions that were loaded.
@@ -189,17 +189,16 @@ class Pool:
             threads: that may take part.
             job: a number for each field, an address where something lies in memory.
         """
-        with self.lock:
-            words = [code[function + "_at"], threads, self._yield]
-            words += [_bits(job[name]) if kind is FLOAT else job[name] for name, kind in fields.items()]
-            self._words[_JOB : _JOB + len(words)] = words
-            for thread in range(1, threads):
-                if thread > len(self._doors):
-                    self._start(code, thread)
-                if self._doors[thread - 1].locked():
-                    self._doors[thread - 1].release()
-            self._generation = (self._generation + 1) % (1 << 31)
-            code["run"](self._context, self._generation)
+        words = [code[function + "_at"], threads, self._yield]
+        words += [_bits(job[name]) if kind is FLOAT else job[name] for name, kind in fields.items()]
+        self._words[_JOB : _JOB + len(words)] = words
+        for thread in range(1, threads):
+            if thread > len(self._doors):
+                self._start(code, thread)
+            if self._doors[thread - 1].locked():
+                self._doors[thread - 1].release()
+        self._generation = (self._generation + 1) % (1 << 31)
+        code["run"](self._context, self._generation)
 
     def _start(self, code: Mapping[str, Any], thread: int) -> None:
         if not self._turns:
