@@ -1,7 +1,8 @@
 """A Llama's layers as machine code, made on the machine that runs them: on CPUs.
 
-kernels.py is that code; network.py lays out weights for it and hands it what a forward needs. Nothing here is imported
-before a model is to be compiled.
+kernels.py is that code, with products.py, and threads.py runs it; builder.py is what they are written in, and
+machine_code.py compiles and keeps them. network.py lays out weights and hands over what a forward needs. Nothing of
+this is imported before a model is to be compiled.
 """
 
 from __future__ import annotations
@@ -23,6 +24,6 @@ def not_compiled(config: LlamaConfig, device: torch.device, dtype: str | None = 
         return "do not take int8 weights"
     if config.head_dim % LANES:
         return f"take heads of whole vectors of {LANES} numbers, not of {config.head_dim}"
-    if importlib.util.find_spec("numba") is None:
-        return "need numba, which is not installed (pip install numba)"
+    if importlib.util.find_spec("llvmlite") is None:
+        return "need llvmlite, which is not installed (pip install llvmlite)"
     return ""

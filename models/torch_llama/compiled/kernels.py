@@ -1,507 +1,311 @@
-"""The layers of a Llama as machine code that numba makes of this file, once for each machine.
+"""The layers of a Llama as machine code.
 
 A forward of a few rows is bound by reading weights, and in small models by the number of operations. Here a layer is
-six parallel loops instead of some twenty operations; weights are read once, in the order in which they lie in memory,
-whatever the number of rows; activations stay in fp32.
-
-Every product is computed by one kernel, `tile`: some rows times 16 or 64 columns. Each of its sums is added up in the
-order of its terms, in a lane of its own. The bits of a row are therefore the same in any company: alone, among drafted
-tokens, in a prompt, or along a path of a tree.
+eight phases of one job (see `threads`) instead of some twenty operations; weights are read once, in the order in which
+they lie in memory, whatever the number of rows; activations stay in fp32. No sum depends on the rows beside it (see
+`products`): the bits of a row are the same in any company, alone, among drafted tokens, in a prompt, or along a path of
+a tree. What a row does not see counts exactly 0.
 
 Layouts (fp32 unless said otherwise; a row's step is a whole number of panels, what lies behind its values is zeros):
     weights: panels of 64 outputs [in, 64], one behind the other; those of the gate and of the same outputs of "up" in
-        turn. bf16 comes as uint16, fp16 as int16, fp32 as float32.
-    keys: of 16 positions together [D, 16], in the cache's dtype. values: [position, D].
+        turn. bf16, fp16 or fp32, as the keys and the values.
+    keys: of 16 positions together [D, 16]. values: [position, D].
     rows of one sequence are together, in the order of their positions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace as Job
+from typing import Any
 
-import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from models.torch_llama.compiled.builder import BYTE, F32, FLOAT, INT, LANES, WORD, Code, Module, Place, Stored, Value
+from models.torch_llama.compiled.machine_code import Machine, load
+from models.torch_llama.compiled.products import PANEL, WIDENED, Products
+from models.torch_llama.compiled.threads import CALLS, JOB_CALL, Fields, add_calls, add_job
 
-LANES = 16  # numbers of a vector
-PANEL = 64  # outputs of a panel
 BLOCK = 128  # positions of a block of the cache
-SERIAL = 16384  # so many numbers are normed or rotated by one thread: sooner than others could begin
-EXACT = {"contract"}  # a product and a sum may be one operation; nothing is added up in another order
-
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_VECTOR, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+NOT_SEEN = -math.inf
 
 
-# ------------------------------------------------------------------------------------------------------- intrinsics
-def _as_floats(builder, kind, pointer):
-    """A vector of 16 numbers as they are stored, as fp32."""
-    if kind == types.float32:
-        return builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
-    halves = ir.VectorType(ir.IntType(16), LANES)
-    stored = builder.load(builder.bitcast(pointer, halves.as_pointer()), align=2)
-    if kind == types.int16:
-        return builder.fpext(builder.bitcast(stored, ir.VectorType(ir.HalfType(), LANES)), _VECTOR)
-    return builder.bitcast(builder.shl(builder.zext(stored, _INTS), ir.Constant(_INTS, [16] * LANES)), _VECTOR)
+def layer_fields(stored: Stored) -> Fields:
+    """What the job of some layers consists of.
 
-
-def _tile(rows: int, vectors: int):
-    """Makes the kernel for so many rows and vectors of columns."""
-
-    @intrinsic
-    def tile(typing, x, x_at, x_step, w, w_at, w_step, v_step, y, y_at, y_step, depth, add):
-        signature = types.void(x, x_at, x_step, w, w_at, w_step, v_step, y, y_at, y_step, depth, add)
-
-        def generate(context, builder, signature, args):
-            def pointer(index, at):
-                data = context.make_array(signature.args[index])(context, builder, args[index]).data
-                return builder.gep(data, [at])
-
-            def number(index):
-                return context.cast(builder, args[index], signature.args[index], types.int64)
-
-            x_step, w_step, v_step, y_step, depth = (number(index) for index in (2, 5, 6, 9, 10))
-            xs = [pointer(0, builder.add(number(1), builder.mul(x_step, _I64(row)))) for row in range(rows)]
-            ws = pointer(3, number(4))
-            places = [
-                [
-                    builder.bitcast(
-                        pointer(
-                            7, builder.add(number(8), builder.add(builder.mul(y_step, _I64(row)), _I64(v * LANES)))
-                        ),
-                        _VECTOR.as_pointer(),
-                    )
-                    for v in range(vectors)
-                ]
-                for row in range(rows)
-            ]
-            multiply_add = builder.module.globals.get("llvm.fma.v16f32") or ir.Function(
-                builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), "llvm.fma.v16f32"
-            )
-            zero = ir.Constant(_VECTOR, [0.0] * LANES)
-            again = builder.icmp_signed("!=", number(11), _I64(0))
-            loaded = builder.append_basic_block("loaded")
-            loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
-            entry = builder.block
-            builder.cbranch(again, loaded, loop)
-            with builder.goto_block(loaded):
-                before = [[builder.load(place, align=4) for place in line] for line in places]
-                builder.branch(loop)
-
-            builder.position_at_end(loop)
-            step = builder.phi(_I64)
-            sums = [[builder.phi(_VECTOR) for _ in range(vectors)] for _ in range(rows)]
-            for block in (entry, loaded):
-                step.add_incoming(_I64(0), block)
-                for row in range(rows):
-                    for v in range(vectors):
-                        sums[row][v].add_incoming(zero if block is entry else before[row][v], block)
-            weights_at = builder.gep(ws, [builder.mul(step, w_step)])
-            weights = [
-                _as_floats(builder, signature.args[3].dtype, builder.gep(weights_at, [builder.mul(v_step, _I64(v))]))
-                for v in range(vectors)
-            ]
-            undefined = ir.Constant(_VECTOR, ir.Undefined)
-            for row in range(rows):
-                value = builder.insert_element(undefined, builder.load(builder.gep(xs[row], [step])), _I32(0))
-                value = builder.shuffle_vector(value, undefined, ir.Constant(_INTS, [0] * LANES))
-                for v in range(vectors):
-                    old = sums[row][v]
-                    sums[row][v] = builder.call(multiply_add, [value, weights[v], old])
-                    old.add_incoming(sums[row][v], loop)
-            following = builder.add(step, _I64(1))
-            step.add_incoming(following, loop)
-            builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
-
-            builder.position_at_end(done)
-            for row in range(rows):
-                for v in range(vectors):
-                    builder.store(sums[row][v], places[row][v], align=4)
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return tile
-
-
-@intrinsic
-def _power_of_two(typing, exponent):
-    """2 ** exponent of a small int32, as fp32."""
-
-    def generate(context, builder, signature, args):
-        return builder.bitcast(builder.shl(builder.add(args[0], _I32(127)), _I32(23)), _F32)
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def _stored(typing, value, like):
-    """An fp32 number as an array like that stores it: rounded to even."""
-
-    def generate(context, builder, signature, args):
-        kind = signature.return_type
-        if kind == types.float32:
-            return args[0]
-        if kind == types.int16:
-            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-        bits = builder.bitcast(args[0], _I32)
-        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, _I32(0x7FFF))), _I32(16))
-        broken = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.trunc(builder.select(broken, _I32(0x7FC0), rounded), ir.IntType(16))
-
-    return like.dtype(value, like), generate
-
-
-_T1, _T2, _T4, _T6 = (_tile(rows, 4) for rows in (1, 2, 4, 6))
-_N1, _N2, _N4, _N6 = (_tile(rows, 1) for rows in (1, 2, 4, 6))
-_compiled = njit(nogil=True, error_model="numpy", fastmath=EXACT)
-
-
-# --------------------------------------------------------------------------------------------------- rows of a layer
-@_compiled
-def _multiply(x, x_at, x_step, rows, w, w_at, w_step, v_step, y, y_at, y_step, depth, add):
-    """Rows of x times 64 columns of w: into y, or added to it."""
-    row = 0
-    while row < rows:
-        a, b, left = x_at + row * x_step, y_at + row * y_step, rows - row
-        if left >= 6:
-            _T6(x, a, x_step, w, w_at, w_step, v_step, y, b, y_step, depth, add)
-            row += 6
-        elif left >= 4:
-            _T4(x, a, x_step, w, w_at, w_step, v_step, y, b, y_step, depth, add)
-            row += 4
-        elif left >= 2:
-            _T2(x, a, x_step, w, w_at, w_step, v_step, y, b, y_step, depth, add)
-            row += 2
-        else:
-            _T1(x, a, x_step, w, w_at, w_step, v_step, y, b, y_step, depth, add)
-            row += 1
-
-
-@_compiled
-def _multiply_narrow(x, x_at, x_step, rows, w, w_at, w_step, y, y_at, y_step, depth, add):
-    """The same with 16 columns."""
-    row = 0
-    while row < rows:
-        a, b, left = x_at + row * x_step, y_at + row * y_step, rows - row
-        if left >= 6:
-            _N6(x, a, x_step, w, w_at, w_step, 0, y, b, y_step, depth, add)
-            row += 6
-        elif left >= 4:
-            _N4(x, a, x_step, w, w_at, w_step, 0, y, b, y_step, depth, add)
-            row += 4
-        elif left >= 2:
-            _N2(x, a, x_step, w, w_at, w_step, 0, y, b, y_step, depth, add)
-            row += 2
-        else:
-            _N1(x, a, x_step, w, w_at, w_step, 0, y, b, y_step, depth, add)
-            row += 1
-
-
-_SMALLEST, _HALF, _ONE, _ZERO = np.float32(-87), np.float32(0.5), np.float32(1), np.float32(0)
-_LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-_SERIES = tuple(np.float32(1 / math.factorial(n)) for n in range(7, 1, -1))
-
-
-@_compiled
-def _exp(x):
-    """e ** x of an fp32 number x <= 0: to the last place or two; what is below e ** -87 is that."""
-    x = max(x, _SMALLEST)
-    whole = np.floor(x * _LOG2E + _HALF)
-    part = x - whole * _LN2_HIGH - whole * _LN2_LOW
-    power = _SERIES[0]
-    for n in range(1, 6):
-        power = power * part + _SERIES[n]
-    return (power * part * part + part + _ONE) * _power_of_two(np.int32(whole))
-
-
-@_compiled
-def _norm_rows(first, last, x, weight, width, step, eps, out):
-    """RMS norm of rows first..last-1."""
-    for row in range(first, last):
-        at = row * step
-        total = _sum_of_squares(x, at, width)
-        scale = _ONE / np.sqrt(total / np.float32(width) + eps)
-        for i in range(width):
-            out[at + i] = x[at + i] * scale * weight[i]
-
-
-@njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-def _sum_of_squares(x, at, width):
-    total = _ZERO
-    for i in range(width):
-        total += x[at + i] * x[at + i]
-    return total
-
-
-@_compiled
-def _rotate_rows(first, last, qkv, step, stands, places, cos, sin, heads, dim, kv, pool):
-    """Rotate the queries of rows, and write their rotated keys and their values to one layer's pool.
-
-    kv: KV heads. places: of the pool's positions.
+    x: residuals [n, padded H]; they are changed. layers: so many from `first` on. norms: [layers, 2, padded H].
+    weights: [layers, panels of all four matrices], a layer's first one being weight_step behind the one before.
+    pool: [layers, 2 KV P D], a layer's numbers being pool_step, a head's `size`. cos, sin: [S, D / 2].
+    stands, places, ends: [n] of each row, its position, its place in the pool, how many positions it may see.
+    seen: [n, seen_step] of rows of trees, which of the positions from the tree's first on they see.
+    tiles: [m, 4] rows that attention takes together: first, behind the last, where their sequence's blocks begin, the
+        position of a tree's row 0, from which on `seen` counts; else beyond all. blocks: of the pool.
+    item_heads: query heads of a group that one thread takes together. ones: [16].
+    normed, qkv, attended, gated: [n, ..], for results in between. scratch: [threads, scratch_step].
+    chunk, row_chunk: rows of an item of a product, and of what has to do with single rows.
     """
-    half = dim // 2
-    size = len(pool) // (2 * kv)  # of one head's keys, or values
-    for row in range(first, last):
-        angle = stands[row] * half
-        for head in range(heads + kv):
-            at = row * step + head * dim
-            for i in range(half):
-                a, b = qkv[at + i], qkv[at + half + i]
-                qkv[at + i] = a * cos[angle + i] - b * sin[angle + i]
-                qkv[at + half + i] = b * cos[angle + i] + a * sin[angle + i]
-        place = places[row]
-        for head in range(kv):
-            at = row * step + (heads + head) * dim
-            to = head * size + place // LANES * LANES * dim + place % LANES
-            for i in range(dim):
-                pool[to + i * LANES] = _stored(qkv[at + i], pool)
-            at += kv * dim
-            to = (kv + head) * size + place * dim
-            for i in range(dim):
-                pool[to + i] = _stored(qkv[at + i], pool)
+    whole = "n hidden heads kv dim inner size first layers weight_step pool_step seen_step item_heads scratch_step "
+    whole += "chunk row_chunk row_items qkv_items attend_items hidden_items inner_items"
+    floats = "x norms cos sin ones normed qkv attended gated scratch"
+    fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT, "scale": FLOAT}
+    fields |= dict.fromkeys(floats.split(), F32) | dict.fromkeys("stands places ends tiles blocks".split(), WORD)
+    return fields | {"seen": BYTE, "weights": stored, "pool": stored}
 
 
-_ONES = np.ones(LANES, np.float32)
+def head_fields(stored: Stored) -> Fields:
+    """What the job of the final norm and the head consists of: residuals x [n, padded H], `scored` behind the norm,
+    weights [panels of V], logits [n, padded V]."""
+    whole = "n hidden panels chunk row_chunk scratch_step row_items panel_items"
+    fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT}
+    return fields | dict.fromkeys("x norm scored logits scratch".split(), F32) | {"weights": stored}
 
 
-@_compiled
-def _attend_rows(
-    first, last, head, heads, qkv, step, ends, root, seen, blocks, dim, kv, group, pool, scratch, out, out_step
-):
-    """What rows first..last-1 of one sequence find for some query heads of one group: into `out`.
+# -------------------------------------------------------------------------------------------------------- functions
+_SMALLEST, _LOG2E, _LN2_HIGH, _LN2_LOW = -87.0, 1.44269504, 0.693359375, -2.12194440e-4
+_SERIES = [1 / math.factorial(n) for n in range(7, 1, -1)]
+_SHIFT = 1.5 * 2**23  # a small number to which it is added becomes a whole one, in the lower bits
 
-    ends: how many positions each row sees. root: the position of a tree's row 0, from which on a row sees those that
-    `seen` [rows, R] says; else beyond all. blocks: of the pool, of this sequence. scratch: fp32, room for
-    m (2 D + 16 + whole blocks), m being rows times heads.
+
+def exponential(code: Code, x: Value) -> Value:
+    """e ** x of vectors <= 0: to the last place or two; what is below e ** -87 is that. Not a number stays so."""
+    x = code.select(x < _SMALLEST, _SMALLEST, x)
+    shifted = code.multiply_add(x, code.spread(_LOG2E), code.spread(_SHIFT))
+    whole = shifted - _SHIFT
+    part = code.multiply_add(whole, code.spread(-_LN2_HIGH), x)
+    part = code.multiply_add(whole, code.spread(-_LN2_LOW), part)
+    power = code.spread(_SERIES[0])
+    for factor in _SERIES[1:]:
+        power = code.multiply_add(power, part, code.spread(factor))
+    return (code.multiply_add(power * part, part, part) + 1.0) * code.power_of_two(shifted)
+
+
+def larger(a: Value, b: Value) -> Value:
+    """The larger one of each lane."""
+    return a.code.select(a > b, a, b)
+
+
+def padded(width: Value) -> Value:
+    """Numbers from one row to the next: whole panels."""
+    return (width + (PANEL - 1)) // PANEL * PANEL
+
+
+def norm_row(code: Code, job: Job, x: Place, weight: Place, out: Place) -> None:
+    """RMS norm of a row."""
+    step, total = padded(job.hidden), code.variable(code.spread(0.0))
+    with code.loop(0, step, LANES) as i:
+        total.value = code.multiply_add(x.vector(i), x.vector(i), total.value)
+    mean = code.fold(total.value, lambda a, b: a + b) / job.hidden.as_float()
+    scale = code.number(1.0) / code.root(mean + job.eps)
+    with code.loop(0, step, LANES) as i:
+        out.put(i, x.vector(i) * scale * weight.vector(i))
+
+
+# ---------------------------------------------------------------------------------------------------- parts of layers
+def rotate_row(code: Code, job: Job, row: Value, line: Place, pool: Place) -> None:
+    """Rotate a row's queries, and write its rotated keys and its values to one layer's pool."""
+    half = job.dim // 2
+    angle, place, whole = job.stands[row] * half, job.places[row], half // LANES * LANES
+
+    def turn(read: Callable[[Place, Value], Value], head: Place, i: Value) -> None:
+        a, b, cos, sin = read(head, i), read(head, half + i), read(job.cos, angle + i), read(job.sin, angle + i)
+        head.put(i, code.multiply_add(a, cos, 0.0 - b * sin))
+        head.put(half + i, code.multiply_add(b, cos, a * sin))
+
+    with code.loop(0, job.heads + job.kv) as head:
+        with code.loop(0, whole, LANES) as i:
+            turn(Place.vector, line + head * job.dim, i)
+        with code.loop(whole, half) as i:
+            turn(Place.__getitem__, line + head * job.dim, i)
+    with code.loop(0, job.kv) as head:
+        key = line + (job.heads + head) * job.dim
+        to = pool + (head * job.size + place // LANES * LANES * job.dim + place % LANES)
+        with code.loop(0, job.dim) as i:
+            to.put(i * LANES, key[i])
+        value, to = key + job.kv * job.dim, pool + ((job.kv + head) * job.size + place * job.dim)
+        with code.loop(0, job.dim, LANES) as i:
+            to.put(i, value.vector(i))
+
+
+def attend(code: Code, job: Job, products: Products, tile: Place, head: Value, pool: Place, scratch: Place) -> None:
+    """What some rows of one sequence find for some query heads of one group.
+
+    scratch: room for m (2 D + 16 + whole blocks), m being rows times heads.
     """
-    m, length = (last - first) * heads, ends[last - 1]
-    room = (length + BLOCK - 1) // BLOCK * BLOCK
-    size, g = len(pool) // (2 * kv), head // group
-    queries, found, totals, scores = 0, m * dim, 2 * m * dim, 2 * m * dim + m * LANES
-    scale = _ONE / np.sqrt(np.float32(dim))
-    for j in range(m):
-        at = (first + j // heads) * step + (head + j % heads) * dim
-        for i in range(dim):
-            scratch[queries + j * dim + i] = qkv[at + i] * scale
-    for b in range(room // BLOCK):
-        at = g * size + blocks[b] * BLOCK * dim
-        for p in range(0, min(BLOCK, length - b * BLOCK), PANEL):
-            _multiply(
-                scratch,
-                queries,
-                dim,
-                m,
-                pool,
-                at + p * dim,
-                LANES,
-                LANES * dim,
-                scratch,
-                scores + b * BLOCK + p,
-                room,
-                dim,
-                0,
-            )
-    for j in range(m):
-        row = first + j // heads
-        at, end = scores + j * room, ends[row]
-        for p in range(root, end):
-            if not seen[row, p - root]:
-                scratch[at + p] = -np.inf
-        best = _greatest(scratch, at, at + end)
-        for p in range(at, at + end):
-            scratch[p] = _exp(scratch[p] - best)
-        for p in range(root, end):
-            if not seen[row, p - root]:
-                scratch[at + p] = _ZERO
-        scratch[at + end : at + length] = _ZERO
-    _multiply_narrow(scratch, scores, room, m, _ONES, 0, 0, scratch, totals, LANES, length, 0)
-    for b in range(room // BLOCK):
-        at, depth = (kv + g) * size + blocks[b] * BLOCK * dim, min(BLOCK, length - b * BLOCK)
-        whole = dim // PANEL * PANEL
-        for i in range(0, whole, PANEL):
-            _multiply(
-                scratch,
-                scores + b * BLOCK,
-                room,
-                m,
-                pool,
-                at + i,
-                dim,
-                LANES,
-                scratch,
-                found + i,
-                dim,
-                depth,
-                b,
-            )
-        for i in range(whole, dim, LANES):
-            _multiply_narrow(scratch, scores + b * BLOCK, room, m, pool, at + i, dim, scratch, found + i, dim, depth, b)
-    for j in range(m):
-        at = (first + j // heads) * out_step + (head + j % heads) * dim
-        part = _ONE / scratch[totals + j * LANES]
-        for i in range(dim):
-            out[at + i] = scratch[found + j * dim + i] * part
+    wide, narrow = products.multiply(pool.stored, 4), products.multiply(pool.stored, 1)
+    same = products.multiply(F32, 1)
+    first, last, blocks, root = tile[0], tile[1], job.blocks + tile[2], tile[3]
+    dim, heads, pair = job.dim, job.item_heads, head // (job.heads // job.kv)
+    step, out_step = padded((job.heads + job.kv * 2) * dim), padded(job.heads * dim)
+    m, length = (last - first) * heads, job.ends[last - 1]
+    count = (length + (BLOCK - 1)) // BLOCK
+    room = count * BLOCK
+    queries, found, totals = scratch, scratch + m * dim, scratch + m * dim * 2
+    scores = totals + m * LANES
+
+    with code.loop(0, m) as j:
+        line, query = job.qkv + ((first + j // heads) * step + (head + j % heads) * dim), queries + j * dim
+        with code.loop(0, dim, LANES) as i:
+            query.put(i, line.vector(i) * job.scale)
+
+    with code.loop(0, count) as b:
+        keys, to = pool + (pair * job.size + blocks[b] * BLOCK * dim), scores + b * BLOCK
+        with code.loop(0, code.least(length - b * BLOCK, BLOCK), PANEL) as p:
+            wide(code, queries, dim, m, keys + p * dim, LANES, dim * LANES, to + p, room, dim, 0)
+
+    with code.loop(0, m) as j:
+        row, line = first + j // heads, scores + j * room
+        end, seen = job.ends[row], job.seen + row * job.seen_step
+        with code.loop(root, end) as p, code.when(seen[p - root].equals(0)):
+            line.put(p, code.number(NOT_SEEN))
+        best = code.variable(code.spread(NOT_SEEN))
+        with code.loop(0, length, LANES) as p:
+            score = code.select(code.below(end - p), line.vector(p), NOT_SEEN)
+            line.put(p, score)
+            best.value = larger(score, best.value)
+        greatest = code.fold(best.value, larger)
+        with code.loop(0, length, LANES) as p:
+            score = line.vector(p)
+            line.put(p, code.select(score.equals(NOT_SEEN), 0.0, exponential(code, score - greatest)))
+    same(code, scores, room, m, job.ones, 0, 0, totals, LANES, length, 0)
+
+    whole = dim // PANEL * PANEL
+    with code.loop(0, count) as b:
+        values, depth = pool + ((job.kv + pair) * job.size + blocks[b] * BLOCK * dim), length - b * BLOCK
+        shares, depth = scores + b * BLOCK, code.least(depth, BLOCK)
+        with code.loop(0, whole, PANEL) as i:
+            wide(code, shares, room, m, values + i, dim, LANES, found + i, dim, depth, b)
+        with code.loop(whole, dim, LANES) as i:
+            narrow(code, shares, room, m, values + i, dim, LANES, found + i, dim, depth, b)
+
+    with code.loop(0, m) as j:
+        line, part = found + j * dim, code.number(1.0) / totals[j * LANES]
+        to = job.attended + ((first + j // heads) * out_step + (head + j % heads) * dim)
+        with code.loop(0, dim, LANES) as i:
+            to.put(i, line.vector(i) * part)
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz", "reassoc"})
-def _greatest(x, first, last):
-    best = x[first]
-    for i in range(first + 1, last):
-        best = max(best, x[i])
-    return best
-
-
-@_compiled
-def _gate_rows(first, last, x, step, rows, w, w_at, depth, out, out_step, scratch):
-    """SiLU of the gates times "up", for panels first..last-1 of each."""
-    for panel in range(first, last):
-        for which in range(2):
-            at = w_at + (2 * panel + which) * depth * PANEL
-            _multiply(x, 0, step, rows, w, at, PANEL, LANES, scratch, which * PANEL, 2 * PANEL, depth, 0)
-        for row in range(rows):
-            at, to = row * 2 * PANEL, row * out_step + panel * PANEL
-            for i in range(PANEL):
-                gate = scratch[at + i]
-                small = _exp(-abs(gate))
-                share = (_ONE if gate >= _ZERO else small) / (_ONE + small)
-                out[to + i] = gate * share * scratch[at + PANEL + i]
-
-
-@_compiled
-def _product(first, last, x, step, rows, w, w_at, depth, out, out_step, add):
-    """Rows of x times panels first..last-1."""
-    for panel in range(first, last):
-        at = w_at + panel * depth * PANEL
-        _multiply(x, 0, step, rows, w, at, PANEL, LANES, out, panel * PANEL, out_step, depth, add)
+def gate_row(code: Code, pair: Place, out: Place) -> None:
+    """SiLU of a panel of gates times the one of "up" behind it."""
+    for i in range(0, PANEL, LANES):
+        gate = pair.vector(i)
+        small = exponential(code, 0.0 - code.absolute(gate))
+        share = code.select(gate >= 0.0, 1.0, small) / (small + 1.0)
+        out.put(i, gate * share * pair.vector(PANEL + i))
 
 
 # ------------------------------------------------------------------------------------------------------ whole layers
-@_compiled
-def _padded(width):
-    return (width + PANEL - 1) // PANEL * PANEL
+class Layers:
+    """The code of layers and of the head, for weights that are stored in one form. Its methods are the phases: they
+    make the code of one item."""
+
+    def __init__(self, stored: Stored, machine: Machine) -> None:
+        self.module = Module(f"layers_{stored.name}", machine.triple)
+        self.products = Products(self.module, machine.registers)
+        self.product = self.products.panel(stored)
+        phases = [
+            ("row_items", self._norm(0)),
+            ("qkv_items", self._qkv),
+            ("row_items", self._rotate),
+            ("attend_items", self._attend),
+            ("hidden_items", self._output),
+            ("row_items", self._norm(1)),
+            ("inner_items", self._gate),
+            ("hidden_items", self._down),
+        ]
+        add_job(self.module, "layers", layer_fields(stored), lambda code, job: job.layers, phases)
+        head = [("row_items", self._last_norm), ("panel_items", self._logits)]
+        add_job(self.module, "head", head_fields(stored), lambda code, job: code.whole(1), head)
+        add_calls(self.module)
+
+    @staticmethod
+    def _rows(code: Code, job: Job, item: Value) -> Any:
+        """The loop over an item's rows, for what has to do with single rows."""
+        first = item * job.row_chunk
+        return code.loop(first, code.least(first + job.row_chunk, job.n))
+
+    @staticmethod
+    def _panel(code: Code, job: Job, item: Value, panels: Value) -> tuple[Value, Value, Value]:
+        """(panel, first row, rows) of an item of a product with so many panels."""
+        row = item // panels * job.chunk
+        return item % panels, row, code.least(job.n - row, job.chunk)
+
+    @staticmethod
+    def _matrices(job: Job, turn: Value) -> tuple[Place, Place, Place, Place]:
+        """The panels of one layer: queries, keys and values; output; gate and "up"; down."""
+        qkv = job.weights + (job.first + turn) * job.weight_step
+        output = qkv + padded((job.heads + job.kv * 2) * job.dim) * job.hidden
+        gate = output + padded(job.hidden) * (job.heads * job.dim)
+        return qkv, output, gate, gate + padded(job.inner) * job.hidden * 2
+
+    def _multiply(
+        self, code: Code, job: Job, item: Value, thread: Value, x: Place, depth: Value, w: Place, y: Place, width: Value
+    ) -> None:
+        """An item of rows x times w: into y, or added to it where it is the residuals."""
+        x_step, y_step = padded(depth), padded(width)
+        panel, row, rows = self._panel(code, job, item, y_step // PANEL)
+        line, scratch = y + (row * y_step + panel * PANEL), job.scratch + thread * job.scratch_step
+        add, w = int(y is job.x), w + panel * PANEL * depth
+        self.product(code, x + row * x_step, x_step, rows, w, line, y_step, depth, add, scratch)
+
+    def _norm(self, which: int) -> Any:
+        def phase(code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+            step = padded(job.hidden)
+            with self._rows(code, job, item) as row:
+                weight = job.norms + ((job.first + turn) * 2 + which) * step
+                norm_row(code, job, job.x + row * step, weight, job.normed + row * step)
+
+        return phase
+
+    def _qkv(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        w, width = self._matrices(job, turn)[0], (job.heads + job.kv * 2) * job.dim
+        self._multiply(code, job, item, thread, job.normed, job.hidden, w, job.qkv, width)
+
+    def _rotate(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        step, pool = padded((job.heads + job.kv * 2) * job.dim), job.pool + (job.first + turn) * job.pool_step
+        with self._rows(code, job, item) as row:
+            rotate_row(code, job, row, job.qkv + row * step, pool)
+
+    def _attend(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        splits = job.heads // job.item_heads
+        tile, head = job.tiles + item // splits * 4, item % splits * job.item_heads
+        pool, scratch = job.pool + (job.first + turn) * job.pool_step, job.scratch + thread * job.scratch_step
+        attend(code, job, self.products, tile, head, pool, scratch)
+
+    def _output(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        w, depth = self._matrices(job, turn)[1], job.heads * job.dim
+        self._multiply(code, job, item, thread, job.attended, depth, w, job.x, job.hidden)
+
+    def _gate(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        step, out_step = padded(job.hidden), padded(job.inner)
+        panel, row, rows = self._panel(code, job, item, out_step // PANEL)
+        w, scratch = self._matrices(job, turn)[2], job.scratch + thread * job.scratch_step
+        pairs, x = scratch + WIDENED * PANEL, job.normed + row * step
+        for which in range(2):
+            mine, y = w + (panel * 2 + which) * PANEL * job.hidden, pairs + which * PANEL
+            self.product(code, x, step, rows, mine, y, 2 * PANEL, job.hidden, 0, scratch)
+        with code.loop(0, rows) as i:
+            gate_row(code, pairs + i * (2 * PANEL), job.gated + ((row + i) * out_step + panel * PANEL))
+
+    def _down(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        w = self._matrices(job, turn)[3]
+        self._multiply(code, job, item, thread, job.gated, job.inner, w, job.x, job.hidden)
+
+    def _last_norm(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        step = padded(job.hidden)
+        with self._rows(code, job, item) as row:
+            norm_row(code, job, job.x + row * step, job.norm, job.scored + row * step)
+
+    def _logits(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        width = job.panels * PANEL
+        self._multiply(code, job, item, thread, job.scored, job.hidden, job.weights, job.logits, width)
 
 
-_parallel = njit(parallel={"fusion": False}, nogil=True, error_model="numpy", fastmath=EXACT, cache=True)
+FUNCTIONS = {"layers": JOB_CALL, "head": JOB_CALL} | CALLS
+_SOURCES = tuple(sorted(Path(__file__).parent.glob("*.py")))
 
 
-@_parallel
-def run_layers(
-    x,
-    first,
-    stop,
-    sizes,
-    eps,
-    norms,
-    weights,
-    pool,
-    cos,
-    sin,
-    stands,
-    places,
-    ends,
-    seen,
-    tiles,
-    blocks,
-    item_heads,
-    normed,
-    qkv,
-    attended,
-    gated,
-    scratch,
-    threads,
-):
-    """Layers first..stop-1 for some rows: their residuals x are changed, their keys and values written.
-
-    Args:
-        x: [n, padded H] flat.
-        sizes: n, H, query heads, KV heads, D, intermediate.
-        eps: of the norms.
-        norms: [layers, 2, H].
-        weights: [layers, panels of all four matrices].
-        pool: [layers, 2 KV P D].
-        cos, sin: [S, D / 2] flat.
-        stands, places, ends: [n] of each row, its position, its place in the pool, how many positions it may see.
-        seen: [n, R] of rows of trees, which of the positions from the tree's first on they see.
-        tiles: [m, 4] rows that attention takes together: first, behind the last, where their sequence's blocks begin,
-            where its tree begins.
-        blocks: of the pool.
-        item_heads: query heads of a group that one thread takes together.
-        normed, qkv, attended, gated: [n, ..] flat, for results in between. scratch: [threads, ..].
-        threads: how many.
-    """
-    n, hidden, heads, kv, dim, inner = sizes
-    group = heads // kv
-    x_step, q_width = _padded(hidden), heads * dim
-    qkv_step, a_step, inner_step = _padded(q_width + 2 * kv * dim), _padded(q_width), _padded(inner)
-    qkv_panels, x_panels, inner_panels = qkv_step // PANEL, x_step // PANEL, inner_step // PANEL
-    output_at = qkv_step * hidden
-    gate_at = output_at + x_step * q_width
-    down_at = gate_at + 2 * inner_step * hidden
-    splits = heads // item_heads
-    items = len(tiles) * splits
-    few = n * x_step <= SERIAL
-    for layer in range(first, stop):
-        w, cached = weights[layer], pool[layer]
-        if few:
-            _norm_rows(0, n, x, norms[layer, 0], hidden, x_step, eps, normed)
-        else:
-            for t in prange(threads):
-                _norm_rows(n * t // threads, n * (t + 1) // threads, x, norms[layer, 0], hidden, x_step, eps, normed)
-        for t in prange(threads):
-            a, b = qkv_panels * t // threads, qkv_panels * (t + 1) // threads
-            _product(a, b, normed, x_step, n, w, 0, hidden, qkv, qkv_step, 0)
-        if few:
-            _rotate_rows(0, n, qkv, qkv_step, stands, places, cos, sin, heads, dim, kv, cached)
-        else:
-            for t in prange(threads):
-                a, b = n * t // threads, n * (t + 1) // threads
-                _rotate_rows(a, b, qkv, qkv_step, stands, places, cos, sin, heads, dim, kv, cached)
-        for t in prange(threads):
-            for item in range(t, items, threads):
-                tile, head = tiles[item // splits], item % splits * item_heads
-                _attend_rows(
-                    tile[0],
-                    tile[1],
-                    head,
-                    item_heads,
-                    qkv,
-                    qkv_step,
-                    ends,
-                    tile[3],
-                    seen,
-                    blocks[tile[2] :],
-                    dim,
-                    kv,
-                    group,
-                    cached,
-                    scratch[t],
-                    attended,
-                    a_step,
-                )
-        for t in prange(threads):
-            a, b = x_panels * t // threads, x_panels * (t + 1) // threads
-            _product(a, b, attended, a_step, n, w, output_at, q_width, x, x_step, 1)
-        if few:
-            _norm_rows(0, n, x, norms[layer, 1], hidden, x_step, eps, normed)
-        else:
-            for t in prange(threads):
-                _norm_rows(n * t // threads, n * (t + 1) // threads, x, norms[layer, 1], hidden, x_step, eps, normed)
-        for t in prange(threads):
-            a, b = inner_panels * t // threads, inner_panels * (t + 1) // threads
-            _gate_rows(a, b, normed, x_step, n, w, gate_at, hidden, gated, inner_step, scratch[t])
-        for t in prange(threads):
-            a, b = x_panels * t // threads, x_panels * (t + 1) // threads
-            _product(a, b, gated, inner_step, n, w, down_at, inner, x, x_step, 1)
-
-
-@_parallel
-def run_head(x, n, hidden, eps, norm, weights, scored, logits, threads):
-    """The final norm of rows x [n, padded H] into `scored`, and their logits [n, padded V]."""
-    step, panels = _padded(hidden), len(weights) // (hidden * PANEL)
-    _norm_rows(0, n, x, norm, hidden, step, eps, scored)
-    for t in prange(threads):
-        a, b = panels * t // threads, panels * (t + 1) // threads
-        _product(a, b, scored, step, n, weights, 0, hidden, logits, panels * PANEL, 0)
+@cache
+def load_layers(stored: Stored) -> dict[str, Any]:
+    """The functions for weights that are stored so."""
+    return load(f"layers-{stored.name}", lambda machine: Layers(stored, machine).module, FUNCTIONS, _SOURCES)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 
@@ -13,18 +13,28 @@ from models.llama.config import LlamaConfig
 from models.llama.rope import rope_tables
 from models.speculative.tree import tree_depths
 from models.torch_llama.attention import Part
-from models.torch_llama.compiled import kernels
-from models.torch_llama.compiled.kernels import LANES, PANEL
+from models.torch_llama.compiled import LANES
+from models.torch_llama.compiled.builder import BF16, F16, F32
+from models.torch_llama.compiled.kernels import head_fields, layer_fields, load_layers
+from models.torch_llama.compiled.products import PANEL, TILE_ROWS, WIDENED
+from models.torch_llama.compiled.threads import pool as threads_pool
 from models.torch_llama.kv_cache import KVCache, block_end, blocks_of
 
-_STORED = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
+_STORED = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
+_SERIAL = 16384  # so many numbers are normed or rotated by one thread: sooner than others could begin
+_CHUNK = 66  # rows of a product that one thread takes together, at most
 _TILE_ROWS = 12  # rows times query heads that attention takes together
 _NO_TREE = np.iinfo(np.int64).max
 
 
+def _up(number: int, whole: int) -> int:
+    """The next multiple of a whole number."""
+    return -(-number // whole) * whole
+
+
 def padded(width: int) -> int:
     """Numbers from one row to the next: whole panels."""
-    return -(-width // PANEL) * PANEL
+    return _up(width, PANEL)
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
@@ -34,13 +44,13 @@ def panels(weight: torch.Tensor) -> torch.Tensor:
     return filled.view(-1, PANEL, width).transpose(1, 2).contiguous()
 
 
-def as_numbers(tensor: torch.Tensor) -> np.ndarray:
-    """The same memory as the kernels take it."""
-    return tensor.view(_STORED[tensor.dtype]).numpy()
+def _wide(weight: torch.Tensor) -> torch.Tensor:
+    """A norm's weights [H] as fp32, zeros behind."""
+    return torch.nn.functional.pad(weight.float(), (0, padded(len(weight)) - len(weight)))
 
 
 class Rows(NamedTuple):
-    """What all layers of a forward have in common: arguments of `kernels.run_layers`."""
+    """What all layers of a forward have in common: see `kernels.layer_fields`."""
 
     stands: np.ndarray
     places: np.ndarray
@@ -74,7 +84,7 @@ class CompiledLayers:
         self.config = config
         count, hidden, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
         self.layers: Sequence = range(count)
-        norms = np.empty((count, 2, hidden), np.float32)
+        norms = torch.empty(count, 2, padded(hidden))
         weights: torch.Tensor | None = None
         for i in self.layers:
             prefix = f"model.layers.{i}."
@@ -86,18 +96,35 @@ class CompiledLayers:
             if weights is None:
                 weights = torch.empty(count, sum(map(len, parts)), dtype=parts[0].dtype)
             torch.cat(parts, out=weights[i])
-            norms[i, 0] = take(prefix + "input_layernorm.weight").float()
-            norms[i, 1] = take(prefix + "post_attention_layernorm.weight").float()
+            norms[i, 0] = _wide(take(prefix + "input_layernorm.weight"))
+            norms[i, 1] = _wide(take(prefix + "post_attention_layernorm.weight"))
         assert weights is not None  # a model has layers
         cos, sin = rope_tables(config, positions)
         self.norm = take("model.norm.weight").float()
-        self._norms, self._norm = norms, self.norm.numpy()
-        self._weights, self._head = as_numbers(weights), as_numbers(panels(head).flatten())
-        self._cos = cos[:, : dim // 2].contiguous().view(-1).numpy()
-        self._sin = sin[:, dim // 2 :].contiguous().view(-1).numpy()
-        self._pool = as_numbers(cache.pool).reshape(count, -1)
-        self._eps = np.float32(config.rms_norm_eps)
-        self._buffers: dict[str, np.ndarray] = {}
+        self._weights, self._norms, self._norm = weights, norms, _wide(self.norm)
+        self._head, self._ones = panels(head), torch.ones(LANES)
+        self._cos, self._sin = cos[:, : dim // 2].contiguous(), sin[:, dim // 2 :].contiguous()
+        self._pool = cache.pool
+        stored = _STORED[weights.dtype]
+        self._code, self._fields, self._head_fields = load_layers(stored), layer_fields(stored), head_fields(stored)
+        self._constants: dict[str, Any] = {
+            "hidden": hidden,
+            "heads": config.num_attention_heads,
+            "kv": config.num_key_value_heads,
+            "dim": dim,
+            "inner": config.intermediate_size,
+            "size": cache.pool[0, 0].numel(),
+            "weight_step": weights.shape[1],
+            "pool_step": cache.pool[0].numel(),
+            "eps": config.rms_norm_eps,
+            "scale": 1 / math.sqrt(dim),
+            "norms": norms.data_ptr(),
+            "cos": self._cos.data_ptr(),
+            "sin": self._sin.data_ptr(),
+            "ones": self._ones.data_ptr(),
+            "weights": weights.data_ptr(),
+            "pool": cache.pool.data_ptr(),
+        }
 
     @property
     def bytes(self) -> int:
@@ -134,72 +161,77 @@ class CompiledLayers:
 
     def run(self, x: torch.Tensor, plan: Rows, first: int, stop: int) -> torch.Tensor:
         """As of `layers.Network`."""
-        config, threads = self.config, self._threads()
+        config, threads = self.config, torch.get_num_threads()
         n, hidden = x.shape
         heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        inner, group, items = config.intermediate_size, heads // kv, len(plan.tiles) * kv
-        residuals = self._residuals(x)
+        group, tiles = heads // kv, len(plan.tiles)
+        residuals, items = self._residuals(x), self._items(n)
         # Where there are few items, threads share the heads of a group.
-        item_heads = group if items % threads == 0 or items > 4 * threads else 1
+        item_heads = group if tiles * kv % threads == 0 or tiles * kv > 4 * threads else 1
         room = block_end(int(plan.ends.max()))
-        scratch = max(n * 2 * PANEL, max(_TILE_ROWS, group) * (2 * dim + LANES + room))
-        kernels.run_layers(
-            residuals.view(-1).numpy(),
-            first,
-            stop,
-            (n, hidden, heads, kv, dim, inner),
-            self._eps,
-            self._norms,
-            self._weights,
-            self._pool,
-            self._cos,
-            self._sin,
-            *plan,
-            item_heads,
-            self._buffer("normed", n * padded(hidden)),
-            self._buffer("qkv", n * padded((heads + 2 * kv) * dim)),
-            self._buffer("attended", n * padded(heads * dim)),
-            self._buffer("gated", n * padded(inner)),
-            self._buffer("scratch", threads, scratch),
-            threads,
-        )
+        scratch = max(PANEL * (WIDENED + 2 * items["chunk"]), max(_TILE_ROWS, group) * (2 * dim + LANES + room))
+        widths = {"normed": hidden, "qkv": (heads + 2 * kv) * dim, "attended": heads * dim}
+        widths["gated"] = config.intermediate_size
+        chunks = items.pop("chunks")
+        job = self._constants | items | {name: each.ctypes.data for name, each in plan._asdict().items()}
+        job |= {
+            "n": n,
+            "first": first,
+            "layers": stop - first,
+            "seen_step": plan.seen.shape[1],
+            "item_heads": item_heads,
+            "scratch_step": scratch,
+            "qkv_items": padded(widths["qkv"]) // PANEL * chunks,
+            "attend_items": tiles * (heads // item_heads),
+            "hidden_items": padded(hidden) // PANEL * chunks,
+            "inner_items": padded(widths["gated"]) // PANEL * chunks,
+            "x": residuals.data_ptr(),
+        }
+        pool = threads_pool()
+        with pool.lock:  # its buffers are those of one forward
+            job |= {name: pool.buffer(name, n * padded(width)) for name, width in widths.items()}
+            job["scratch"] = pool.buffer("scratch", threads * scratch)
+            pool.run(self._code, "layers", self._fields, threads, job)
         return residuals[:, :hidden]
 
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of `layers.Network`."""
-        n, width = hidden.shape
-        residuals = self._residuals(hidden)
+        (n, width), threads = hidden.shape, torch.get_num_threads()
+        residuals, items, scratch = self._residuals(hidden), self._items(n), PANEL * WIDENED
         scored = torch.empty_like(residuals)
         logits = torch.empty(n, padded(self.config.vocab_size))
-        kernels.run_head(
-            residuals.view(-1).numpy(),
-            n,
-            width,
-            self._eps,
-            self._norm,
-            self._head,
-            scored.view(-1).numpy(),
-            logits.view(-1).numpy(),
-            self._threads(),
-        )
+        panels = logits.shape[1] // PANEL
+        job = items | {
+            "n": n,
+            "hidden": width,
+            "panels": panels,
+            "scratch_step": scratch,
+            "panel_items": panels * items["chunks"],
+            "eps": self.config.rms_norm_eps,
+            "x": residuals.data_ptr(),
+            "norm": self._norm.data_ptr(),
+            "weights": self._head.data_ptr(),
+            "scored": scored.data_ptr(),
+            "logits": logits.data_ptr(),
+        }
+        pool = threads_pool()
+        with pool.lock:
+            job["scratch"] = pool.buffer("scratch", threads * scratch)
+            pool.run(self._code, "head", self._head_fields, threads, job)
         return scored[:, :width], logits[:, : self.config.vocab_size]
+
+    def _items(self, n: int) -> dict[str, int]:
+        """How n rows are shared out: rows of an item of a product, so many items of each panel; rows of an item of what
+        has to do with single rows, so many items."""
+        chunk = max(1, n) if n <= _CHUNK else min(_CHUNK, _up(-(-n // 2), TILE_ROWS))
+        row_chunk = max(1, _SERIAL // padded(self.config.hidden_size))
+        return {"chunk": chunk, "chunks": -(-n // chunk), "row_chunk": row_chunk, "row_items": -(-n // row_chunk)}
 
     def _residuals(self, x: torch.Tensor) -> torch.Tensor:
         """Rows [n, H] with zeros behind, as the kernels take them: a copy."""
         rows = torch.zeros(len(x), padded(x.shape[1]))
         rows[:, : x.shape[1]] = x
         return rows
-
-    def _buffer(self, name: str, *shape: int) -> np.ndarray:
-        size = int(np.prod(shape))
-        if name not in self._buffers or self._buffers[name].size < size:
-            self._buffers[name] = np.empty(size, np.float32)
-        return self._buffers[name][:size].reshape(shape)
-
-    def _threads(self) -> int:
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(threads)
-        return threads
 
 
 def _ancestors(parents: Sequence[int]) -> np.ndarray:
