@@ -65,7 +65,9 @@ def run_settings(session: Session) -> str:
         parts.append(f"{drafter_name(session)}, {_draft_lengths(session)} a round, {verification}")
     elif "speculative" in settings.paths:
         parts.append("drafter none: plain decoding")
-    if settings.fixed_rows:
+    if settings.compiled:
+        parts.append("compiled layers")
+    elif settings.fixed_rows:
         parts.append(plural(settings.fixed_rows, "fixed row") + _padding_cost(session, settings.fixed_rows))
     elif settings.row_invariant and settings.rows_alike:
         parts.append("row-invariant" + _padding_cost(session, 1))
@@ -282,6 +284,8 @@ def _why_other_text(settings: dict[str, Any]) -> str:
     """What makes a row's bits depend on its neighbours, so that near-ties fall the other way; "" where nothing does."""
     dtype = settings.get("dtype", "fp32")
     if dtype == "fp32":
+        return ""
+    if settings.get("compiled"):
         return ""
     if drafts_trees(settings["drafter"]):
         return (

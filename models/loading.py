@@ -377,6 +377,7 @@ def load_draft(
         max_seq_len=max_seq_len or target.max_seq_len,
         slots=slots,
         quantize="int8" if dtype == "int8" else None,
+        compiled=target.compiled and dtype != "int8",
     )
     return LoadedHead(opened, head, dtype, opened.seconds + time.perf_counter() - start)
 

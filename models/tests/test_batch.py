@@ -51,8 +51,10 @@ def checked(company, wishes, sequences):
         assert parts <= stats.decode_s + 1e-9 or stats.finish_reason == "interrupted"
 
 
-def test_every_text_in_any_company_is_its_text_alone(company):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_text_in_any_company_is_its_text_alone(company, compiled):
     """Drafters, lengths, stops, limits, verification, arrivals, departures and bounds on prompts at random."""
+    company = Company(compiled=True) if compiled else company
     kinds, accepted, shared = set(), 0, 0
     for case in range(CASES):
         draw = random.Random(case)

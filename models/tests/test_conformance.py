@@ -20,6 +20,8 @@ FP32 = {"dtype": "fp32"}
 BF16 = {"dtype": "bf16", "fixed_rows": 7}
 BF16_ALIKE = {"dtype": "bf16", "row_invariant": True}
 FP32_FIXED = {"dtype": "fp32", "fixed_rows": 7}
+COMPILED = {"dtype": "fp32", "compiled": True}
+COMPILED_BF16 = {"dtype": "bf16", "compiled": True}
 # Sharp attention makes much of bf16's rounding.
 ACCURACY = {"fp32": {"error": 1e-5, "tolerance": 1e-5}, "bf16": {"error": 0.15, "tolerance": 0.1}}
 EXIT = 2
@@ -76,11 +78,14 @@ WHOLE = {
     "two slots, fixed rows": lambda: subject_of(build(**BF16, slots=2), BF16),
     "two slots, rows as they come": lambda: subject_of(build(**BF16_ALIKE, slots=2), BF16_ALIKE),
     "one slot": lambda: one_slot(FP32),
+    "compiled": lambda: subject_of(build(**COMPILED), COMPILED),
+    "two slots, compiled bf16": lambda: subject_of(build(**COMPILED_BF16, slots=2), COMPILED_BF16),
 }
 FIRST = {
     "first layers": lambda: first_layers(FP32),
     "first layers, fixed rows": lambda: first_layers(BF16),
     "first layers, rows as they come": lambda: first_layers(BF16_ALIKE),
+    "first layers, compiled": lambda: first_layers(COMPILED_BF16),
 }
 
 
@@ -108,7 +113,9 @@ class TestTrees(TreeConformance):
 
 
 @pytest.mark.parametrize(
-    "subject", ["two slots", "two slots, fixed rows", "two slots, rows as they come"], indirect=True
+    "subject",
+    ["two slots", "two slots, fixed rows", "two slots, rows as they come", "two slots, compiled bf16"],
+    indirect=True,
 )
 class TestSlots(SlotConformance):
     pass

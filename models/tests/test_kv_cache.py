@@ -34,7 +34,11 @@ def read(model: TorchLlama, slot: int, tokens: list[int], positions: int) -> tup
     return held, model.extend([Rows(slot, tokens[held:], held, last=True)], LOGITS).logits(0)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "fp32"}, {"dtype": "bf16", "fixed_rows": 7}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "fp32"}, {"dtype": "bf16", "fixed_rows": 7}, {"dtype": "bf16", "compiled": True}],
+    ids=["fp32", "bf16", "compiled"],
+)
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_shared_beginning_has_the_bits_of_one_read_anew(options, ended):
     """Of a sequence that is under way, or has ended, whatever follows and wherever it ends."""

@@ -219,13 +219,14 @@ def test_each_row_has_the_same_bits_whatever_n_is():
         _check_bits(model, ids, fixed_rows)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_each_row_has_the_same_bits_without_padding_where_rows_are_alike(dtype):
-    """The promise of row_invariant."""
+def test_each_row_has_the_same_bits_without_padding_where_rows_are_alike(dtype, compiled):
+    """The promise of row_invariant, and of compiled layers."""
     config = tiny_config(
         hidden_size=128, head_dim=64, intermediate_size=384, vocab_size=512, max_position_embeddings=1024
     )
-    model, _ = build(config, dtype=dtype, row_invariant=True, max_seq_len=640, seed=1)
+    model, _ = build(config, dtype=dtype, row_invariant=True, compiled=compiled, max_seq_len=640, seed=1)
     assert model.row_invariant == model.rows_alike
     if not model.row_invariant:
         pytest.skip(f"rows in {dtype} are not alike on this machine")
@@ -246,7 +247,9 @@ def _check_bits(model, ids, most):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("padding", [{"fixed_rows": 7}, {"row_invariant": True}], ids=["fixed", "alike"])
+@pytest.mark.parametrize(
+    "padding", [{"fixed_rows": 7}, {"row_invariant": True}, {"compiled": True}], ids=["fixed", "alike", "compiled"]
+)
 @pytest.mark.parametrize("heads, kv_heads", [(2, 1), (3, 1), (4, 2)])
 def test_each_row_has_the_same_bits_on_both_sides_of_a_block_of_the_cache(dtype, padding, heads, kv_heads):
     """Where plain decoding reads one block less than a verification that goes on into the next."""

@@ -108,6 +108,24 @@ def test_a_tree_fed_in_pieces_equals_one_fed_at_once(fixed_rows):
         close(torch.cat(pieces), whole)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_rows_of_every_path_have_the_bits_of_a_chain(layout, dtype):
+    """Siblings lie between the rows of a path, and across blocks of the cache; also where the path moves together."""
+    model, chain = (build(layout, dtype=dtype, compiled=True) for _ in range(2))
+    for rows, start in ((7, 30), (12, 121), (32, 200)):
+        ids, parents = random_prompt(start + rows, rows, model.vocab_size), random_tree(rows, seed=rows)
+        for each in (model, chain):
+            each.prefill(ids[:start])
+        logits = model.forward(ids[start:], start, parents)
+        for leaf in leaves(parents):
+            path = path_to(parents, leaf)
+            expected = chain.forward([ids[start + row] for row in path], start)
+            assert torch.equal(logits[path], expected), (rows, path)
+        model.keep(start, path)
+        assert torch.equal(model.forward([5, 6], start + len(path)), chain.forward([5, 6], start + len(path)))
+
+
 @pytest.mark.parametrize("layout", ["two heads a group", "folded by 4"])
 @pytest.mark.parametrize("fixed_rows", [7, 16, 32])
 def test_padding_changes_no_row(layout, fixed_rows):

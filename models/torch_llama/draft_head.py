@@ -28,7 +28,7 @@ from models.speculative.tree import tree_levels
 from models.torch_llama.attention import Attention, Part
 from models.torch_llama.choice import argmax
 from models.torch_llama.kv_cache import KVCache, block_end
-from models.torch_llama.linear import Int8Linear, PackedLinear, PlainLinear, int8_works, packing_works
+from models.torch_llama.linear import Int8Linear, Linear, PackedLinear, PlainLinear, int8_works, packing_works
 
 READ_CHUNK = 512  # rows of a prompt that are computed at once
 MAX_ROWS = 32
@@ -66,6 +66,7 @@ class TorchHead(SlotBySlot):
         max_seq_len: positions of a sequence.
         slots: sequences, each with pages of its own in one cache, which are taken as rows are computed.
         quantize: "int8" for matrices in int8 (on CPU; all else is then fp32), or None.
+        compiled: multiply in compiled code (on CPU): weights are in `dtype`, all else in fp32.
 
     Raises:
         UserError: quantisation that this machine cannot do.
@@ -82,6 +83,7 @@ class TorchHead(SlotBySlot):
         max_seq_len: int = 2048,
         slots: int = 1,
         quantize: str | None = None,
+        compiled: bool = False,
     ) -> None:
         self.device = torch.device(device)
         if quantize and self.device.type != "cpu":
@@ -97,26 +99,36 @@ class TorchHead(SlotBySlot):
         self.max_rows = MAX_ROWS
         self.slots = slots
         self._slot = 0
-        self.dtype = torch.float32 if quantize else DTYPES[dtype]
-        self._load(tensors, embedding, quantize)
+        self.dtype = torch.float32 if quantize or compiled else DTYPES[dtype]
+        self._load(tensors, embedding, quantize, DTYPES[dtype] if compiled else None)
         self._forget()
         self._views: dict[int, TorchHead] = {0: self}
 
     # ------------------------------------------------------------------------------------------ construction
-    def _load(self, tensors: Mapping[str, torch.Tensor], embedding: torch.Tensor, quantize: str | None) -> None:
+    def _load(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        embedding: torch.Tensor,
+        quantize: str | None,
+        compiled: torch.dtype | None,
+    ) -> None:
         config, layer = self.config, self.config.layer
         packed = self.device.type == "cpu" and not quantize and packing_works(self.dtype)
-        self.linears: list = []
+        self.linears: list[Linear] = []
 
         def take(name: str) -> torch.Tensor:
             return tensors[name].to(device=self.device, dtype=self.dtype)
 
         def linear(*names: str):
             weight = torch.cat([take(f"{name}.weight") for name in names])
+            made: Linear
             rows = 1 if weight.numel() >= 2**21 and self.slots == 1 else 8  # as in `TorchLlama`
-            made: Int8Linear | PackedLinear | PlainLinear
             if quantize:
                 made = Int8Linear(weight, rows)
+            elif compiled:
+                from models.torch_llama.compiled.linear import CompiledLinear
+
+                made = CompiledLinear(weight.to(compiled))
             else:
                 made = PackedLinear(weight, rows) if packed else PlainLinear(weight)
             self.linears.append(made)

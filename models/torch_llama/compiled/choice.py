@@ -22,7 +22,7 @@ from models.torch_llama.model import TorchLlama
 READ, WRITTEN = 200, 100  # tokens of a turn of a chat
 READ_TIMED = 64  # of those read, that are timed
 SECONDS, LEAST_TURNS = 1.5, 3
-CERTAIN = 0.05  # largest error of a ratio that is kept
+CERTAIN = 0.05  # largest relative error of a ratio that says something
 VERSION = 1  # of what is measured and kept
 
 
@@ -44,6 +44,11 @@ class Comparison:
     def faster(self) -> bool:
         """Whether compiled layers are."""
         return self.ratio > 1
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is worth keeping: it tells which is faster, or that both take about the same."""
+        return self.error <= max(CERTAIN * self.ratio, abs(self.ratio - 1) / 3)
 
 
 def compare(config: LlamaConfig, dtype: str, threads: int | None = None, directory: Path | None = None) -> Comparison:
@@ -68,7 +73,7 @@ def compare(config: LlamaConfig, dtype: str, threads: int | None = None, directo
         found = measure(config, dtype)
     finally:
         torch.set_num_threads(before)
-    if found.error <= CERTAIN * found.ratio:
+    if found.certain:
         keep(file, dataclasses.asdict(found))
     return found
 

@@ -20,7 +20,7 @@ from models.torch_llama.compiled.products import PANEL, TILE_ROWS, WIDENED
 from models.torch_llama.compiled.threads import pool as threads_pool
 from models.torch_llama.kv_cache import KVCache, block_end, blocks_of
 
-_STORED = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
+STORED = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
 _SERIAL = 16384  # so many numbers are normed or rotated by one thread: sooner than others could begin
 _CHUNK = 66  # rows of a product that one thread takes together, at most
 _TILE_ROWS = 12  # rows times query heads that attention takes together
@@ -105,7 +105,7 @@ class CompiledLayers:
         self._head, self._ones = panels(head), torch.ones(LANES)
         self._cos, self._sin = cos[:, : dim // 2].contiguous(), sin[:, dim // 2 :].contiguous()
         self._pool = cache.pool
-        stored = _STORED[weights.dtype]
+        stored = STORED[weights.dtype]
         self._code, self._fields, self._head_fields = load_layers(stored), layer_fields(stored), head_fields(stored)
         self._constants: dict[str, Any] = {
             "hidden": hidden,
@@ -165,7 +165,7 @@ class CompiledLayers:
         n, hidden = x.shape
         heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         group, tiles = heads // kv, len(plan.tiles)
-        residuals, items = self._residuals(x), self._items(n)
+        residuals, items = self._residuals(x), shared_out(n, config.hidden_size)
         # Where there are few items, threads share the heads of a group.
         item_heads = group if tiles * kv % threads == 0 or tiles * kv > 4 * threads else 1
         room = block_end(int(plan.ends.max()))
@@ -197,7 +197,7 @@ class CompiledLayers:
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of `layers.Network`."""
         (n, width), threads = hidden.shape, torch.get_num_threads()
-        residuals, items, scratch = self._residuals(hidden), self._items(n), PANEL * WIDENED
+        residuals, items, scratch = self._residuals(hidden), shared_out(n, width), PANEL * WIDENED
         scored = torch.empty_like(residuals)
         logits = torch.empty(n, padded(self.config.vocab_size))
         panels = logits.shape[1] // PANEL
@@ -220,18 +220,19 @@ class CompiledLayers:
             pool.run(self._code, "head", self._head_fields, threads, job)
         return scored[:, :width], logits[:, : self.config.vocab_size]
 
-    def _items(self, n: int) -> dict[str, int]:
-        """How n rows are shared out: rows of an item of a product, so many items of each panel; rows of an item of what
-        has to do with single rows, so many items."""
-        chunk = max(1, n) if n <= _CHUNK else min(_CHUNK, _up(-(-n // 2), TILE_ROWS))
-        row_chunk = max(1, _SERIAL // padded(self.config.hidden_size))
-        return {"chunk": chunk, "chunks": -(-n // chunk), "row_chunk": row_chunk, "row_items": -(-n // row_chunk)}
-
     def _residuals(self, x: torch.Tensor) -> torch.Tensor:
         """Rows [n, H] with zeros behind, as the kernels take them: a copy."""
         rows = torch.zeros(len(x), padded(x.shape[1]))
         rows[:, : x.shape[1]] = x
         return rows
+
+
+def shared_out(n: int, width: int) -> dict[str, int]:
+    """How n rows of so many numbers are shared out: rows of an item of a product, so many items of each panel; rows of
+    an item of what has to do with single rows, so many items."""
+    chunk = max(1, n) if n <= _CHUNK else min(_CHUNK, _up(-(-n // 2), TILE_ROWS))
+    row_chunk = max(1, _SERIAL // padded(width))
+    return {"chunk": chunk, "chunks": -(-n // chunk), "row_chunk": row_chunk, "row_items": -(-n // row_chunk)}
 
 
 def _ancestors(parents: Sequence[int]) -> np.ndarray:
