@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from models.speculative.drafters import MAX_DRAFT_LENGTH, Budget, Draft, Drafter, check_draft
 from models.speculative.model import FusedRounds, LanguageModel, Rows, in_turns
-from models.speculative.scheduler import PROMPT_ROWS, Scheduler
+from models.speculative.scheduler import PROMPT_ROWS, Scheduler, release
 from models.speculative.sequence import WAITING, Request, Sequence, Token
 from models.speculative.stats import GenerationStats, Joint, Round
 from models.speculative.verify import (
@@ -146,7 +146,9 @@ class Engine:
             self.waiting.remove(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        if sequence.request.drafter is not None and sequence.begun:
+        if not sequence.begun:
+            release(sequence, sequence.slot)
+        elif sequence.request.drafter is not None:
             sequence.request.drafter.end(sequence)
         self._scheduler.leave(sequence)
 

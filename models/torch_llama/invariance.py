@@ -28,20 +28,28 @@ def odd_alone(
         head: the same of the output matrix, which never gets as many rows as a prompt has.
         attention: of the model.
     """
-    random = torch.Generator().manual_seed(0)
+    noise = seeded_noise(attention.dtype)
+    odd = odd_matrices([*((*each, MANY) for each in linears), (*head, SEVERAL)], noise)
+    return odd if odd is not None and _attention_alike(attention, noise) else None
 
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=random).to(attention.dtype)
 
+def odd_matrices(linears: Sequence[tuple[Callable, int, int]], noise: Callable[..., torch.Tensor]) -> list[bool] | None:
+    """As `odd_alone`, without attention: of each matrix, the width of its rows and the most rows that it gets."""
     odd = []
-    for (linear, width), most in (*((each, MANY) for each in linears), (head, SEVERAL)):
+    for linear, width, most in linears:
         x = noise(most, width)
         expected = linear(x)
         tried = max(LEAST_TRIED, int(NUMBERS / expected.shape[1]))
         if not all(_alike(linear, x[: max(n, min(tried, SEVERAL))], expected, n) for n in (*FEW, SEVERAL)):
             return None
         odd.append(not _alike(linear, x[:tried], expected, 1))
-    return odd if _attention_alike(attention, noise) else None
+    return odd
+
+
+def seeded_noise(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Shape -> the next random numbers of one stream."""
+    random = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=random).to(dtype)
 
 
 def _alike(linear: Callable, x: torch.Tensor, expected: torch.Tensor, n: int) -> bool:
