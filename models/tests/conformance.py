@@ -354,7 +354,7 @@ class SlotConformance:
         assert len(ended) > 5 and ended[-1] == "length"
 
 
-NEW_TOKENS = 8
+NEW_TOKENS = 6
 
 
 def _request(subject: Subject, prompt: list[int], text: list[int] | None) -> Request:
