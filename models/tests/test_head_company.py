@@ -271,6 +271,29 @@ def test_the_time_of_reading_is_counted_once(company, monkeypatch):
         engine.abort(each)
 
 
+@pytest.mark.parametrize("kind", ["head", "model"])
+def test_a_reading_in_pieces_is_told_to_the_policy_as_a_whole(company, kind):
+    """Once, with the time of all pieces: what a token costs to read is made of it."""
+    told_s = []
+
+    class Listening(FixedDraftLength):
+        def read(self, source, seconds):
+            told_s.append((source, seconds))
+
+    engine, drafter = Engine(company.target, prompt_rows=60), company.drafter(kind)
+    writer = engine.add(Request(company.prompts[3], max_new_tokens=200, drafter=drafter))
+    engine.step()
+    prompt = random_prompt(300, 380, VOCAB)
+    sequence = engine.add(Request(prompt, max_new_tokens=8, drafter=drafter, controller=Listening(3)))
+    pieces = 0
+    while not sequence.finished:
+        before = sequence.stats.draft_prefill_s
+        engine.step()
+        pieces += sequence.stats.draft_prefill_s > before
+    engine.abort(writer)
+    assert pieces == 5 and told_s == [(kind, pytest.approx(sequence.stats.draft_prefill_s))]
+
+
 def test_a_reading_that_fails_is_its_own_sequences(company, monkeypatch):
     """The others are read all the same, though the forward was a common one and had begun."""
     engine, drafter = Engine(company.target), company.drafter("head")
