@@ -30,6 +30,11 @@ def position_bytes(config: Config, dtype: str) -> int:
     return values * VALUE_BYTES[dtype][1]
 
 
+def text_bytes(config: Config, dtype: str, max_seq_len: int) -> int:
+    """Bytes of the pages of one text of so many positions."""
+    return blocks_of(max_seq_len + SPARE) * KV_BLOCK * position_bytes(config, dtype)
+
+
 class CachePlan:
     """What a target's pool and a draft's cache take beside the weights, on CPU or CUDA.
 

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from loguru import logger
 
-from models.cache_size import asked_pool, choose_pool, position_bytes, weight_bytes
+from models.cache_size import asked_pool, choose_pool, text_bytes, weight_bytes
 from models.device import check_device
 from models.errors import OptionError, UserError
 from models.fetch import PACKAGED, fetched
@@ -388,9 +388,9 @@ def default_context(*models: OpenedModel) -> int:
 
 
 def estimate_bytes(opened: OpenedDraft, dtype: str, max_seq_len: int) -> tuple[int, int]:
-    """Bytes of weights and of KV cache that loading will take, from the configuration alone."""
+    """Bytes of weights and of a full KV cache of one text, in whole pages, from the configuration alone."""
     config: LlamaConfig | HeadConfig = opened.checkpoint.config
-    return weight_bytes(config, dtype), position_bytes(config, dtype) * max_seq_len
+    return weight_bytes(config, dtype), text_bytes(config, dtype, max_seq_len)
 
 
 def check_opened_pair(target: OpenedModel, draft: OpenedModel) -> None:

@@ -33,14 +33,28 @@ def free_bytes(device: torch.device | str = "cpu", cgroup: Path = CGROUP) -> int
                 free = 1024 * int(line.split()[1])
     except (OSError, ValueError):
         return None
+    known = [each for each in (free, *(_left(cgroup, *version) for version in _CGROUPS)) if each is not None]
+    return max(0, min(known)) if known else None
+
+
+# Of cgroups' versions 2 and 1: a folder, files with the limit and what is used, what numbers of the whole group begin
+# with.
+_CGROUPS = (
+    (".", "memory.max", "memory.current", ""),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+
+
+def _left(cgroup: Path, folder: str, limit: str, usage: str, prefix: str) -> int | None:
+    """What is left of a container's limit; None where there is none, or another version of cgroups."""
     try:
-        limit = int((cgroup / "memory.max").read_text())
-        left = limit - int((cgroup / "memory.current").read_text())
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        left += int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-    except (OSError, ValueError):  # no container, or "max"
-        return free
-    return max(0, left) if free is None else max(0, min(free, left))
+        used = int((cgroup / folder / usage).read_text())
+        stat = dict(line.split() for line in (cgroup / folder / "memory.stat").read_text().splitlines())
+        most = int((cgroup / folder / limit).read_text())
+        most = min(most, int(stat.get("hierarchical_memory_limit", most)))
+        return most - used + sum(int(stat.get(f"{prefix}{each}active_file", 0)) for each in ("", "in"))
+    except (OSError, ValueError):  # "max" is no number
+        return None
 
 
 class LazyZeros:

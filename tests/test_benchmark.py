@@ -474,6 +474,15 @@ def test_batch_compares_texts_by_number_and_by_load(tmp_path, pair, capsys, monk
     assert "| 3 " in tables.batch("results") and "| 0.5 " in tables.batch_arrivals("results")
 
 
+def test_batch_drafts_with_a_head(tmp_path, capsys):
+    """The one that belongs to a target with a name, as SmolLM2's does."""
+    flags = "--sequences 2 --new-tokens 16 --repeats 1 --loads 0 --dtype fp32 --num-draft-tokens 3".split()
+    code, results = run(tmp_path, "batch", "--target", "tiny", "--drafter", "head", *flags)
+    each = results["sequences"]["2"]
+    assert code == 0 and results["drafter"] == "draft head" and each["texts_equal"] == 2
+    assert each["speculative"]["mean_draft_length"] > 1 and each["speculative"]["acceptance_rate"] > 0
+
+
 def test_forced_acceptance_is_what_was_asked_for_and_is_named(tmp_path, pair, capsys):
     argv = ["batch", *pair[:2], *"--sequences 2 --new-tokens 30 --repeats 1 --loads 0 --dtype fp32".split()]
     code, results = run(tmp_path, *argv, "--force-acceptance", "1", "--num-draft-tokens", "3")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from models.speculative.drafters import MAX_DRAFT_LENGTH, Budget, Draft, Drafter, check_draft
 from models.speculative.model import FusedRounds, LanguageModel, Rows, in_turns
-from models.speculative.scheduler import PROMPT_ROWS, Scheduler
+from models.speculative.scheduler import PROMPT_ROWS, Scheduler, release
 from models.speculative.sequence import WAITING, Request, Sequence, Token
 from models.speculative.stats import GenerationStats, Joint, Round
 from models.speculative.verify import (
@@ -146,7 +146,9 @@ class Engine:
             self.waiting.remove(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        if sequence.request.drafter is not None and sequence.begun:
+        if not sequence.begun:
+            release(sequence, sequence.slot)
+        elif sequence.request.drafter is not None:
             sequence.request.drafter.end(sequence)
         self._scheduler.leave(sequence)
 
@@ -216,6 +218,8 @@ class Engine:
             stats, prefill_s = turn.sequence.stats, turn.draft.prefill_s
             stats.decode_s += spent
             stats.draft_prefill_s += prefill_s
+            if turn.draft.waits:
+                turn.sequence.reading_s += prefill_s
             if turn.round is not None:
                 turn.round.host_s = spent - turn.round.draft_s - turn.round.verify_s - prefill_s
         for sequence in reading:
@@ -347,8 +351,9 @@ class Engine:
         round_.emitted = len(tokens)
         round_.cut = len(tokens) <= accepted or sequence.wanted > remaining - 1
         sequence.stats.rounds.append(round_)
-        if draft.prefill_s:
-            sequence.policy.read(draft.source, draft.prefill_s)
+        if reading_s := sequence.reading_s + draft.prefill_s:
+            sequence.policy.read(draft.source, reading_s)
+            sequence.reading_s = 0.0
         if drafted and drafter is not None:
             drafter.observe(sequence, accepted)
         sequence.policy.update(round_)

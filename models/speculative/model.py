@@ -288,7 +288,7 @@ class Paged(Protocol):
         """Promise a free slot that many positions, for a sequence that begins with these tokens.
 
         `extend` then goes on from how many of them, at most all but one, the cache holds already: that number is
-        returned. tokens: () where nothing may be reused, because hidden states of every token are wanted. None: the
+        returned. tokens: () where nothing may be reused, fewer where hidden states of the others are wanted. None: the
         pool has not so many positions now; it has them when other sequences have ended. `LanguageModel.free` gives
         them back.
 

@@ -6,10 +6,18 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 from models.errors import UserError
+from models.speculative.drafters import HoldsBeginnings
 from models.speculative.model import LanguageModel, Paged, Rows
 from models.speculative.sequence import Sequence as TextSequence
 
 PROMPT_ROWS = 512  # of prompts that a step reads beside texts that are being written
+
+
+def release(sequence: TextSequence, slot: int) -> None:
+    """Tell the drafter of a sequence that does not begin."""
+    drafter = sequence.request.drafter
+    if drafter is not None and isinstance(drafter, HoldsBeginnings):
+        drafter.release(slot)
 
 
 class Scheduler:
@@ -66,10 +74,12 @@ class Scheduler:
             return False
         slot = self._free[0]
         if isinstance(self._target, Paged):
-            request = sequence.request
-            wanted = request.drafter is not None and request.drafter.taps  # states of the whole prompt
-            known = request.prompt if request.reuse and not wanted else ()
-            reused = self._target.reserve(slot, known, sequence.positions)
+            reused = None
+            try:
+                reused = self._target.reserve(slot, self._known(sequence, slot), sequence.positions)
+            finally:
+                if reused is None:
+                    release(sequence, slot)
             if reused is None:
                 return False
             sequence.cached = sequence.stats.reused_tokens = reused
@@ -78,6 +88,17 @@ class Scheduler:
         self.running.append(sequence)
         sequence.slot = slot
         return True
+
+    @staticmethod
+    def _known(sequence: TextSequence, slot: int) -> Sequence[int]:
+        """The beginning of a sequence's prompt that the target need not read: the states of all that a drafter with
+        taps does not hold are wanted."""
+        request = sequence.request
+        prompt, drafter = request.prompt if request.reuse else [], request.drafter
+        if not prompt or drafter is None or not drafter.taps:
+            return prompt
+        held = drafter.hold(sequence, slot) if isinstance(drafter, HoldsBeginnings) else 0
+        return prompt[: held + 1] if held else []
 
     def leave(self, sequence: TextSequence) -> None:
         """A sequence that was running has ended: its slot is free."""

@@ -118,6 +118,7 @@ class Sequence:
         begun: whether rounds have begun: it then has a policy, and its drafter knows of it.
         prompt_states: hidden states of the prompt, a piece for each step that read it, with the position of its
             first row; until rounds begin.
+        reading_s: seconds of steps in which the drafter has read the prompt and not come to its end.
         wanted: tokens that the policy allowed in this round, whatever room there was.
         error: what ended the text, if it was an error.
         stats: what has happened so far; its finish_reason is "" while the text goes on.
@@ -131,6 +132,7 @@ class Sequence:
         self.cached = 0
         self._policy: DraftPolicy | None = None
         self.prompt_states: list[tuple[Features, int, int]] = []  # states, position of the first, how many
+        self.reading_s = 0.0
         self.wanted = 0
         self.error: Exception | None = None
         self.stats = GenerationStats() if stats is None else stats

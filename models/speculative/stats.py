@@ -55,7 +55,7 @@ class GenerationStats:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of the prompt, whose keys and values another text had left in the cache
-    draft_reused_tokens: int = 0  # the same of the draft model's cache
+    draft_reused_tokens: int = 0  # the same of the draft model's, or the head's, cache
     tokens: int = 0  # emitted, the first and a stop token included
     ttft_s: float = 0.0  # target prefill and choice of the first token; merged: the mean
     draft_prefill_s: float = 0.0  # the drafter's reading of the prompt, a part of decode_s

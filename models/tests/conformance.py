@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from models.errors import UserError
+from models.speculative.control.policy import FixedDraftLength
+from models.speculative.drafters import PerSequence
+from models.speculative.drafters.forced import ForcedDrafter
+from models.speculative.engine import Engine
 from models.speculative.model import IDS, LOGITS, LanguageModel, Rows, Tapped, Trees, Want
+from models.speculative.sequence import Request
+from models.speculative.sequence import Sequence as TextSequence
 
 POSITIONS = (1, 6, 118, 125)  # the last ones just before a block of the cache ends
 
@@ -32,6 +38,7 @@ class Subject:
         exact: whether the bits of a row depend on its own history alone, not on the rows computed with it.
         read: makes a slot hold a prompt.
         prompts: lengths, up to one of several chunks.
+        owned: what sequences under way own of a pool of pages; 0: nothing, or there is no pool.
     """
 
     model: LanguageModel
@@ -41,6 +48,7 @@ class Subject:
     exact: bool
     read: Callable[[int, list[int]], object]
     prompts: tuple[int, ...]
+    owned: Callable[[], int] = int
 
     def ids(self, count: int, seed: int = 0) -> list[int]:
         """Random token ids."""
@@ -302,3 +310,89 @@ class SlotConformance:
         subject.model.free(1)
         subject.read(1, ids[:-1])
         assert torch.equal(subject.logits(ids[-1:], 49, slot=1), fresh)
+
+    # ------------------------------------------------------------------------------------------ several in one engine
+    def test_the_last_positions_of_a_context_in_all_slots_at_once(self, subject: Subject):
+        """Ragged: of each slot another number of rows, all of which end with the context."""
+        rows, slots, positions, *_, most = subject.model.limits
+        counts = [max(1, min(rows, (most or slots * rows) // slots) - slot) for slot in range(slots)]
+        ends = [positions - count for count in counts]
+        texts = [subject.ids(positions, seed=40 + slot) for slot in range(slots)]
+        alone = []
+        for slot, end in enumerate(ends):
+            subject.read(slot, texts[slot][:end])
+            alone.append(subject.logits(texts[slot][end:], end, slot=slot))
+            subject.logits(subject.ids(counts[slot], seed=50 + slot), end, slot=slot)
+        step = subject.model.extend([Rows(slot, texts[slot][end:], end) for slot, end in enumerate(ends)], LOGITS)
+        for slot in range(slots):
+            subject.same(step.logits(slot), alone[slot])
+        with pytest.raises(UserError):
+            subject.model.extend([Rows(0, [1], positions - 1), Rows(1, [1, 2], positions - 1)], LOGITS)
+        subject.same(subject.logits(texts[0][ends[0] :], ends[0]), alone[0])
+
+    def test_texts_end_with_the_context_side_by_side(self, subject: Subject):
+        left = 4
+        prompts = [
+            subject.ids(subject.model.limits.positions - left + slot % 2, seed=60 + slot)
+            for slot in range(subject.model.limits.slots)
+        ]
+        texts = [_written(subject, [prompt])[0] for prompt in prompts]
+        assert [len(text) for text in texts] == [left - slot % 2 for slot in range(len(prompts))]
+        assert _written(subject, prompts, texts) == texts
+
+    def test_an_abort_at_any_step_gives_all_pages_back_and_changes_no_other_text(self, subject: Subject):
+        """Of a text that waits, is read, or is written; another one that waited takes its slot."""
+        slots = subject.model.limits.slots
+        prompts = [subject.ids(length, seed=70 + length) for length in (20, 45, 11, 33)[: slots + 1]]
+        texts = [_written(subject, [prompt])[0] for prompt in prompts]
+        ended = []
+        while ended[-1:] != ["length"]:
+            found, reason = _aborted(subject, prompts, texts, victim=1, step=len(ended))
+            assert found[1] == texts[1][: len(found[1])]
+            assert found[:1] + found[2:] == texts[:1] + texts[2:], len(ended)
+            ended.append(reason)
+        assert len(ended) > 5 and ended[-1] == "length"
+
+
+NEW_TOKENS = 6
+
+
+def _request(subject: Subject, prompt: list[int], text: list[int] | None) -> Request:
+    """With its own next tokens as drafts, most of them right, where these are known."""
+    new = min(NEW_TOKENS, subject.model.limits.positions - len(prompt))
+    if text is None:
+        return Request(prompt, max_new_tokens=new + 1)
+    vocabulary = subject.model.limits.vocabulary
+    drafter = PerSequence(lambda sequence: ForcedDrafter(text, len(prompt), 0.7, vocabulary, seed=len(prompt)))
+    return Request(prompt, max_new_tokens=new + 1, drafter=drafter, controller=FixedDraftLength(2))
+
+
+def _new(sequence: TextSequence) -> list[int]:
+    assert sequence.error is None, sequence.error
+    return sequence.tokens[len(sequence.request.prompt) :]
+
+
+def _written(subject: Subject, prompts: list[list[int]], texts: Sequence[list[int]] = ()) -> list[list[int]]:
+    """Texts written side by side, with drafts where what follows is known."""
+    engine = Engine(subject.model)
+    sequences = [engine.add(_request(subject, prompt, texts[i] if texts else None)) for i, prompt in enumerate(prompts)]
+    while not engine.idle:
+        engine.step()
+    assert subject.owned() == 0
+    return [_new(each) for each in sequences]
+
+
+def _aborted(
+    subject: Subject, prompts: list[list[int]], texts: list[list[int]], victim: int, step: int
+) -> tuple[list[list[int]], str]:
+    """What was written of all, and how one of them ended, which was aborted before a step if it had not ended."""
+    engine = Engine(subject.model, prompt_rows=16)
+    sequences = [engine.add(_request(subject, *each)) for each in zip(prompts, texts, strict=True)]
+    steps = 0
+    while not engine.idle:
+        if steps == step:
+            engine.abort(sequences[victim])
+        engine.step()
+        steps += 1
+    assert subject.owned() == 0
+    return [_new(each) for each in sequences], sequences[victim].stats.finish_reason

@@ -9,7 +9,7 @@ import pytest
 import models.cache_size
 from models import LLM, UserError
 from models.cache_size import CachePlan
-from models.loading import open_pair
+from models.loading import estimate_bytes, open_pair
 from models.memory import free_bytes
 from models.options import EngineOptions
 from models.server.settings import parse_settings
@@ -150,6 +150,37 @@ def test_what_is_left_of_a_containers_limit_counts_as_free(tmp_path):
     assert free_bytes(cgroup=tmp_path) == (None if machine is None else 250000)
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(cgroup=tmp_path) == pytest.approx(machine, rel=0.2)
+
+
+UNLIMITED = 9223372036854771712  # what version 1 says where there is no limit
+
+
+@pytest.mark.parametrize(("limit", "above"), [(1000000, UNLIMITED), (UNLIMITED, 1000000), (1000000, None)])
+def test_limits_of_version_1_of_cgroups_are_read(tmp_path, limit, above):
+    """The container's own, or that of a group around it."""
+    machine, folder = free_bytes(cgroup=tmp_path), tmp_path / "memory"
+    folder.mkdir()
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text("900000\n")
+    stat = "inactive_file 1\nactive_file 1\ntotal_inactive_file 100000\ntotal_active_file 50000\n"
+    (folder / "memory.stat").write_text(stat + ("" if above is None else f"hierarchical_memory_limit {above}\n"))
+    assert free_bytes(cgroup=tmp_path) == 250000
+    (folder / "memory.usage_in_bytes").write_text("2000000\n")
+    assert free_bytes(cgroup=tmp_path) == 0
+    (folder / "memory.limit_in_bytes").write_text(f"{UNLIMITED}\n")
+    (folder / "memory.stat").write_text(f"hierarchical_memory_limit {UNLIMITED}\n")
+    assert free_bytes(cgroup=tmp_path) == (None if machine is None else pytest.approx(machine, rel=0.2))
+
+
+@pytest.mark.parametrize(("drafter", "length"), [("head", 480), ("model", 481)])
+def test_what_is_announced_of_one_text_is_in_whole_pages(drafter, length, memory):
+    pair = opened(drafter=drafter, max_seq_len=length, slots=1, dtype="fp32", draft_dtype="fp32")
+    with LLM(pair) as llm:
+        for model, given, dtype in (
+            (llm.target, pair.target, llm.options.dtype),
+            (llm.draft, pair.draft, llm.options.draft_dtype),
+        ):
+            assert estimate_bytes(given, dtype, length)[1] == model.model.kv_cache_bytes
 
 
 PEAK = """

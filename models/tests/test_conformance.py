@@ -55,6 +55,7 @@ def subject_of(model, options, *, layers=CONFIG.num_hidden_layers, read=None):
         read=read or (lambda slot, ids: model.slot(slot).prefill(ids)),
         prompts=PROMPTS,
         exact=model.row_invariant if isinstance(model, TorchLlama) else "fixed_rows" in options,
+        owned=lambda: model.cache.usage.live if isinstance(model, TorchLlama) else 0,
         **ACCURACY[options["dtype"]],
     )
 
@@ -118,7 +119,11 @@ class TestTrees(TreeConformance):
     indirect=True,
 )
 class TestSlots(SlotConformance):
-    pass
+    @pytest.fixture(autouse=True)
+    def empty(self, subject):
+        """No text is under way when a test begins."""
+        for slot in range(subject.model.limits.slots):
+            subject.model.free(slot)
 
 
 @pytest.mark.parametrize("subject", WHOLE, indirect=True)

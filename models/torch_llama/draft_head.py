@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from models.errors import UserError
 from models.llama.head_config import HeadConfig
 from models.llama.rope import rope_tables
-from models.speculative.model import IDS, Rows, SlotBySlot, Step, Want
+from models.speculative.model import IDS, LOGITS, Rows, SlotBySlot, Step, Want
 from models.speculative.tree import tree_levels
 from models.torch_llama.attention import Attention, Part
 from models.torch_llama.choice import argmax
-from models.torch_llama.kv_cache import KVCache, block_end
+from models.torch_llama.invariance import MANY, odd_matrices, seeded_noise
+from models.torch_llama.joint import passes
+from models.torch_llama.kv_cache import KV_BLOCK, KVCache, block_end
 from models.torch_llama.linear import Int8Linear, Linear, PackedLinear, PlainLinear, int8_works, packing_works
 
 READ_CHUNK = 512  # rows of a prompt that are computed at once
@@ -51,11 +53,20 @@ class _Share(NamedTuple):
     position: int
     tree: tuple[int, Sequence[int]] | None = None
 
+    def cut(self, first: int, end: int) -> _Share:
+        """Rows first..end-1 of it; of a tree all."""
+        if (first, end) == (0, len(self.tokens)):
+            return self
+        position = self.position - len(self.tokens) + end
+        states = self.states[first:end]
+        return self._replace(tokens=self.tokens[first:end], start=self.start + first, states=states, position=position)
+
 
 class TorchHead(SlotBySlot):
     """A draft head with its own KV cache on the target's device: rows of several sequences are one forward.
 
-    Implements `models.speculative.model.DraftHead`.
+    Implements `models.speculative.model.DraftHead` and `Paged`: sequences share the pages of what their prompts begin
+    with. The row of position p depends on the tokens up to p, and lies at p - 1.
 
     Args:
         config: its shape.
@@ -102,6 +113,7 @@ class TorchHead(SlotBySlot):
         self.dtype = torch.float32 if quantize or compiled else DTYPES[dtype]
         self._load(tensors, embedding, quantize, DTYPES[dtype] if compiled else None)
         self._forget()
+        self._keys: Sequence[int] = ()  # of the rows of the text's beginning, by which others may find them
         self._views: dict[int, TorchHead] = {0: self}
 
     # ------------------------------------------------------------------------------------------ construction
@@ -166,6 +178,11 @@ class TorchHead(SlotBySlot):
         )
         # The query heads of a group are rows of their KV head.
         self._attention = Attention(self.cache, kv_heads, heads // kv_heads)
+        # A row's keys and values are made of its own numbers: bits may depend on those beside it in two matrices.
+        widths = (len(self.taps) * config.target_hidden_size, 2 * layer.hidden_size)
+        tried = [(self.fuse, widths[0], MANY), (self.qkv, widths[1], MANY)]
+        self._odd = odd_matrices(tried, seeded_noise(self.dtype)) if self.device.type == "cpu" else None
+        self.cache.unit = READ_CHUNK if self._odd is None else KV_BLOCK
         cos, sin = rope_tables(layer, length)
         self.cos = cos.to(device=self.device, dtype=self.dtype)[:, None]  # [S, 1, D]
         self.sin = sin.to(device=self.device, dtype=self.dtype)[:, None]
@@ -190,12 +207,27 @@ class TorchHead(SlotBySlot):
             view = copy.copy(self)
             view._slot = index
             view._forget()
+            view._keys = ()
             self._views[index] = view
         return self._views[index]
 
+    def reserve(self, slot: int, tokens: Sequence[int], positions: int) -> int | None:
+        """Promise a free slot so many positions; as of `speculative.model.Paged`.
+
+        Returns:
+            Of how many of the tokens the states are not needed: the rows of these positions after the first are there.
+        """
+        self.free(slot)
+        head = self.slot(slot)
+        if len(tokens) > 1:  # the first row is of two tokens
+            head._keys = [int(tokens[0]) << 32 | int(tokens[1]), *(int(token) for token in tokens[2:])]
+        return self.cache.reserve(slot, head._keys, positions)
+
     def free(self, slot: int) -> None:
-        """A sequence has ended: forget its states, and give its pages back."""
-        self.slot(slot)._forget()
+        """A sequence has ended: forget its states, and give its pages back. What begins as it did may share them."""
+        head = self.slot(slot)
+        head._forget()
+        head._keys = ()
         self.cache.free(slot)
 
     def _forget(self) -> None:
@@ -212,7 +244,8 @@ class TorchHead(SlotBySlot):
         Args:
             features: [m, taps x H] of the rows of a forward, as `Step.features` gives them.
             rows: those of them that belong to the text, in its order.
-            position: of the first; the others follow it. 0 begins another text.
+            position: of the first; the others follow it. 0 begins another text, and the end of a beginning that
+                `reserve` has found goes on from it.
 
         Raises:
             ValueError: features of another width, or a position after which others are missing.
@@ -221,6 +254,8 @@ class TorchHead(SlotBySlot):
             raise ValueError(f"features {features.shape[-1]} wide: the head reads {self._known.shape[-1]}")
         if position == 0:
             self._forget()
+        if not len(self._known) and position <= len(self.cache.tables[self._slot].tokens):
+            self._known_from = position
         end = self._known_from + len(self._known)
         if not self._known_from <= position <= end:
             raise ValueError(f"states of position {position}: those known are of {self._known_from}..{end - 1}")
@@ -230,18 +265,20 @@ class TorchHead(SlotBySlot):
         self._known = torch.cat((kept, taken)) if len(kept) else taken
 
     def _true_states(self, position: int, n: int) -> torch.Tensor:
-        """The target's states [n, taps x H] for the rows at position... Earlier ones go.
-
-        Raises ValueError where they are not known.
-        """
+        """The target's states [n, taps x H] for the rows at position... ValueError where they are not known."""
         start = position - 1 - self._known_from
         if start < 0 or start + n > len(self._known):
             raise ValueError(
                 f"{n} rows at position {position}: the target's states before them are not known "
                 f"({self._known_from}..{self._known_from + len(self._known) - 1} are)"
             )
-        self._known, self._known_from = self._known[start:], position - 1
-        return self._known[:n]
+        return self._known[start : start + n]
+
+    def _drop(self, share: _Share) -> None:
+        """Rows were computed: the target's states before the last forward's rows will not be needed again."""
+        if share.true:
+            first = share.start + max(0, len(share.tokens) - self.max_rows)
+            self._known, self._known_from = self._known[first - self._known_from :], first
 
     def _fused(self, states: torch.Tensor) -> torch.Tensor:
         """[n, H] of the target's states [n, taps x H]."""
@@ -267,42 +304,37 @@ class TorchHead(SlotBySlot):
         if want.taps:
             raise ValueError("TorchHead keeps no hidden states: leave out taps")
         results: list[list[int] | torch.Tensor] = [[] for _ in rows]
-        joint, shares = [], []
-        for i, (slot, tokens, position, parents, last) in enumerate(rows):
-            head = self.slot(slot)
-            if last and parents is None and (position == 0 or len(tokens) > self.max_rows):
-                logits = (head.read(tokens, position) if position else head.prefill(tokens))[None]
-                results[i] = logits if want.logits else self._ids(argmax(logits)).tolist()
+        shares = [self._asked(each) for each in rows]
+        laid = [Rows(each.head._slot, range(len(each.tokens)), each.start) for each in shares]
+        for pieces in passes(laid, self.max_rows, READ_CHUNK, apart=self._odd is None):
+            hidden = self._compute([shares[piece.owner].cut(piece.first, piece.end) for piece in pieces])
+            ready = [
+                (piece.owner, states[-1:] if rows[piece.owner].last else states)
+                for piece, states in zip(pieces, hidden, strict=True)
+                if piece.end == len(piece.rows.tokens)
+            ]
+            if not ready:
                 continue
-            if len(tokens) > self.max_rows:
-                raise UserError(f"{len(tokens)} rows exceed the {self.max_rows} of a forward: draft fewer tokens")
-            joint.append(i)
-            shares.append(head._share(tokens, position, parents))
-        if shares:
-            hidden = [each[-1:] if rows[i].last else each for i, each in zip(joint, self._compute(shares), strict=True)]
-            sizes = [len(each) for each in hidden]
-            logits = self._logits(torch.cat(hidden))
+            sizes = [len(states) for _, states in ready]
+            logits = self._logits(torch.cat([states for _, states in ready]))
             if want.logits:
                 made: Sequence[list[int] | torch.Tensor] = logits.split(sizes)
             else:
                 ids = self._ids(argmax(logits)).tolist()
                 made = [ids[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
-            for i, result in zip(joint, made, strict=True):
-                results[i] = result
+            for (owner, _), result in zip(ready, made, strict=True):
+                results[owner] = result
+        for share in shares:
+            share.head._drop(share)
         return Step(results, choosers=[self._choose] * len(rows) if want.logits else ())
 
     def _choose(self, logits: torch.Tensor) -> list[int]:
         return self._ids(argmax(logits)).tolist()
 
-    @torch.inference_mode()
     def read(self, tokens: Sequence[int], position: int) -> torch.Tensor:
-        """Fill the cache with the rows of tokens at position.. (at least 1), whose states before them are known: logits
-        [V_d] of the last."""
-        for start in range(0, len(tokens), READ_CHUNK):
-            chunk = tokens[start : start + READ_CHUNK]
-            self._check(len(chunk), position + start)
-            (hidden,) = self._compute([self._true_share(chunk, position + start)])
-        return self._logits(hidden[-1:])[0]
+        """Fill the cache with the rows of tokens at position.., whose states before them are known: logits [V_d] of the
+        last. Position 0 has no row."""
+        return self.extend([Rows(self._slot, tokens, position, last=True)], LOGITS).logits(0)[0]
 
     def warm_up(self, tokens: Sequence[int]) -> None:
         """Read a text of any length on states of zeros, so that kernels for its length are prepared."""
@@ -314,9 +346,7 @@ class TorchHead(SlotBySlot):
 
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         """Fill the cache with a text of at least two tokens from its beginning: logits [V_d] of the last."""
-        if len(tokens) < 2:
-            raise ValueError("a head has no row for position 0: give at least two tokens")
-        return self.read(tokens[1:], 1)
+        return self.read(tokens, 0)
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> torch.Tensor:
@@ -364,7 +394,22 @@ class TorchHead(SlotBySlot):
         self, tokens: Sequence[int] | torch.Tensor, position: int, parents: Sequence[int] | None = None
     ) -> torch.Tensor:
         """States [n, H] that the rows of this slot pass on, of one of the three kinds of `forward`."""
-        return self._compute([self._share(tokens, position, parents)])[0]
+        share = self._share(tokens, position, parents)
+        (hidden,) = self._compute([share])
+        self._drop(share)
+        return hidden
+
+    def _asked(self, rows: Rows) -> _Share:
+        """Rows as `extend` takes them, checked."""
+        slot, tokens, position, parents, last = rows
+        head, read = self.slot(slot), last and parents is None
+        if read and position == 0:
+            if len(tokens) < 2:
+                raise ValueError("a head has no row for position 0: give at least two tokens")
+            tokens, position = tokens[1:], 1
+        if len(tokens) > self.max_rows and not read:
+            raise UserError(f"{len(tokens)} rows exceed the {self.max_rows} of a forward: draft fewer tokens")
+        return head._share(tokens, position, parents)
 
     def _share(
         self, tokens: Sequence[int] | torch.Tensor, position: int, parents: Sequence[int] | None = None
@@ -413,8 +458,23 @@ class TorchHead(SlotBySlot):
             else:
                 done = len(share.tree[1]) - len(share.tokens)
                 head._outputs = torch.cat((head._outputs[:done], passed))
+        self._note(ordered)
         found = dict(zip(order, hidden, strict=True))
         return [found[i] for i in range(len(shares))]
+
+    def _note(self, shares: Sequence[_Share]) -> None:
+        """Let rows that were computed in one forward be found, if they are of a prompt and have the bits that they have
+        in any company."""
+        true = sum(len(share.tokens) for share in shares if share.true)
+        for share in shares:
+            n = len(share.tokens)
+            keys = share.head._keys[share.start : share.start + n]
+            if self._odd is None:
+                alike = len(shares) == 1 and n == READ_CHUNK and share.start % READ_CHUNK == 0
+            else:
+                alike = true > 1 or not any(self._odd)
+            if keys and share.true and alike:
+                self.cache.note(share.head._slot, share.start, keys)
 
     def _neighbours(self, share: _Share) -> tuple[int, ...]:
         """Sequences of an order by this can be read together, where they lie evenly in the pool."""

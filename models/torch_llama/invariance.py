@@ -28,13 +28,15 @@ def odd_alone(
         head: the same of the output matrix, which never gets as many rows as a prompt has.
         attention: of the model.
     """
-    random = torch.Generator().manual_seed(0)
+    noise = seeded_noise(attention.dtype)
+    odd = odd_matrices([*((*each, MANY) for each in linears), (*head, SEVERAL)], noise)
+    return odd if odd is not None and _attention_alike(attention, noise) else None
 
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=random).to(attention.dtype)
 
+def odd_matrices(linears: Sequence[tuple[Callable, int, int]], noise: Callable[..., torch.Tensor]) -> list[bool] | None:
+    """As `odd_alone`, without attention: of each matrix, the width of its rows and the most rows that it gets."""
     odd = []
-    for (linear, width), most in (*((each, MANY) for each in linears), (head, SEVERAL)):
+    for linear, width, most in linears:
         out = linear(noise(2, width)).shape[1]
         tried = max(LEAST_TRIED, int(NUMBERS / out))
         x = noise(max(most, tried), width)
@@ -42,7 +44,13 @@ def odd_alone(
         if not all(_alike(linear, x[: max(n, min(tried, SEVERAL))], expected, n) for n in (*FEW, SEVERAL)):
             return None
         odd.append(not _alike(linear, x[:tried], expected, 1))
-    return odd if _attention_alike(attention, noise) else None
+    return odd
+
+
+def seeded_noise(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Shape -> the next random numbers of one stream."""
+    random = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=random).to(dtype)
 
 
 def _alike(linear: Callable, x: torch.Tensor, expected: torch.Tensor, n: int) -> bool:

@@ -212,6 +212,23 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsBeginnings(Protocol):
+    """A `Drafter` with taps that may hold what it made of the beginning of a prompt: the target need not compute that
+    beginning for its states."""
+
+    def hold(self, sequence: Sequence, slot: int) -> int:
+        """A sequence may start in a slot: of how many leading tokens the states are not needed. It may be given them.
+
+        `release` follows, or `begin` with the target's own number in `stats.reused_tokens`, at most this one.
+        """
+        ...
+
+    def release(self, slot: int) -> None:
+        """The sequence that was to have the slot does not begin."""
+        ...
+
+
 class PerSequence:
     """A `Drafter` made of one `SequenceDrafter` for each sequence.
 

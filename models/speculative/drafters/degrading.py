@@ -7,7 +7,7 @@ from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
 from models.errors import in_words
-from models.speculative.drafters import Budget, Draft, Drafter, check_draft
+from models.speculative.drafters import Budget, Draft, Drafter, HoldsBeginnings, check_draft
 
 if TYPE_CHECKING:
     from models.speculative.model import Features
@@ -38,6 +38,23 @@ class Degrading:
     def failure(sequence: Sequence) -> str:
         """What has ended the drafting for a sequence; "": nothing has."""
         return sequence.stats.drafting_failure
+
+    def hold(self, sequence: Sequence, slot: int) -> int:
+        """As of `HoldsBeginnings`; 0 of a drafter that is none."""
+        held = 0
+
+        def hold() -> None:
+            nonlocal held
+            if isinstance(self._drafter, HoldsBeginnings):
+                held = self._drafter.hold(sequence, slot)
+
+        self._guard(sequence, hold)
+        return held
+
+    def release(self, slot: int) -> None:
+        """As of `HoldsBeginnings`."""
+        if isinstance(self._drafter, HoldsBeginnings):
+            self._drafter.release(slot)
 
     def begin(self, sequence: Sequence) -> None:
         """As of `Drafter`."""

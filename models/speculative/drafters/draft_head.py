@@ -7,11 +7,12 @@ the target has now made of them: a head that goes on from its own guesses drifts
 import math
 import time
 from collections.abc import Generator, Sequence
+from typing import cast
 
 import torch
 
 from models.speculative.drafters import Limit
-from models.speculative.drafters.in_step import Answer, Ask, Steps
+from models.speculative.drafters.in_step import Answer, Ask, Reads, Steps
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.tree import TreeDrafter
 from models.speculative.model import Features, HeadModel
@@ -33,6 +34,10 @@ class _Head(ModelDrafter):
     def states(self, features: Features, rows: Sequence[int], position: int) -> None:
         """The target has computed rows of the text, whoever drafted them."""
         self.model.states(features, rows, position)
+
+    def resume(self, held: int) -> None:
+        """The head's cache holds the rows of positions 1 to `held`."""
+        self.cached = held + 1
 
     def _last_logits(self, tokens: list[int], position: int) -> torch.Tensor:
         """Without those of the rows before, which nobody needs."""
@@ -60,9 +65,13 @@ class _Head(ModelDrafter):
         return time.perf_counter() - began
 
     def _reading(self, tokens: list[int], company: bool) -> Generator[Ask, Answer, float]:
-        """Of one layer: in company too each reads by itself."""
-        yield from ()
-        return self.read(tokens)
+        """As `read`; in company it is others that compute, and clock it. States that do not last are read at once."""
+        if not (company and self.model.lasting):
+            return self.read(tokens)
+        if text := self._text(tokens):
+            chance, _ = cast("tuple[float, int]", (yield Ask(*text, Reads.NOTHING)))
+            self._read_all(tokens, chance)
+        return 0.0
 
     def read_before_round(self, tokens: list[int]) -> None:
         """Nothing: a round feeds all rows whose states are known."""
@@ -74,15 +83,21 @@ class _Head(ModelDrafter):
         """Compute the rows of all but the last token, which every round feeds itself, where they are more than a round
         takes with it. Returns seconds."""
         began = time.perf_counter()
-        first = self.cached or 1  # the first token of a text has no row
-        if first > 1 and len(tokens) - first <= self.model.max_rows:
-            return 0.0
-        if first < len(tokens) - 1:
-            logits = self.model.read(tokens[first:-1], first)
-            if logits is not None and not self.cached:
-                self._broken = not math.isfinite(logits[0].item())
-        self.cached = len(tokens) - 1
+        if text := self._text(tokens):
+            logits = self.model.read(*text)
+            self._read_all(tokens, 0.0 if logits is None else logits[0].item())
         return time.perf_counter() - began
+
+    def _text(self, tokens: list[int]) -> tuple[list[int], int] | None:
+        """What has to be read before a round: tokens, and the position of the first of them."""
+        first = self.cached = self.cached or 1  # the first token of a text has no row
+        rest = len(tokens) - first
+        return None if rest < 2 or (first > 1 and rest <= self.model.max_rows) else (tokens[first:-1], first)
+
+    def _read_all(self, tokens: list[int], number: float) -> None:
+        """All but the last token were read, which made such a number."""
+        self._broken = not math.isfinite(number)
+        self.cached = len(tokens) - 1
 
 
 class HeadDrafter(_Head):

@@ -107,7 +107,8 @@ class InStep(PerSequence):
     whose drafter is still reading has no round meanwhile.
 
     Where the draft model's cache has pages (`Paged`), a sequence that may reuse beginnings is read from where the cache
-    holds it: `stats.draft_reused_tokens`. With taps nothing is reused: states of the whole prompt are wanted.
+    holds it: `stats.draft_reused_tokens`. With taps that is settled before the target reads, which has to give the
+    states of what follows: see `HoldsBeginnings`.
 
     Args:
         make, taps: as of `PerSequence`.
@@ -122,21 +123,35 @@ class InStep(PerSequence):
         self._paused: dict[Sequence, _Talk] = {}
         self._resumed: set[Sequence] = set()  # those that have not been drafted for yet
 
+    def hold(self, sequence: Sequence, slot: int) -> int:
+        """Promise a sequence pages of a head's cache: see `HoldsBeginnings`."""
+        return self._promise(sequence, slot) if self.taps else 0
+
+    def release(self, slot: int) -> None:
+        """Give a slot's pages back."""
+        self._model.free(slot)
+
     def begin(self, sequence: Sequence) -> None:
-        """Make the sequence's drafter, and promise it pages of the model's cache."""
+        """Make the sequence's drafter, and promise it pages of the model's cache, if that is not done."""
         super().begin(sequence)
-        drafter, model, request = self.of(sequence), self._model, sequence.request
-        positions = model.limits.positions
-        if self.taps or not (isinstance(model, Paged) and isinstance(drafter, Resumes)):
+        drafter, stats = self.of(sequence), sequence.stats
+        if not isinstance(drafter, Resumes):
             return
-        if len(request.prompt) > positions:  # nothing will be drafted
-            return
-        known = request.prompt if request.reuse else ()
-        held = model.reserve(sequence.slot, known, min(sequence.positions, positions))
+        held = stats.reused_tokens if self.taps else self._promise(sequence, sequence.slot)
         if held:
-            sequence.stats.draft_reused_tokens = held
+            stats.draft_reused_tokens = held
             drafter.resume(held)
-            self._resumed.add(sequence)
+            if not self.taps:
+                self._resumed.add(sequence)
+
+    def _promise(self, sequence: Sequence, slot: int) -> int:
+        """Leading tokens that the model's cache holds."""
+        model, request = self._model, sequence.request
+        positions = model.limits.positions
+        if not isinstance(model, Paged) or len(request.prompt) > positions:  # in this case nothing will be drafted
+            return 0
+        known = request.prompt if request.reuse else ()
+        return model.reserve(slot, known, min(sequence.positions, positions)) or 0
 
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence's drafter."""

@@ -76,4 +76,14 @@ class TestSeveralSlots(Conformance, SlotConformance):
     @pytest.fixture
     def subject(self, several, weights):
         subject = subject_of(several, weights, several)
-        return dataclasses.replace(subject, read=lambda slot, ids: several.slot(slot).prefill(ids))
+        return dataclasses.replace(
+            subject,
+            read=lambda slot, ids: several.slot(slot).prefill(ids),
+            owned=lambda: several.pages.count - several.pages.free_count,
+        )
+
+    @pytest.fixture(autouse=True)
+    def empty(self, several):
+        """No text is under way when a test begins."""
+        for slot in range(several.slots):
+            several.free(slot)
