@@ -27,6 +27,8 @@ from tests.demo_fixtures import refused
 from tests.test_demo import DEMO, change_config
 from tests.test_demo_units import prompts_of, settings
 
+pytestmark = pytest.mark.fault
+
 
 # ---------------------------------------------------------------------------------------------- outputs over inputs
 @pytest.mark.parametrize("flag", ["--json", "--html"])

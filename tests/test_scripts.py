@@ -339,7 +339,8 @@ def test_the_last_line_adds_up_what_the_tests_of_all_parts_have_counted(machine,
     parts = len(PARTS) if ttnn == "yes" else 1
     assert result.returncode == (3 if fails else 0)
     assert result.stdout.splitlines()[-1] == (
-        f"cases tried: 0, faults survived: {3 * parts}, tokens compared: {1200 * parts}, tokens wrong: 0"
+        f"cases tried: 0, faults survived: {3 * parts}, tokens compared: {1200 * parts}, tokens wrong: 0, "
+        "mutants caught: 0, mutants untried: 0"
     )
     assert result.stdout.count("cases tried") == 1
     assert not [*machine.clone.glob(".venv/lanes*")]
@@ -362,6 +363,11 @@ def test_runs_of_pytest_leave_what_their_tests_have_counted(tmp_path):
                 tally["faults survived"] += faults
                 tally["cases tried"] += 1
                 assert faults == 2
+
+            @pytest.mark.fault
+            @pytest.mark.parametrize("survived", [True, False])
+            def test_a_fault(survived):
+                assert survived
             """
         )
     )
@@ -372,8 +378,8 @@ def test_runs_of_pytest_leave_what_their_tests_have_counted(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
     assert result.returncode == 1, result.stdout
     (left,) = counts.iterdir()
-    assert sorted(left.read_text().splitlines()) == ["cases tried:2", "faults survived:7"]
-    assert "cases tried: 2, faults survived: 7" in result.stdout
+    assert sorted(left.read_text().splitlines()) == ["cases tried:2", "faults survived:8"]
+    assert "cases tried: 2, faults survived: 8" in result.stdout
 
 
 def test_without_ttnn_one_run_has_all_tests(machine):
