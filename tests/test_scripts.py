@@ -302,17 +302,27 @@ PARTS = [
 ]
 
 
-def test_ci_lints_and_checks_types_then_runs_every_part_of_the_tests_once(machine):
+def test_ci_lints_checks_types_and_soaks_then_runs_every_part_of_the_tests_once(machine):
     machine.python("python3.12", "3.12.1", ttnn="yes")
     result = machine.run(machine.clone / ".ci/run")
     assert result.returncode == 0, result.stderr
     ran = f"ran in {machine.clone}:\n<-m>\n"
     lint, *parts = result.stdout.split(f"{ran}<pytest>\n")
-    assert lint == f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<mypy>\n"
+    soak = f"ran in {machine.clone}:\n<scripts/soak.py>\n<--minutes>\n<3>\n"
+    assert lint == f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<mypy>\n{soak}"
     # which lane has run a part depends on times
     assert sorted(re.findall("^<(.*)>$", part, re.MULTILINE) for part in parts) == sorted(PARTS)
     assert machine.installs == 1
     assert not [*machine.clone.glob(".venv/lanes*")]
+
+
+def test_ci_fails_where_the_soak_fails(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    (machine.clone / "fails-with").write_text("scripts/soak.py")
+    result = machine.run(machine.clone / ".ci/run")
+    assert result.returncode == 3
+    assert "<scripts/soak.py>" in result.stdout and "<pytest>" not in result.stdout
+    assert result.stderr.splitlines()[-1] == "error: the soak has failed"
 
 
 def test_parts_of_the_tests_are_files_that_there_are():
