@@ -117,11 +117,14 @@ def calibrate(
     if not calibration.certain:
         logger.info("the machine is too busy to tell what padded rows cost: they are timed again with the next start")
         return calibration
+    part = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}")
-        part.write_text(json.dumps(dataclasses.asdict(calibration)))
-        part.replace(file)
+        try:
+            part.write_text(json.dumps(dataclasses.asdict(calibration)))
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         logger.debug(f"the calibration is not kept: {error}")
     return calibration
