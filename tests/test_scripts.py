@@ -308,7 +308,7 @@ def test_ci_lints_checks_types_and_soaks_then_runs_every_part_of_the_tests_once(
     assert result.returncode == 0, result.stderr
     ran = f"ran in {machine.clone}:\n<-m>\n"
     lint, *parts = result.stdout.split(f"{ran}<pytest>\n")
-    soak = f"ran in {machine.clone}:\n<scripts/soak.py>\n<--minutes>\n<3>\n<--memory-mb-per-hour>\n<1000>\n"
+    soak = f"ran in {machine.clone}:\n<scripts/soak.py>\n<--minutes>\n<3>\n<--memory-mb-per-hour>\n<20000>\n"
     assert lint == f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<mypy>\n{soak}"
     # which lane has run a part depends on times
     assert sorted(re.findall("^<(.*)>$", part, re.MULTILINE) for part in parts) == sorted(PARTS)
