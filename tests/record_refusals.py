@@ -60,7 +60,7 @@ def faults() -> Answers:
     """What is logged of every fault of a drafter, once for a text."""
     from loguru import logger
 
-    from models.llm import warn_of
+    from models.drafting import warn_of
     from models.speculative.control.policy import FixedDraftLength
     from models.speculative.drafters.degrading import Degrading
     from models.speculative.engine import Engine
