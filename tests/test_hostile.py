@@ -14,7 +14,7 @@ import pytest
 import demo.display
 import demo.report
 import demo.session
-import models.llm
+import models.loaded
 import models.loading
 from demo.harness import main
 from demo.settings import parse_settings
@@ -213,7 +213,7 @@ def test_a_signal_in_a_text_keeps_what_there_is(number, code, run, monkeypatch, 
         (demo.session, "open_pair"),
         (models.loading, "calibrate"),
         (models.loading, "TorchLlama"),
-        (models.llm, "Engine"),
+        (models.loaded, "Engine"),
     ],
     ids=lambda place: place[1],
 )
