@@ -109,7 +109,7 @@ class DraftingPair(LoadedPair):
             raise UserError("drafter 'model' needs a draft model, and a head is loaded: draft with 'head'")
         how = verification or options.verification
         refusals = (UserError,) if lost is None else ()
-        guarded = Degrading(self._drafter(spec), lost or partial(_warn_of, name), refusals)
+        guarded = Degrading(self._drafter(spec), lost or partial(warn_of, name), refusals)
         return Drafting(name, length, guarded, self.controller(length), how)
 
     def controller(self, num_draft_tokens: int | str) -> Controller:
@@ -220,7 +220,8 @@ class DraftingPair(LoadedPair):
             self._recorded[tuple(request.prompt)] = [token.id for token in tokens]
 
 
-def _warn_of(drafter: str, error: Exception) -> None:
+def warn_of(drafter: str, error: Exception) -> None:
+    """Log that a drafter has failed in a text."""
     logger.warning(f"the drafter {drafter!r} failed, and this text goes on without it: {in_words(error)}")
 
 

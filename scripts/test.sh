@@ -58,7 +58,7 @@ backwards() { local each all=; for each in $PARTS; do all="$each $all"; done && 
 
 counted() { # one line: what the tests of all parts have counted, if they have
     local what name count sum line= any=
-    for what in "cases tried" "faults survived" "tokens compared" "tokens wrong"; do
+    for what in "cases tried" "faults survived" "tokens compared" "tokens wrong" "mutants caught" "mutants untried"; do
         sum=0
         while IFS=: read -r name count; do
             any=1

@@ -15,12 +15,12 @@ RECORDED = json.loads((Path(__file__).parents[1] / "docs" / "results" / "demo-em
 
 @fuzzed
 @given(st.data())
-def test_results(data):
+def test_results(tally, data):
     values = {**RECORDED, "prompts": RECORDED["prompts"][:1]}
-    results = read_or_refused(lambda: RunResults.from_dict(data.draw(damaged_json(values))))
+    results = read_or_refused(tally, lambda: RunResults.from_dict(data.draw(damaged_json(values))))
     assert results is None or results.prompts is not None
 
 
 @pytest.mark.parametrize("values", [None, [], "", 3, {}, {"prompts": None}])
-def test_results_of_another_shape(values):
-    assert read_or_refused(lambda: RunResults.from_dict(values)) is None
+def test_results_of_another_shape(values, tally):
+    assert read_or_refused(tally, lambda: RunResults.from_dict(values)) is None

@@ -14,6 +14,8 @@ import pytest
 import demo.display
 import demo.report
 import demo.session
+import models.loaded
+import models.loading
 from demo.harness import main
 from demo.settings import parse_settings
 from models.cli import interrupts
@@ -26,6 +28,8 @@ from models.loading import open_pair
 from tests.demo_fixtures import refused
 from tests.test_demo import DEMO, change_config
 from tests.test_demo_units import prompts_of, settings
+
+pytestmark = pytest.mark.fault
 
 
 # ---------------------------------------------------------------------------------------------- outputs over inputs
@@ -200,6 +204,33 @@ def test_a_signal_in_a_text_keeps_what_there_is(number, code, run, monkeypatch, 
     (partial,) = results["partial"] or [None]
     assert partial["tokens"] == len(partial["token_ids"]) == 4 and partial["finish_reason"] == "interrupted"
     assert "interrupted in the warm-up" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "place",
+    [
+        (demo.session, "open_pair"),
+        (models.loading, "calibrate"),
+        (models.loading, "TorchLlama"),
+        (models.loaded, "Engine"),
+    ],
+    ids=lambda place: place[1],
+)
+def test_a_signal_while_models_are_loaded_is_one_line(place, number, code, run, monkeypatch, capsys):
+    sent = []
+
+    def sending(*_, **__):
+        sent.append(number)
+        signal.raise_signal(number)
+        pytest.fail("the signal was lost")
+
+    sending.from_checkpoint = sending
+    monkeypatch.setattr(*place, sending)
+    assert run("--prompt", "def") == (code, None)
+    assert sent == [number]
+    told = capsys.readouterr()
+    assert told.out == "" and [x for x in told.err.splitlines() if not x.startswith("loading ")] == ["interrupted"]
 
 
 @pytest.mark.parametrize("place", ["report", "summary"])

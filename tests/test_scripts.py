@@ -302,17 +302,27 @@ PARTS = [
 ]
 
 
-def test_ci_lints_and_checks_types_then_runs_every_part_of_the_tests_once(machine):
+def test_ci_lints_checks_types_and_soaks_then_runs_every_part_of_the_tests_once(machine):
     machine.python("python3.12", "3.12.1", ttnn="yes")
     result = machine.run(machine.clone / ".ci/run")
     assert result.returncode == 0, result.stderr
     ran = f"ran in {machine.clone}:\n<-m>\n"
     lint, *parts = result.stdout.split(f"{ran}<pytest>\n")
-    assert lint == f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<mypy>\n"
+    soak = f"ran in {machine.clone}:\n<scripts/soak.py>\n<--minutes>\n<3>\n<--memory-mb-per-hour>\n<20000>\n"
+    assert lint == f"{ran}<ruff>\n<check>\n<.>\n{ran}<ruff>\n<format>\n<--check>\n<.>\n{ran}<mypy>\n{soak}"
     # which lane has run a part depends on times
     assert sorted(re.findall("^<(.*)>$", part, re.MULTILINE) for part in parts) == sorted(PARTS)
     assert machine.installs == 1
     assert not [*machine.clone.glob(".venv/lanes*")]
+
+
+def test_ci_fails_where_the_soak_fails(machine):
+    machine.python("python3.12", "3.12.1", ttnn="yes")
+    (machine.clone / "fails-with").write_text("scripts/soak.py")
+    result = machine.run(machine.clone / ".ci/run")
+    assert result.returncode == 3
+    assert "<scripts/soak.py>" in result.stdout and "<pytest>" not in result.stdout
+    assert result.stderr.splitlines()[-1] == "error: the soak has failed"
 
 
 def test_parts_of_the_tests_are_files_that_there_are():
@@ -339,7 +349,8 @@ def test_the_last_line_adds_up_what_the_tests_of_all_parts_have_counted(machine,
     parts = len(PARTS) if ttnn == "yes" else 1
     assert result.returncode == (3 if fails else 0)
     assert result.stdout.splitlines()[-1] == (
-        f"cases tried: 0, faults survived: {3 * parts}, tokens compared: {1200 * parts}, tokens wrong: 0"
+        f"cases tried: 0, faults survived: {3 * parts}, tokens compared: {1200 * parts}, tokens wrong: 0, "
+        "mutants caught: 0, mutants untried: 0"
     )
     assert result.stdout.count("cases tried") == 1
     assert not [*machine.clone.glob(".venv/lanes*")]
@@ -362,6 +373,11 @@ def test_runs_of_pytest_leave_what_their_tests_have_counted(tmp_path):
                 tally["faults survived"] += faults
                 tally["cases tried"] += 1
                 assert faults == 2
+
+            @pytest.mark.fault
+            @pytest.mark.parametrize("survived", [True, False])
+            def test_a_fault(survived):
+                assert survived
             """
         )
     )
@@ -372,8 +388,8 @@ def test_runs_of_pytest_leave_what_their_tests_have_counted(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
     assert result.returncode == 1, result.stdout
     (left,) = counts.iterdir()
-    assert sorted(left.read_text().splitlines()) == ["cases tried:2", "faults survived:7"]
-    assert "cases tried: 2, faults survived: 7" in result.stdout
+    assert sorted(left.read_text().splitlines()) == ["cases tried:2", "faults survived:8"]
+    assert "cases tried: 2, faults survived: 8" in result.stdout
 
 
 def test_without_ttnn_one_run_has_all_tests(machine):

@@ -18,6 +18,8 @@ from models.speculative.drafters import Draft
 from models.speculative.drafters.registry import DrafterSpec, Source, register, unregister
 from tests.server_fixtures import flags_for
 
+pytestmark = pytest.mark.fault
+
 PROMPT = "def add(self, value):"
 
 

@@ -30,6 +30,7 @@ from models.errors import UserError
 from models.llama.checkpoint import Checkpoint
 from models.llama.config import LlamaConfig, RopeScaling
 from models.llama.rope import inverse_frequencies
+from models.llama.shards import stamp
 
 VERSION = 2  # of what is kept in the cache
 KEPT_BYTES = 10**9  # of weights in fp32: of larger models they are not kept
@@ -74,8 +75,9 @@ class GgufCheckpoint(Mapping[str, torch.Tensor]):
         self.path = path
         self.config = config
         self._index = index
+        self._stamp = stamp(file)
         self._data = numpy.memmap(file, mode="r", dtype=numpy.uint8)
-        self._kept = path / _WEIGHTS if (path / _WEIGHTS).is_file() else None
+        self._kept = path / _WEIGHTS if _holds(path / _WEIGHTS, index) else None
 
     @classmethod
     def open(cls, file: Path) -> GgufCheckpoint:
@@ -85,15 +87,15 @@ class GgufCheckpoint(Mapping[str, torch.Tensor]):
         run.
         """
         try:
-            size, changed = file.stat().st_size, file.stat().st_mtime_ns
+            before = stamp(file)
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
-        key = hashlib.sha256(f"{VERSION} {file.resolve()} {size} {changed}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{VERSION} {file.resolve()} {before[1]} {before[2]}".encode()).hexdigest()[:16]
         kept = cache_directory() / f"{file.stem}-{key}"
-        if not (kept / "index.json").is_file():
-            _keep(file, kept)
-        index = json.loads((kept / "index.json").read_text(encoding="utf-8"))
-        return cls(file, kept, LlamaConfig.from_json(kept / "config.json"), index)
+        checkpoint = cls(file, kept, *(_read(kept) or _keep(file, kept)))
+        if checkpoint._stamp != before:
+            raise _changed(file)
+        return checkpoint
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,15 +117,25 @@ class GgufCheckpoint(Mapping[str, torch.Tensor]):
         import gguf
 
         entry = self._index[name]
+        self._check_unchanged()
         kind = gguf.GGMLQuantizationType(entry["type"])
         raw = self._data[entry["start"] : entry["start"] + entry["bytes"]].reshape(entry["stored_shape"])
         values = gguf.quants.dequantize(raw, kind).reshape(entry["shape"])
-        tensor = torch.from_numpy(numpy.array(values, dtype=numpy.float32))
+        tensor = torch.from_numpy(numpy.array(values, dtype=numpy.float32))  # a copy
+        self._check_unchanged()
         heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
         for part, count in heads.items():
             if name.endswith(f"{part}.weight"):
                 tensor = _halves(tensor, count)
         return tensor
+
+    def _check_unchanged(self) -> None:
+        try:
+            same = stamp(self.file) == self._stamp
+        except OSError as error:
+            raise UserError(f"cannot read {self.file}: {error.strerror}: it was there when it was opened") from None
+        if not same:
+            raise _changed(self.file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensor(name)
@@ -178,9 +190,16 @@ def _halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.view(heads, rows // heads // 2, 2, inner).transpose(1, 2).reshape(rows, inner)
 
 
+def _changed(file: Path) -> UserError:
+    return UserError(f"{file} was changed or replaced while it was being loaded: load it again")
+
+
 # ---- reading a file -------------------------------------------------------------------------------------------------
-def _keep(file: Path, kept: Path) -> None:
-    """Read a file and write its configuration, tokenizer and index of tensors to a directory, all or nothing."""
+def _keep(file: Path, kept: Path) -> tuple[LlamaConfig, dict[str, dict[str, Any]]]:
+    """Read a file and write its configuration, tokenizer and index of tensors to a directory, all or nothing.
+
+    Returns what `_read` does.
+    """
     import gguf
 
     try:
@@ -195,24 +214,54 @@ def _keep(file: Path, kept: Path) -> None:
     config = _config(file, fields, tensors)
     index = _index(file, config, tensors)
     tokenizer, settings = _tokenizer(file, fields)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{kept.name}.", dir=kept.parent))
+    part = None
     try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{kept.name}.", dir=kept.parent))
         (part / "config.json").write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
         (part / "index.json").write_text(json.dumps(index), encoding="utf-8")
         (part / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        tokenizer.save(str(part / "tokenizer.json"))
+        (part / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
         if 4 * config.parameter_count <= KEPT_BYTES:
             _keep_weights(GgufCheckpoint(file, part, config, index), part / _WEIGHTS)
-        try:
-            part.rename(kept)
-        except OSError:  # another process was first
-            if not (kept / "index.json").is_file():
-                raise
+        _place(part, kept)
     except OSError as error:
         raise UserError(f"cannot write {kept}: {error.strerror}: set XDG_CACHE_HOME to another directory") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+    return config, index
+
+
+def _place(part: Path, kept: Path) -> None:
+    """Give a directory that is whole its name; what has that name and is not whole goes."""
+    try:
+        part.rename(kept)
+    except OSError:
+        if _read(kept) is None:  # else another process was first
+            kept.rename(part / "old")  # which is removed
+            part.rename(kept)
+            shutil.rmtree(kept / "old", ignore_errors=True)
+
+
+def _read(kept: Path) -> tuple[LlamaConfig, dict[str, dict[str, Any]]] | None:
+    """What is kept of a file's configuration and tensors; None where something is missing or damaged."""
+    try:
+        config = LlamaConfig.from_json(kept / "config.json")
+        index = json.loads((kept / "index.json").read_text(encoding="utf-8"))
+        whole = isinstance(index, dict) and index.keys() == config.tensor_shapes().keys()
+    except (OSError, ValueError, UserError):
+        return None
+    return (config, index) if whole and (kept / "tokenizer.json").is_file() else None
+
+
+def _holds(weights: Path, index: Mapping[str, Any]) -> bool:
+    """Whether a file holds all these tensors, whole."""
+    try:
+        with safe_open(weights, framework="pt") as opened:
+            return set(opened.keys()) == set(index)
+    except (OSError, SafetensorError):
+        return False
 
 
 def _keep_weights(checkpoint: GgufCheckpoint, path: Path) -> None:

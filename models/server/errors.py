@@ -106,7 +106,8 @@ def _described(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body."""
     errors = error.errors()
     of_field = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
-    first = max(of_field, key=lambda each: len(each["loc"]))  # of several types the one that came furthest
+    # Of several types the one whose items are only too many or too few, else the one that came furthest.
+    first = max(of_field, key=lambda each: (each["type"] in ("too_long", "too_short"), len(each["loc"])))
     param = _path(first["loc"][1:], error.body, missing=first["type"] == "missing") or None
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")

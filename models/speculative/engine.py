@@ -251,7 +251,8 @@ class Engine:
                 try:
                     if isinstance(draft, Exception):
                         raise draft
-                    check_draft(draft, sequence, budget)
+                    if not draft.checked:
+                        check_draft(draft, sequence, budget)
                     drafts[sequence] = draft
                 except Exception as error:
                     self._fail(sequence, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from models.errors import UserError
@@ -28,6 +29,12 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            if not isinstance(getattr(self, name), Real):
+                raise UserError(f"{name} {getattr(self, name)!r}: must be a number")
+        for name in ("top_k", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise UserError(f"{name} {getattr(self, name)!r}: must be a whole number")
         if not (self.temperature == 0 or (math.isfinite(self.temperature) and self.temperature >= MIN_TEMPERATURE)):
             raise UserError(f"temperature {self.temperature}: must be 0 (greedy) or at least {MIN_TEMPERATURE}")
         if self.top_k < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from models.errors import NotFinite, UserError
@@ -93,6 +94,8 @@ class Request:
                 f"prompt has token ids {min(prompt)} to {max(prompt)}, the target's vocabulary is "
                 f"{limits.vocabulary}: use the tokenizer of the target"
             )
+        if not isinstance(self.max_new_tokens, Integral):
+            raise UserError(f"max_new_tokens {self.max_new_tokens!r}: must be a whole number")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
         needed = min(len(prompt) + self.max_new_tokens, limits.positions)

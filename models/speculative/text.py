@@ -24,7 +24,10 @@ class Detokenizer(Protocol):
 
 def checked_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop strings as a tuple. Raises UserError for an empty one, or one that is no text."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    try:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    except TypeError:
+        raise UserError(f"stop {stop!r}: give a text, or a list of texts") from None
     for each in stops:
         if not isinstance(each, str) or not each:
             raise UserError(f"stop string {each!r}: give a text of at least one character")

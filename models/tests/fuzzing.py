@@ -7,6 +7,7 @@ import faulthandler
 import json
 import os
 import resource
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -98,14 +99,19 @@ def json_bytes(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def read_or_refused(read: Callable[[], Any]) -> Any:
-    """What `read` gives, or None where it refuses in one line; fails for any other error, a hang, or much memory."""
+def read_or_refused(tally: Counter, read: Callable[[], Any]) -> Any:
+    """What `read` gives, or None where it refuses in one line; fails for any other error, a hang, or much memory.
+
+    tally: counts it as a case, and a refusal as a fault that was survived.
+    """
+    tally["cases tried"] += 1
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     faulthandler.dump_traceback_later(HANG, exit=True)
     try:
         return read()
     except UserError as error:
         assert "\n" not in str(error) and str(error).strip(), repr(str(error))
+        tally["faults survived"] += 1
         return None
     finally:
         faulthandler.cancel_dump_traceback_later()

@@ -5,7 +5,8 @@ import weakref
 
 import pytest
 
-from models.speculative.drafters import Draft, PerSequence
+from models.speculative import engine
+from models.speculative.drafters import Draft, PerSequence, degrading
 from models.speculative.drafters.degrading import Degrading
 from models.speculative.engine import Engine
 from models.speculative.sequence import Request
@@ -89,3 +90,14 @@ def test_a_sequence_that_failed_is_not_kept():
     del sequences
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_every_draft_is_checked_once(guarded, monkeypatch):
+    """By the guard, or by the engine where nothing guards."""
+    seen = []
+    for module in (engine, degrading):
+        monkeypatch.setattr(module, "check_draft", lambda draft, *_: seen.append(draft))
+    drafter = PerSequence(lambda sequence: Breaking("", 0))
+    _, sequences = write(Degrading(drafter, lambda error: None) if guarded else drafter, PROMPTS[:1])
+    assert len(seen) == len(sequences[0].stats.rounds) > 2

@@ -10,7 +10,6 @@ from loguru import logger
 from models.errors import UserError
 from models.llm import LLM
 from models.speculative.control.policy import FixedDraftLength
-from models.speculative.drafters import PerSequence
 from models.speculative.drafters.degrading import Degrading
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.registry import DrafterSpec, Source, register, unregister
@@ -19,90 +18,16 @@ from models.speculative.generate import stream
 from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import Request
 from models.tests.engine_fixtures import build_pair, plain, random_prompt
+from models.tests.faulty_drafters import FAULTS, SOUND_ROUNDS, Faulty, drafting, faults, raises
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEW = 24
-SOUND_ROUNDS = 3
-NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
 def pair():
     """A target and a draft that often agrees, in fp32, three slots each."""
     return build_pair(seed=0, noise=0.07, slots=3)
-
-
-def _raises(draft):
-    raise RuntimeError("broken")
-
-
-def _one(value):
-    def change(probs):
-        probs[-1, 0] = value
-        return probs
-
-    return change
-
-
-def faults(vocabulary):
-    """What a drafter may do wrong: (what it makes of a sound draft, words of the one warning)."""
-
-    def damaged(change):
-        """A draft whose probabilities a function has changed; of a greedy text, made up first."""
-
-        def fault(draft):
-            made_up = torch.full((len(draft.tokens), vocabulary), 1 / vocabulary)
-            return draft._replace(probs=change(made_up if draft.probs is None else draft.probs.clone()))
-
-        return fault
-
-    return {
-        "raises": (_raises, "RuntimeError: broken"),
-        "out of memory": (lambda draft: torch.empty(2**60), "RuntimeError"),
-        "id beyond the vocabulary": (
-            lambda draft: draft._replace(tokens=[*draft.tokens[:-1], vocabulary]),
-            f"drafted id {vocabulary}",
-        ),
-        "negative id": (lambda draft: draft._replace(tokens=[-1, *draft.tokens[1:]]), "drafted id -1"),
-        "too many tokens": (lambda draft: draft._replace(tokens=[1] * 40), "40 drafted tokens"),
-        "no tree": (lambda draft: draft._replace(parents=[5] * len(draft.tokens)), "no tree"),
-        "parents missing": (lambda draft: draft._replace(parents=[-1] * (len(draft.tokens) + 1)), "no tree"),
-        "NaN everywhere": (damaged(lambda probs: probs * NAN), "not finite"),
-        "one NaN": (damaged(_one(NAN)), "not finite"),
-        "one infinity": (damaged(_one(INF)), "not finite"),
-        "too few rows of probabilities": (damaged(lambda probs: probs[1:]), "probabilities of shape"),
-        "another vocabulary": (damaged(lambda probs: probs[:, :-1]), "probabilities of shape"),
-        "probabilities without rows": (damaged(lambda probs: probs[0]), "probabilities of shape"),
-        "no draft": (lambda draft: None, "AttributeError"),
-    }
-
-
-FAULTS = faults(64)
-
-
-class Faulty:
-    """A real drafter that does one thing wrong after a few rounds."""
-
-    def __init__(self, drafter, fault):
-        self.drafter, self.fault, self.left = drafter, fault, SOUND_ROUNDS
-
-    def propose(self, tokens, limit):
-        draft = self.drafter.propose(tokens, limit)
-        self.left -= 1
-        return self.fault(draft) if self.left < 0 and draft.tokens else draft
-
-    def observe(self, accepted):
-        self.drafter.observe(accepted)
-
-
-def drafting(draft, fault=None, which=None):
-    """A drafter for all sequences, faulty for all or for those of one prompt."""
-
-    def make(sequence):
-        model = ModelDrafter(draft.slot(sequence.slot), sequence.request.sampling)
-        return Faulty(model, fault) if fault and which in (None, sequence.request.prompt) else model
-
-    return PerSequence(make)
 
 
 def finish(engine):
@@ -233,7 +158,7 @@ def test_a_text_of_the_library_goes_on_plainly_and_the_next_one_drafts_again(llm
 def test_texts_side_by_side_in_the_library_keep_their_drafter(llm, fragile, warnings):
     prompts = [PROMPT, OTHER]
     expected = [each.token_ids for each in llm.generate(prompts, max_new_tokens=NEW, speculate=False)]
-    broken = fragile("fragile", _raises, which=len(llm.encode(OTHER)))
+    broken = fragile("fragile", raises, which=len(llm.encode(OTHER)))
     assert len(llm.encode(PROMPT)) != len(llm.encode(OTHER))
     completions = llm.generate(prompts, max_new_tokens=NEW, speculate=broken)
     assert [each.token_ids for each in completions] == expected

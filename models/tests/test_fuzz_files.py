@@ -68,33 +68,37 @@ def read_weights(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- configurations
 @fuzzed
 @given(st.data())
-def test_a_configuration(tmp_path, data):
+def test_a_configuration(tmp_path, tally, data):
     value = data.draw(damaged_json(CONFIG.to_dict()))
-    config = read_or_refused(lambda: LlamaConfig.from_json(written_as(tmp_path / "config.json", json_bytes(value))))
+    config = read_or_refused(
+        tally, lambda: LlamaConfig.from_json(written_as(tmp_path / "config.json", json_bytes(value)))
+    )
     assert config is None or config.parameter_count > 0
 
 
 @fuzzed
 @given(st.data())
-def test_a_configuration_of_a_head(tmp_path, data):
+def test_a_configuration_of_a_head(tmp_path, tally, data):
     value = data.draw(damaged_json(json.loads((HEAD / "config.json").read_text())))
-    config = read_or_refused(lambda: HeadConfig.from_json(written_as(tmp_path / "config.json", json_bytes(value))))
+    config = read_or_refused(
+        tally, lambda: HeadConfig.from_json(written_as(tmp_path / "config.json", json_bytes(value)))
+    )
     assert config is None or config.tensor_shapes()
 
 
 @fuzzed
 @given(st.data())
-def test_the_bytes_of_a_configuration(tmp_path, data):
+def test_the_bytes_of_a_configuration(tmp_path, tally, data):
     damaged = data.draw(damaged_bytes(json_bytes(CONFIG.to_dict())))
-    read_or_refused(lambda: LlamaConfig.from_json(written_as(tmp_path / "config.json", damaged)))
+    read_or_refused(tally, lambda: LlamaConfig.from_json(written_as(tmp_path / "config.json", damaged)))
 
 
 @pytest.mark.parametrize("damaged", LONG_JSON, ids=range(len(LONG_JSON)))
-def test_json_that_is_very_long_or_deep(copied, damaged):
+def test_json_that_is_very_long_or_deep(copied, damaged, tally):
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         original = (copied / name).read_bytes() if (copied / name).exists() else None
         written_as(copied / name, damaged)
-        assert read_or_refused(lambda: generate(copied)) is None or name == "generation_config.json"
+        assert read_or_refused(tally, lambda: generate(copied)) is None or name == "generation_config.json"
         if original is None:
             (copied / name).unlink()
         else:
@@ -103,39 +107,39 @@ def test_json_that_is_very_long_or_deep(copied, damaged):
 
 @fuzzed
 @given(st.data())
-def test_a_model_with_a_damaged_configuration(folder, copied, data):
+def test_a_model_with_a_damaged_configuration(folder, copied, tally, data):
     """What is accepted can be run."""
     value = data.draw(damaged_json(CONFIG.to_dict()))
     written_as(copied / "config.json", json_bytes(value))
-    ids = read_or_refused(lambda: generate(copied))
+    ids = read_or_refused(tally, lambda: generate(copied))
     assert ids is None or 1 <= len(ids) <= 3
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
 @fuzzed
 @given(st.data())
-def test_weights(folder, copied, data):
+def test_weights(folder, copied, tally, data):
     file = next(copied.glob("*.safetensors"))
     sound = (folder / file.name).read_bytes()
     header = 8 + int.from_bytes(sound[:8], "little")
     written_as(file, data.draw(damaged_bytes(sound[:header])) + sound[header:])
-    read_or_refused(lambda: read_weights(copied))
+    read_or_refused(tally, lambda: read_weights(copied))
 
 
 @fuzzed
 @given(st.data())
-def test_the_values_in_a_header_of_weights(folder, copied, data):
+def test_the_values_in_a_header_of_weights(folder, copied, tally, data):
     file = next(copied.glob("*.safetensors"))
     sound = (folder / file.name).read_bytes()
     end = 8 + int.from_bytes(sound[:8], "little")
     header = json_bytes(data.draw(damaged_json(json.loads(sound[8:end]))))
     written_as(file, len(header).to_bytes(8, "little") + header + sound[end:])
-    read_or_refused(lambda: read_weights(copied))
+    read_or_refused(tally, lambda: read_weights(copied))
 
 
 @fuzzed
 @given(st.data())
-def test_an_index_of_shards(copied, data):
+def test_an_index_of_shards(copied, tally, data):
     tensors = random_tensors(CONFIG, 0)
     names = sorted(tensors)
     next(copied.glob("*.safetensors")).unlink()
@@ -145,12 +149,12 @@ def test_an_index_of_shards(copied, data):
     index = {"metadata": {}, "weight_map": {each: name for name, part in shards.items() for each in part}}
     damaged = data.draw(st.one_of(damaged_json(index).map(json_bytes), damaged_bytes(json_bytes(index))))
     written_as(copied / "model.safetensors.index.json", damaged)
-    read_or_refused(lambda: read_weights(copied))
+    read_or_refused(tally, lambda: read_weights(copied))
 
 
 @fuzzed
 @given(st.data())
-def test_a_head(tmp_path, data):
+def test_a_head(tmp_path, tally, data):
     """Its vocabulary maps and tensor header."""
     path = tmp_path / "head"
     path.mkdir(exist_ok=True)
@@ -158,13 +162,13 @@ def test_a_head(tmp_path, data):
     sound = (HEAD / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(sound[:8], "little")
     written_as(path / "model.safetensors", data.draw(damaged_bytes(sound[:header])) + sound[header:])
-    read_or_refused(lambda: list(HeadCheckpoint.open(path).values()))
+    read_or_refused(tally, lambda: list(HeadCheckpoint.open(path).values()))
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizers
 @fuzzed
 @given(st.data())
-def test_a_tokenizer(folder, copied, data):
+def test_a_tokenizer(folder, copied, tally, data):
     sound = (folder / "tokenizer.json").read_bytes()
     value = json.loads(sound)
     value["model"]["vocab"] = dict(list(value["model"]["vocab"].items())[:40])  # so that damage hits the rest too
@@ -175,12 +179,12 @@ def test_a_tokenizer(folder, copied, data):
         tokenizer = LlamaTokenizer.load(copied)
         return tokenizer.decode(tokenizer.encode("def f(x): 🙂 <|eot_id|>"))
 
-    read_or_refused(read)
+    read_or_refused(tally, read)
 
 
 @fuzzed
 @given(st.data())
-def test_what_a_tokenizers_configuration_says(folder, copied, data):
+def test_what_a_tokenizers_configuration_says(folder, copied, tally, data):
     sound = (folder / "tokenizer_config.json").read_bytes()
     damaged = data.draw(st.one_of(damaged_json(json.loads(sound)).map(json_bytes), damaged_bytes(sound)))
     written_as(copied / "tokenizer_config.json", damaged)
@@ -189,37 +193,38 @@ def test_what_a_tokenizers_configuration_says(folder, copied, data):
         tokenizer = LlamaTokenizer.load(copied)
         return tokenizer.chat([{"role": "user", "content": "hello"}]) if tokenizer.has_chat_template else []
 
-    read_or_refused(read)
+    read_or_refused(tally, read)
 
 
 @fuzzed
 @given(st.data())
-def test_a_chat_template(folder, copied, data):
+def test_a_chat_template(folder, copied, tally, data):
     template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"].encode()
     written_as(copied / "chat_template.jinja", data.draw(damaged_bytes(template)))
-    read_or_refused(lambda: LlamaTokenizer.load(copied).chat("hello"))
+    read_or_refused(tally, lambda: LlamaTokenizer.load(copied).chat("hello"))
 
 
 # --------------------------------------------------------------------------------------------- prompts and caches
 @fuzzed
 @given(st.data())
-def test_prompts(tmp_path, data):
+def test_prompts(tmp_path, tally, data):
     value = ["one", {"prompt": "two", "category": "x"}]
     damaged = data.draw(st.one_of(damaged_json(value).map(json_bytes), damaged_bytes(json_bytes(value))))
     for name in ("prompts.json", "prompts.txt"):
-        prompts = read_or_refused(lambda name=name: read_prompt_file(written_as(tmp_path / name, damaged)))
+        prompts = read_or_refused(tally, lambda name=name: read_prompt_file(written_as(tmp_path / name, damaged)))
         assert prompts is None or all(each.strip() for each in prompts)
 
 
 @pytest.mark.parametrize("damaged", LONG_JSON, ids=range(len(LONG_JSON)))
-def test_prompts_that_are_very_long_or_deep(tmp_path, damaged):
-    read_or_refused(lambda: read_prompt_file(written_as(tmp_path / "prompts.json", damaged)))
+def test_prompts_that_are_very_long_or_deep(tmp_path, damaged, tally):
+    read_or_refused(tally, lambda: read_prompt_file(written_as(tmp_path / "prompts.json", damaged)))
 
 
 @fuzzed
 @given(st.data())
-def test_a_kept_calibration(tmp_path, monkeypatch, data):
+def test_a_kept_calibration(tmp_path, monkeypatch, tally, data):
     """What cannot be used is measured anew."""
+    tally["cases tried"] += 1
     measured = []
     from models.torch_llama import calibration
 
@@ -256,9 +261,9 @@ def gguf_file(folder, tmp_path_factory):
 
 @fuzzed
 @given(st.data())
-def test_a_gguf_file(gguf_file, tmp_path, monkeypatch, data):
+def test_a_gguf_file(gguf_file, tmp_path, monkeypatch, tally, data):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sound, described = gguf_file
     damaged = data.draw(damaged_bytes(sound[:described])) + sound[described:]
     file = written_as(tmp_path / "model.gguf", damaged)
-    read_or_refused(lambda: list(GgufCheckpoint.open(file).values()))
+    read_or_refused(tally, lambda: list(GgufCheckpoint.open(file).values()))

@@ -1,12 +1,14 @@
 """The whole engine on any model, any texts in any company: plain decoding's tokens, sums that add up, pages returned.
 
-How many cases: FUZZ_EXAMPLES, as for files. Each case is an engine with one to five texts.
+A case is one text of an engine, compared token by token with what the target writes for its prompt by itself. How many
+there are: CASES of each of FUZZ_EXAMPLES, as for files.
 """
 
 import dataclasses
+import functools
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.speculative.control.policy import AutoDraftLength, FixedDraftLength
@@ -21,14 +23,16 @@ from models.speculative.drafters.tree import TreeDrafter
 from models.speculative.engine import Engine
 from models.speculative.sequence import Request
 from models.tests.batch_fixtures import KINDS
-from models.tests.engine_fixtures import build, engine_config, perturbed, plain
-from models.tests.fuzzing import EXAMPLES
+from models.tests.engine_fixtures import build, engine_config, perturbed, random_prompt
+from models.tests.fuzzing import EXAMPLES, fuzzed
 from models.tests.head_fixtures import build_head, head_config
 from models.tests.llama_fixtures import random_tensors
 from models.torch_llama.kv_cache import KV_BLOCK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-VOCAB, SLOTS, POSITIONS = 24, 3, 160
+CASES = 50  # texts for each example that is asked for
+VOCAB, SLOTS, POSITIONS = 24, 8, 160
+PROMPTS, LONGEST = 40, 16  # prompts of a shape, new tokens of a text
 # Query heads, KV heads, head size, tied embeddings, rope base, rope scaling.
 SHAPES = (
     (2, 1, 16, False, 1e4, True),
@@ -37,14 +41,14 @@ SHAPES = (
     (6, 2, 4, False, 100.0, False),
     (1, 1, 32, False, 1e4, True),
 )
-_models: dict = {}
 
 
-def models_of(shape, pool):
-    """(target, draft, head) of a shape and a pool of pages, built once."""
-    if (shape, pool) not in _models:
+class Models:
+    """A target of a shape with each pool of pages, all that drafts for it, and prompts with their texts."""
+
+    def __init__(self, shape):
         heads, kv_heads, head_dim, tied, theta, scaled = SHAPES[shape]
-        config = dataclasses.replace(
+        self.config = dataclasses.replace(
             engine_config(VOCAB),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
@@ -53,14 +57,47 @@ def models_of(shape, pool):
             rope_theta=theta,
         )
         if not scaled:
-            config = dataclasses.replace(config, rope_scaling=None)
-        tensors = random_tensors(config, shape)
-        options = {"max_seq_len": POSITIONS, "slots": SLOTS}
-        target = build(config, tensors, pool=pool, **options)
-        draft = build(config, perturbed(tensors, 0.05, 1), **options)
-        head = build_head(head_config(config), target, slots=SLOTS)
-        _models[shape, pool] = target, draft, head, build(config, tensors, max_seq_len=POSITIONS)
-    return _models[shape, pool]
+            self.config = dataclasses.replace(self.config, rope_scaling=None)
+        self.tensors = random_tensors(self.config, shape)
+        self.draft = self._built(perturbed(self.tensors, 0.05, 1))
+        self.head = build_head(head_config(self.config), self.target(None), slots=SLOTS)
+        self._alone = build(self.config, self.tensors, max_seq_len=POSITIONS)
+
+    def _built(self, tensors, **options):
+        return build(self.config, tensors, max_seq_len=POSITIONS, slots=SLOTS, **options)
+
+    @functools.cache  # noqa: B019
+    def target(self, blocks):
+        """With a pool of so many blocks; None: as many as all slots may have."""
+        return self._built(self.tensors, pool=blocks and blocks * KV_BLOCK)
+
+    @functools.cache  # noqa: B019
+    def prompt(self, number):
+        """One of PROMPTS: most are short, some repeat themselves, some share a beginning that fills a block."""
+        if number % 10 == 9:
+            return random_prompt(KV_BLOCK + 2, 0, VOCAB) + random_prompt(1 + number // 10, number, VOCAB)
+        short = random_prompt(1 + number // 2, number, VOCAB)
+        return short * 3 if number % 3 == 2 else short
+
+    @functools.cache  # noqa: B019
+    def text(self, number):
+        """What the target writes after a prompt, by prefills of ever longer prompts: no loop of ours."""
+        text: list[int] = []
+        while len(text) < LONGEST:
+            text.append(int(self._alone.prefill([*self.prompt(number), *text]).argmax()))
+        return text
+
+    def expected(self, wish):
+        """(the text of a wish, why it ends)."""
+        text = self.text(wish["prompt"])[: wish["new"]]
+        for end in range(1, len(text) + 1):
+            stop = wish["stop"]
+            if text[end - 1] in wish["stop_ids"] or (stop and text[max(0, end - len(stop)) : end] == stop):
+                return text[:end], "stop"
+        return text, "length"
+
+
+models_of = functools.cache(Models)
 
 
 def drafter_of(kind, target, draft, head, nodes):
@@ -98,83 +135,87 @@ class EndsWith:
 
 texts = st.fixed_dictionaries(
     {
-        "prompt": st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
-        "repeats": st.sampled_from((1, 1, 3)),
+        "prompt": st.integers(0, PROMPTS - 1),
         "kind": st.sampled_from(KINDS),
         "length": st.sampled_from((0, 1, 2, 3, 5, 8, "auto")),
-        "nodes": st.integers(1, 9),
-        "new": st.integers(1, 20),
+        "new": st.integers(1, LONGEST),
         "stop_ids": st.frozensets(st.integers(0, VOCAB - 1), max_size=1),
         "stop": st.none() | st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=2),
-        "arrives": st.sampled_from((0, 0, 0, 1, 5)),
-        "leaves": st.sampled_from((None, None, None, 0, 2, 4)),
+        "verification": st.sampled_from(("batched",) * 9 + ("sequential",)),
+        "arrives": st.sampled_from((0, 0, 0, 1, 4, 9)),
+        "leaves": st.sampled_from((None, None, None, None, None, 0, 2, 4)),
     }
 )
 
 
-def expected(alone, prompt, wish):
-    """What plain decoding of one text writes, cut where it ends."""
-    text = plain(alone, prompt, max_new_tokens=wish["new"])
-    for end in range(1, len(text) + 1):
-        stop = wish["stop"]
-        if text[end - 1] in wish["stop_ids"] or (stop and text[max(0, end - len(stop)) : end] == stop):
-            return text[:end], "stop"
-    return text, "length"
-
-
-@settings(
-    max_examples=EXAMPLES * 2,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
-)
-@given(
-    shape=st.integers(0, len(SHAPES) - 1),
-    pool=st.sampled_from((None, 2 * KV_BLOCK)),
-    prompt_rows=st.sampled_from((1, 4, 512)),
-    wishes=st.lists(texts, min_size=1, max_size=5),
-)
-def test_every_text_is_plain_decodings_and_everything_is_given_back(tally, shape, pool, prompt_rows, wishes):
-    tally["cases tried"] += 1
-    target, draft, head, alone = models_of(shape, pool)
-    idle = target.cache.idle
+def write(models, blocks, prompt_rows, nodes, wishes):
+    """One engine fulfils all wishes: their sequences. Those of a kind share a drafter, of a length a controller."""
+    target = models.target(blocks)
     engine = Engine(target, prompt_rows=prompt_rows)
-    sequences: dict = {}
+    drafters, controllers, sequences = {}, {}, {}
     for step in range(2000):
         for number, wish in enumerate(wishes):
+            kind, length = wish["kind"], wish["length"]
             if wish["arrives"] == step:
-                length = wish["length"]
+                if kind not in drafters:
+                    drafters[kind] = drafter_of(kind, target, models.draft, models.head, nodes)
+                if length not in controllers:
+                    controllers[length] = AutoDraftLength() if length == "auto" else FixedDraftLength(length)
                 sequences[number] = engine.add(
                     Request(
-                        wish["prompt"] * wish["repeats"],
+                        models.prompt(wish["prompt"]),
                         max_new_tokens=wish["new"],
                         stop_ids=wish["stop_ids"],
                         watcher=EndsWith(wish["stop"]) if wish["stop"] else None,
-                        drafter=drafter_of(wish["kind"], target, draft, head, wish["nodes"]),
-                        controller=AutoDraftLength() if length == "auto" else FixedDraftLength(length),
+                        drafter=drafters[kind],
+                        controller=controllers[length],
+                        verification="batched" if "tree" in kind else wish["verification"],
                     )
                 )
             if wish["leaves"] is not None and step == wish["arrives"] + wish["leaves"]:
                 engine.abort(sequences[number])
         if len(sequences) == len(wishes) and engine.idle:
-            break
+            return [sequences[number] for number in range(len(wishes))]
         engine.step()
-    assert engine.idle and target.cache.idle == idle
-    for number, wish in enumerate(wishes):
-        sequence = sequences[number]
-        stats, prompt = sequence.stats, sequence.request.prompt
-        text = sequence.tokens[len(prompt) :]
-        whole, reason = expected(alone, prompt, wish)
-        assert sequence.error is None
-        tally["tokens compared"] += len(text)
-        tally["tokens wrong"] += sum(mine != right for mine, right in zip(text, whole, strict=False))
-        if stats.finish_reason == "interrupted":
-            assert wish["leaves"] is not None and text == whole[: len(text)]
-        else:
-            assert (text, stats.finish_reason) == (whole, reason)
-        assert stats.tokens == len(text) and stats.prompt_tokens == len(prompt)
-        assert sum(each.emitted for each in stats.rounds) == max(0, len(text) - 1)
-        for each in stats.rounds:
-            assert 0 <= each.accepted <= each.depth <= each.drafted == len(each.proposed)
-            assert each.emitted == each.accepted + 1 or each.cut
+    raise AssertionError("the engine does not come to an end")
+
+
+def check(sequence, wish, models, tally):
+    """A text is its prompt's, as far as it was written, and its statistics add up."""
+    stats, prompt = sequence.stats, sequence.request.prompt
+    text = sequence.tokens[len(prompt) :]
+    whole, reason = models.expected(wish)
+    tally["cases tried"] += 1
+    tally["tokens compared"] += len(text)
+    tally["tokens wrong"] += sum(mine != right for mine, right in zip(text, whole, strict=False))
+    assert sequence.error is None
+    if stats.finish_reason == "interrupted":
+        assert wish["leaves"] is not None and text == whole[: len(text)]
+    else:
+        assert (text, stats.finish_reason) == (whole, reason)
+    assert stats.tokens == len(text) and stats.prompt_tokens == len(prompt)
+    assert sum(each.emitted for each in stats.rounds) == max(0, len(text) - 1)
+    for each in stats.rounds:
+        assert 0 <= each.accepted <= each.depth <= each.drafted == len(each.proposed)
+        assert each.emitted == each.accepted + 1 or each.cut
+
+
+def test_every_text_is_plain_decodings_and_everything_is_given_back(tally):
+    @settings(fuzzed, max_examples=4 * EXAMPLES)
+    @given(
+        shape=st.integers(0, len(SHAPES) - 1),
+        blocks=st.sampled_from((None, 2, 4)),
+        prompt_rows=st.sampled_from((5, 32, 512)),
+        nodes=st.integers(1, 9),
+        wishes=st.sampled_from((1, 14, 14, 14)).flatmap(lambda n: st.lists(texts, min_size=n, max_size=n + 8)),
+    )
+    def any_company(shape, blocks, prompt_rows, nodes, wishes):
+        models = models_of(shape)
+        target = models.target(blocks)
+        idle = target.cache.idle
+        for sequence, wish in zip(write(models, blocks, prompt_rows, nodes, wishes), wishes, strict=True):
+            check(sequence, wish, models, tally)
+        assert target.cache.idle == idle
+
+    any_company()
+    assert tally["cases tried"] >= CASES * EXAMPLES

@@ -10,8 +10,13 @@ import pytest
 
 import models
 from models.errors import UserError
+from models.llama import gguf_checkpoint
 from models.llama.checkpoint import Checkpoint
+from models.llama.gguf_checkpoint import GgufCheckpoint
 from models.llm import LLM
+from models.tests.llama_fixtures import random_tensors, write_tiny_tokenizer
+from models.tests.test_gguf import config_of
+from models.tests.test_gguf import write as write_gguf
 
 TINY = Path(models.__file__).parent / "checkpoints/tiny-target"
 PROMPT = "def add(self, value):"
@@ -88,6 +93,57 @@ def test_a_checkpoint_that_is_replaced_by_renaming_leaves_a_loaded_model_alone(c
         before = llm.generate(PROMPT, max_new_tokens=20).text
         change(weights)
         assert llm.generate(PROMPT, max_new_tokens=20).text == before
+    tally["faults survived"] += 1
+
+
+# ----------------------------------------------------------------------------------------------------------- GGUF files
+@pytest.fixture
+def gguf(tmp_path, monkeypatch):
+    """A small model in a GGUF file, and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = config_of()
+    tokenizer = write_tiny_tokenizer(tmp_path, vocab_size=config.vocab_size)
+    write_gguf(tmp_path / "model.gguf", config, random_tensors(config, 0), tokenizer_dir=tokenizer)
+    return tmp_path / "model.gguf"
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_gguf_file_that_changes_while_it_is_loaded_is_named(gguf, how, monkeypatch, tally):
+    """Weights that are kept dequantised are those of the file as it was."""
+    change, words = CHANGES[how]
+    kept = GgufCheckpoint.open(gguf)
+    monkeypatch.setattr(gguf_checkpoint, "_holds", lambda *_: False)
+    checkpoint = GgufCheckpoint.open(gguf)
+    before = checkpoint["model.norm.weight"]
+    change(gguf)
+    with pytest.raises(UserError, match=words) as raised:
+        checkpoint["model.norm.weight"]
+    assert str(gguf) in str(raised.value)
+    assert (kept["model.norm.weight"] == before).all()
+    tally["faults survived"] += 1
+
+
+def test_a_gguf_file_that_changes_while_it_is_converted_is_named(gguf, monkeypatch, tally):
+    keep = gguf_checkpoint._keep_weights
+
+    def changing(*arguments):
+        keep(*arguments)
+        write_over(gguf)
+
+    monkeypatch.setattr(gguf_checkpoint, "_keep_weights", changing)
+    with pytest.raises(UserError, match="changed or replaced"):
+        GgufCheckpoint.open(gguf)
+    tally["faults survived"] += 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("change", [write_over, truncate, rename_over, Path.unlink])
+def test_a_gguf_file_that_changes_leaves_a_loaded_model_alone(gguf, change, dtype, tally):
+    """Its weights are copies."""
+    with LLM.load(str(gguf), dtype=dtype, drafter="prompt-lookup", max_seq_len=64) as llm:
+        before = llm.generate(PROMPT, max_new_tokens=12).token_ids
+        change(gguf)
+        assert llm.generate(PROMPT, max_new_tokens=12).token_ids == before
     tally["faults survived"] += 1
 
 

@@ -200,11 +200,14 @@ def kept_file(config: LlamaConfig, what: str, threads: int, directory: Path | No
 
 def keep(file: Path, found: Mapping[str, Any]) -> None:
     """Write what was measured, if that is possible."""
+    part = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}")
-        part.write_text(json.dumps(found))
-        part.replace(file)
+        try:
+            part.write_text(json.dumps(found))
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         logger.debug(f"what was measured is not kept: {error}")
 

@@ -64,7 +64,7 @@ class Draft(NamedTuple):
     verifies k of them: (rounds, k).
     together: for how many sequences the forwards were that drafted it, 0 if it had its own; forwards: their number;
     seconds: that drafting for all of them took, prompts apart; None: what the call took. waits: nothing yet, the
-    drafter is still reading the prompt; the sequence has no round in this step.
+    drafter is still reading the prompt; the sequence has no round in this step. checked: `check_draft` has passed it.
     """
 
     tokens: list[int]
@@ -78,6 +78,7 @@ class Draft(NamedTuple):
     forwards: int = 0
     seconds: float | None = None
     waits: bool = False
+    checked: bool = False
 
 
 class SequenceDrafter(Protocol):

@@ -80,7 +80,7 @@ class Degrading:
                 if isinstance(draft, Exception):
                     raise draft
                 check_draft(draft, sequence, budget)
-                drafts[sequence] = draft
+                drafts[sequence] = draft._replace(checked=True)
             except Exception as error:
                 self._lose(sequence, error)
         return [drafts.get(each, Draft([])) for each in sequences]
