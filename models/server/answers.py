@@ -35,6 +35,11 @@ class Shape(ABC):
         }
         self._offsets: dict[int, int] = {}  # characters of a choice's text so far
 
+    @property
+    def id(self) -> str:
+        """Of the answer."""
+        return str(self._head["id"])
+
     def opening(self, index: int) -> dict[str, Any] | None:
         """The chunk that a choice begins with; None: there is none."""
         return None

@@ -71,7 +71,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 
 
 async def _answer(context: Context, request: Request, body: GenerationBody, job: Job, shape: Shape) -> Response:
-    engine = context.engine
+    engine, job.name = context.engine, shape.id
     engine.submit(job)
     try:
         if job.stream:
