@@ -55,7 +55,7 @@ def test_streamed_chat_is_the_same_text_in_pieces(client, alone):
     chunks = list(stream)
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == alone.chat(MESSAGES, max_new_tokens=40).text
-    assert len([piece for piece in pieces if piece]) > 1  # tokens that come within 10 ms share one
+    assert len([piece for piece in pieces if piece]) > 1  # tokens that come within 20 ms share one
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 40

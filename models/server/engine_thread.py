@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import queue
 import threading
@@ -17,6 +16,7 @@ from models.server.audits import Audits
 from models.server.drafting import Draftings
 from models.server.errors import ApiError, internal, refused, unavailable
 from models.server.jobs import Accepted, Delta, Event, Gone, Job, clock
+from models.server.mailbox import EVENT_S, Mailbox
 from models.server.metrics import Metrics
 from models.server.scores import Scorer
 from models.server.texts import Text
@@ -63,16 +63,17 @@ class EngineThread:
         self._audits: Audits | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._texts: dict[Sequence, Text] = {}
-        self._outbox: list[tuple[Job, Event]] = []
+        self._mailbox = Mailbox(self._deliver)
         self._stopped, self._raised = False, 0
         self._deadline = math.inf
+        self._observed = 0.0  # when metrics were told what is under way
         self._request_s = 0.0  # seconds that a text takes, roughly
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ----------------------------------------------------------------------------- called in the event loop's thread
     def start(self) -> None:
         """Begin to load."""
-        self._loop = asyncio.get_running_loop()
+        self._mailbox.open()
         self._thread.start()
 
     def check_ready(self) -> LLM:
@@ -118,16 +119,15 @@ class EngineThread:
         if self.llm is not None:
             self._thread.join()
 
-    def _deliver(self, events: list[tuple[Job, Event]]) -> None:
-        for job, event in events:
-            if isinstance(event, Gone):  # all choices of a job that was cancelled or refused
-                self._close(job, job.open)
-                continue
-            if isinstance(event, Delta) and event.summary:
-                self._close(job, 1)
-                self._request_s += 0.2 * (clock() - job.arrived - self._request_s)
-            if not job.cancelled:
-                job.events.put_nowait(event)
+    def _deliver(self, job: Job, event: Event) -> None:
+        if isinstance(event, Gone):  # all choices of a job that was cancelled or refused
+            self._close(job, job.open)
+            return
+        if isinstance(event, Delta) and event.summary:
+            self._close(job, 1)
+            self._request_s += 0.2 * (clock() - job.arrived - self._request_s)
+        if not job.cancelled:
+            job.events.put_nowait(event)
 
     def _close(self, job: Job, count: int) -> None:
         job.open -= count
@@ -157,9 +157,9 @@ class EngineThread:
                 self._audits = Audits(llm, self._audit_every, self._metrics)
             self.drafters = self._draftings.names
         except Exception as error:
-            self._loop.call_soon_threadsafe(self._failed, error)
+            self._mailbox.call(self._failed, error)
             return
-        self._loop.call_soon_threadsafe(self._ready, llm)
+        self._mailbox.call(self._ready, llm)
         with torch.inference_mode(), llm:
             while self._take_commands():
                 self._step()
@@ -188,7 +188,7 @@ class EngineThread:
 
     def _begin(self, job: Job) -> None:
         if job.cancelled:
-            self._outbox.append((job, Gone()))
+            self._mailbox.put(job, Gone())
             return
         if self._audits:
             self._audits.give_way()
@@ -211,7 +211,7 @@ class EngineThread:
             self._end(job, self._told(error))
             return
         self._metrics.prompt_tokens += job.prompt_tokens
-        self._outbox.append((job, Accepted()))
+        self._mailbox.put(job, Accepted())
 
     def _step(self) -> None:
         if clock() > self._deadline:
@@ -228,7 +228,7 @@ class EngineThread:
                 self._end(job, self._told(error))
         if failing or self._raised:
             self._raised = self._raised + 1 if failing else 0
-            self._post(lambda: self._health("failing" if self._raised >= FAILURES else "ready"))
+            self._mailbox.call(lambda: self._health("failing" if self._raised >= FAILURES else "ready"))
         now = clock()
         for emission in emissions:
             if (text := self._texts.get(emission.sequence)) is not None:
@@ -252,8 +252,8 @@ class EngineThread:
             text.rounds += 1
             text.drafted += round_.drafted
             text.accepted += round_.accepted
-        if (delta := text.delta(sequence, now)) is not None:
-            self._outbox.append((job, delta))
+        if (delta := text.delta(sequence)) is not None:
+            self._mailbox.put(job, delta, urgent=first or delta.summary is not None)
             if delta.summary:
                 del self._texts[sequence]
                 metrics.whole.observe(now - job.arrived)
@@ -268,17 +268,15 @@ class EngineThread:
             self._engine.abort(sequence)
             self._metrics.ended("abort")
         if error is not None:
-            self._outbox.append((job, error))
-        self._outbox.append((job, Gone()))
+            self._mailbox.put(job, error)
+        self._mailbox.put(job, Gone())
 
     def _flush(self) -> None:
-        self._metrics.observe(self._engine)
-        if self._outbox:
-            events, self._outbox = self._outbox, []
-            self._post(lambda: self._deliver(events))
-
-    def _post(self, call: Callable[[], None]) -> None:
-        self._loop.call_soon_threadsafe(call)
+        now = clock()
+        if not self._texts or now - self._observed > EVENT_S:
+            self._observed = now
+            self._metrics.observe(self._engine)
+        self._mailbox.flush()
 
     def _told(self, error: Exception) -> ApiError:
         """What a client is told of an error that its own request has met."""

@@ -122,6 +122,13 @@ class Job:
         if isinstance(event, ApiError):
             raise event
 
+    async def pending(self) -> list[Event]:
+        """All events that are there, at least one: waits for it."""
+        found = [await self.events.get()]
+        while not self.events.empty():
+            found.append(self.events.get_nowait())
+        return found
+
     @property
     def prompt_tokens(self) -> int:
         """Of all different prompts."""

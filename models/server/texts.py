@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from models.server.jobs import OPENAI_REASONS, Choice, Delta, Job, Summary, Written
@@ -14,10 +13,6 @@ if TYPE_CHECKING:
     from models.speculative.sequence import Sequence
     from models.speculative.text import TextStream
 
-# A stream's tokens wait for each other for so long: what an event costs is then shared by those of a fast model, which
-# come in a few milliseconds. The first one, and the last, do not wait.
-EVENT_S = 0.01
-
 
 class Text:
     """A choice that the engine writes. Belongs to the engine's thread."""
@@ -26,9 +21,7 @@ class Text:
         self.job, self.choice, self.drafting = job, choice, drafting
         self.text, self.scorer = text, scorer
         self.written: list[Written] = []  # and not handed out
-        self.started = 0.0  # when it got a slot, first: its first token, last: its last one
-        self.first = self.last = 0.0
-        self.told = -math.inf  # when tokens were handed out last
+        self.first = self.last = 0.0  # when it got its first token, and its last one
         self.rounds = self.drafted = self.accepted = 0
 
     def take(self, emission: Emission, now: float) -> int:
@@ -43,12 +36,12 @@ class Text:
         self.last = now
         return len(tokens)
 
-    def delta(self, sequence: Sequence, now: float) -> Delta | None:
+    def delta(self, sequence: Sequence) -> Delta | None:
         """What is to be handed out now."""
         reason = OPENAI_REASONS.get(sequence.stats.finish_reason, "")
-        if not reason and not (self.job.stream and self.written and now - self.told >= EVENT_S):
+        if not reason and not (self.job.stream and self.written):
             return None
-        written, self.written, self.told = self.written, [], now
+        written, self.written = self.written, []
         counts = self.rounds, self.drafted, self.accepted
         return Delta(self.choice.index, written, counts, reason, self._summary(sequence) if reason else None)
 
