@@ -15,6 +15,7 @@
     scores.py          log-probabilities
     answers.py         the shapes of responses; stream.py: server-sent events
     metrics.py         Prometheus
+    connections.py     connections whose clients do nothing
     guard.py           body size, slow bodies, API key
     errors.py          errors in OpenAI's form
     running.py         the process: socket, signals, draining

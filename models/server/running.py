@@ -50,6 +50,7 @@ def _serve(settings: ServerSettings, listener: socket.socket) -> int:
     from loguru import logger
 
     from models.server.app import create_app
+    from models.server.connections import BoundedProtocol
 
     problem: list[Exception] = []
 
@@ -68,7 +69,7 @@ def _serve(settings: ServerSettings, listener: socket.socket) -> int:
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=BoundedProtocol,
         ws="none",
         log_config=None,
         log_level="info" if settings.access_log else "warning",
