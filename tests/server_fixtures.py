@@ -19,7 +19,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-STARTS_S = 90.0
+STARTS_S = 180.0
 
 
 def write_chat_pair(root: Path) -> tuple[Path, Path]:
