@@ -265,6 +265,28 @@ def test_parts_and_developers_are_a_plain_conversation(server, alone):
     assert post(server, "/tokenize", messages=messages).json()["tokens"] == alone.encode(plain)
 
 
+def test_an_answer_may_be_sent_back_as_it_came(client, alone):
+    """What everybody does who has more than one question."""
+    request = {"model": "pair", "temperature": 0, "max_tokens": 12}
+    first = client.chat.completions.create(**request, messages=MESSAGES).choices[0].message
+    turns = [first, first.model_dump(), {**first.model_dump(), "tool_calls": [], "name": None}]
+    said = [*MESSAGES, {"role": "assistant", "content": first.content}, *MESSAGES]
+    expected = alone.chat(said, max_new_tokens=12).text
+    for turn in turns:
+        answer = client.chat.completions.create(**request, messages=[*MESSAGES, turn, *MESSAGES])
+        assert answer.choices[0].message.content == expected
+    called = {**first.model_dump(), "tool_calls": [{"id": "1", "type": "function", "function": {}}]}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**request, messages=[*MESSAGES, called, *MESSAGES])
+    assert caught.value.param == "messages[1].tool_calls"
+
+
+def test_head_is_get_without_a_body(server):
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        answer = httpx.head(server.url + path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_fields_that_change_nothing_are_taken(server):
     neutral = {"presence_penalty": 0, "logit_bias": {}, "tools": None, "response_format": {"type": "text"}, "user": "a"}
     assert post(server, "/v1/completions", prompt=PROMPT, max_tokens=1, **neutral).status_code == 200

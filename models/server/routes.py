@@ -34,6 +34,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 router = APIRouter(prefix="/v1", responses=ERRORS)
 
 
+@router.head("/models", include_in_schema=False)
 @router.get("/models")
 async def list_models(request: Request) -> Response:
     """The one model that is served."""
