@@ -57,7 +57,7 @@ class ServerProcess:
             stdout=subprocess.DEVNULL,
         )
         self.began = time.monotonic()
-        self.url = self._wait(lambda: (re.findall(r"http://[\d.]+:\d+", self.log) or [""])[0])
+        self.url = self._wait(lambda: (re.findall(r"http://(?:[\d.]+|\[[\da-f:]+\]):\d+", self.log) or [""])[0])
 
     @property
     def log(self) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import signal
 import socket
 import sys
@@ -135,6 +137,10 @@ def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
-        raise UserError(f"cannot listen at {where} ({error.strerror or error}): choose another --port") from None
+        ports_own = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        reason = os.strerror(error.errno) if ports_own and error.errno else error.strerror or error
+        raise UserError(
+            f"cannot listen at {where} ({reason}): choose another --{'port' if ports_own else 'host'}"
+        ) from None
     with listener:
         yield listener
