@@ -194,6 +194,10 @@ class EngineThread:
             self._audits.give_way()
         try:
             drafting = self._draftings.of(*job.speculation)
+        except UserError as error:
+            self._end(job, refused(error, "speculation"))
+            return
+        try:
             for choice in job.choices:
                 scorer = None if job.top_logprobs is None else Scorer(job.top_logprobs)
                 request, text = self._llm.request(
