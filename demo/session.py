@@ -14,8 +14,9 @@ from models.boards import SILICON, medium
 from models.cli import interrupts
 from models.cli.console import loading_bar, show_memory
 from models.cli.prompts import default_prompts, encode_prompts, is_instruct
+from models.drafting import check_exit_choice
 from models.llama.tokenizer import LlamaTokenizer
-from models.llm import LLM, check_exit_choice
+from models.llm import LLM
 from models.loading import OpenedDraft, OpenedPair, estimate_bytes, open_pair
 from models.options import AUTO, describe_source
 from models.speculative.control.policy import AutoDraftLength

@@ -6,7 +6,7 @@
         for piece in llm.stream("def add(a, b):", max_new_tokens=60):
             print(piece.text, end="", flush=True)
 
-- `llm`: the front door: load a pair, then stream, generate, chat
+- `llm`: the front door: load a pair, then stream, generate, chat. Below it `loaded`, `drafting`, `completion`
 - `options`, `loading`, `device`, `boards`, `errors`: what a user may choose, and what is wrong with it
 - `llama`: what a Llama is. Configuration, checkpoint, tokenizer
 - `torch_llama`, `ttnn_llama`: the network on CPU and CUDA, and on Tenstorrent boards
@@ -20,16 +20,18 @@ The names below are loaded when they are first used: importing this package impo
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from models.completion import Completion, Piece
+    from models.drafting import Drafting
     from models.errors import UserError
-    from models.llm import LLM, Completion, Drafting, Piece
+    from models.llm import LLM
     from models.speculative.sampling import SamplingParams
     from models.speculative.stats import GenerationStats
 
 _HOMES = {
     "LLM": "models.llm",
-    "Completion": "models.llm",
-    "Drafting": "models.llm",
-    "Piece": "models.llm",
+    "Completion": "models.completion",
+    "Drafting": "models.drafting",
+    "Piece": "models.completion",
     "SamplingParams": "models.speculative.sampling",
     "GenerationStats": "models.speculative.stats",
     "UserError": "models.errors",

@@ -77,17 +77,16 @@ class CachePlan:
         return (room - self.draft_bytes(max_seq_len)) // self._block * KV_BLOCK - SPARE
 
 
-def asked_pool(options: ResolvedOptions, max_seq_len: int) -> int | None:
+def asked_pool(asked: int | None, slots: int, max_seq_len: int) -> int | None:
     """Positions of all sequences together, as asked for; None: as many as all slots may have.
 
     Raises UserError for a pool that cannot hold one sequence.
     """
-    asked = options.pool_size
     if asked is not None and asked < max_seq_len:
         raise OptionError(
             f"[pool_size] {asked} cannot hold one text of [max_seq_len] {max_seq_len}: raise it, or lower [max_seq_len]"
         )
-    return None if asked is None or asked >= options.slots * max_seq_len else asked
+    return None if asked is None or asked >= slots * max_seq_len else asked
 
 
 def choose_pool(
@@ -105,7 +104,8 @@ def choose_pool(
         UserError: for a context, or a pool, that the memory that is free cannot hold, and for a pool that cannot hold
             one sequence.
     """
-    asked, pool = options.pool_size, asked_pool(options, max_seq_len)
+    asked = options.pool_size
+    pool = asked_pool(asked, options.slots, max_seq_len)
     free = free_bytes(options.device)
     if free is None:
         return pool

@@ -215,7 +215,7 @@ def open_pair(options: EngineOptions) -> OpenedPair:
         if isinstance(resolved.exit_layer, int):
             check_exit_layer(resolved.exit_layer, layers)
     if options.device == "tt":  # what fits there is known when it is known which board it is
-        pool = asked_pool(resolved, max_seq_len)
+        pool = asked_pool(resolved.pool_size, resolved.slots, max_seq_len)
     else:
         drafts = draft.checkpoint.config if draft else None
         pool = choose_pool(resolved, target.source, target.checkpoint.config, drafts, max_seq_len)

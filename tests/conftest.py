@@ -6,6 +6,7 @@ import pytest
 
 import demo.display
 import demo.session
+import models.drafting
 import models.llm
 from demo.harness import main
 from tests.demo_fixtures import write_pair
@@ -45,7 +46,7 @@ def all_lengths(monkeypatch):
     """Automatic draft lengths that are 0, 1, .. in turn instead of going by times; the controllers that were made."""
     made = []
 
-    class InTurn(models.llm.AutoDraftLength):
+    class InTurn(models.drafting.AutoDraftLength):
         def __init__(self, *args):
             super().__init__(*args)
             self.generations = self.rounds = 0
@@ -66,7 +67,7 @@ def all_lengths(monkeypatch):
             super().update(round)
             self.rounds += 1
 
-    monkeypatch.setattr(models.llm, "AutoDraftLength", InTurn)
+    monkeypatch.setattr(models.drafting, "AutoDraftLength", InTurn)
     return made
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from models.board_mock import cluster
 from models.cli.command import run_command
-from models.llama.config import LlamaConfig
+from models.llama.config import LlamaConfig, named_config
 from models.tests.head_fixtures import head_config
 from models.tests.llama_fixtures import tiny_config
 from models.ttnn_llama.weights.precision import tile_bytes
+from scripts.board_check.question import find_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "check_board.py"
@@ -159,6 +160,25 @@ def test_a_draft_on_its_own_chip_is_checked_on_meshes_of_their_own(directory, tm
 
 
 @needs_ttnn
+def test_texts_that_share_a_pool_are_checked_with_the_pages_of_the_pool(directory, tmp_path):
+    file = tmp_path / "check.json"
+    models = f"--model {directory} --draft {directory} --mesh N150 --max-seq-len 256 --slots 4 --pool-size 300"
+    done = run(*models.split(), *f"--rows 1 --prompts 256 --num-draft-tokens 3 --json {file}".split())
+    assert done.returncode == 0, done.stdout
+    results = results_of(done, file)
+    planned = results["planned_bytes_per_chip"]
+    pages = 4 * (256 + 32 + 96) / 128  # of a draft, which has the whole context for every text; a pool of 300 is 3
+    assert planned["draft"]["kv_cache"] / planned["target"]["kv_cache"] == pages / 3
+    kept = sum(plan["weights"] + plan["kv_cache"] for plan in planned.values())
+    assert kept <= results["memory_in_use"]["target + draft"]["dram_kept"] <= 1.1 * kept
+    together = [check["what"] for check in results["checks"] if "users" in check["what"]]
+    assert together == [
+        *(f"target: 3 users, {rows} rows each, in one forward" for rows in (1, 4)),
+        *(f"draft: 4 users, {rows} rows each, in one forward" for rows in (1, 4)),
+    ]
+
+
+@needs_ttnn
 def test_an_illegal_op_is_named_with_its_place_and_reason_and_the_rest_goes_on(directory, tmp_path):
     file = tmp_path / "check.json"
     options = "--mesh T3K --rows 5 --prompts 1 200".split()
@@ -228,6 +248,7 @@ def test_op_counts_gives_whole_models_from_one_and_two_layers(tmp_path):
         ("--model 8B --draft 1B --mesh P150 --draft-placement own-chip", "needs 2 chips, P150 has 1"),
         ("--model 8B --draft {small} --mesh N150", "target vocabulary 128256 != draft vocabulary 2048"),
         ("--model models/checkpoints/tiny-target --mesh T3K", "cannot be split over 8 chips: use a mesh of"),
+        ("--model 1B --mesh N150 --slots 2 --pool-size 99", "99 cannot hold one text of --max-seq-len 2048"),
         ("--model no/such-model --mesh N150", "cannot get config.json of no/such-model"),
         ("--model 1B --mesh N150 --json /nowhere/at/all.json", "cannot write --json /nowhere/at/all.json"),
     ],
@@ -257,8 +278,8 @@ def test_bad_input_to_op_counts_is_one_line_and_exit_code_2(op_counts, capsys, a
 
 
 @pytest.mark.parametrize("name", ["1B", "llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B"])
-def test_published_sizes_are_known_without_a_download(check_board, name):
-    assert check_board.find_config(name) == check_board.named_config("1b")
+def test_published_sizes_are_known_without_a_download(name):
+    assert find_config(name) == named_config("1b")
 
 
 def test_the_note_of_every_answer_names_what_is_not_proved(check_board):

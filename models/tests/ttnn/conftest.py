@@ -148,6 +148,38 @@ def shadow():
         yield shadow
 
 
+@pytest.fixture
+def put(mesh_device, shadow):
+    """put(x, ...) is from_torch onto the mesh, replicated."""
+    import torch
+    import ttnn
+
+    integers = (ttnn.int32, ttnn.uint32)
+
+    def put(x, dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT, memory_config=ttnn.DRAM_MEMORY_CONFIG):
+        if x.dtype == torch.int64:
+            dtype, layout, x = dtype if dtype in integers else ttnn.int32, ttnn.ROW_MAJOR_LAYOUT, x.int()
+        return ttnn.from_torch(x, dtype=dtype, layout=layout, device=mesh_device, memory_config=memory_config)
+
+    return put
+
+
+@pytest.fixture
+def same(shadow):
+    """same(tensor, expected): shape as ttnn says, values on every device and as read back."""
+    import torch
+    import ttnn
+
+    def same(tensor, expected, tolerance=2**-7):
+        assert list(tensor.shape) == list(expected.shape)
+        for value in shadow.value(tensor):
+            torch.testing.assert_close(value.float(), expected.float(), rtol=tolerance, atol=tolerance)
+        read = ttnn.to_torch(ttnn.get_device_tensors(tensor)[0])
+        torch.testing.assert_close(read.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+    return same
+
+
 @pytest.fixture(scope="module")
 def mesh(mesh_opener):
     """All chips of the board, for a file's tests."""
