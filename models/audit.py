@@ -15,16 +15,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from models.cache_size import weight_bytes
 from models.errors import UserError
+from models.memory import free_bytes
 from models.speculative.acceptance import distribution
 from models.speculative.sampling import SamplingParams
+from models.speculative.sequence import Token
 
 if TYPE_CHECKING:
     from models.llm import LLM
@@ -34,8 +38,12 @@ DEVIATIONS = 4.0  # of what rounding adds to the difference of two logits: withi
 FP32_UNITS = 64  # of fp32's last place in the largest logit: what fp32 itself is trusted to
 LEAST_SAMPLES = 5  # of a position, to test it by itself
 ALPHA = 0.001  # of a report: the chance of a false alarm
+POLL_S = 0.02  # between looks at what another thread computes
 
+T = TypeVar("T")
 Reference: TypeAlias = Callable[[Sequence[int]], Tensor]  # token ids -> fp32 logits [V] of what follows them
+# A computation in pieces of one forward each: yields for how many seconds there is nothing to do, and returns a result.
+Steps: TypeAlias = Generator[float, None, T]
 
 
 @dataclass(frozen=True)
@@ -165,11 +173,13 @@ class Auditor:
     Args:
         llm: the target, and how it was loaded.
         reference: gives fp32 logits in place of a target that is loaded for it.
+        executor: in which the target is loaded in fp32, and asked; None: in the caller's thread.
     """
 
-    def __init__(self, llm: LLM, reference: Reference | None = None) -> None:
+    def __init__(self, llm: LLM, reference: Reference | None = None, executor: Executor | None = None) -> None:
         self.llm = llm
         self._reference = reference
+        self._executor = executor
 
     def greedy(
         self,
@@ -187,79 +197,159 @@ class Auditor:
             finish_reason: of the text; "stop": plain decoding has to stop there too.
             stop, stop_ids: as of `LLM.stream`.
         """
+        sampling = SamplingParams()
+        return finish(self.steps(prompt, tokens, sampling, finish_reason=finish_reason, stop=stop, stop_ids=stop_ids))
+
+    def sampled(self, prompt: Sequence[int], tokens: Sequence[int], sampling: SamplingParams) -> TextAudit:
+        """Replay a sampled text: where each token lies in the target's distribution at its place."""
+        return finish(self.steps(prompt, tokens, sampling))
+
+    def steps(
+        self,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        finish_reason: str = "",
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Steps[TextAudit]:
+        """Replay a text of either kind forward by forward, for a caller who has other things to do.
+
+        No text may be under way while it goes on. It may be closed at any time, which gives its slot back.
+        Arguments are those of `greedy` and `sampled`.
+        """
         self._check_idle()
+        if sampling.greedy:
+            return self._greedy(prompt, tokens, finish_reason, stop, stop_ids)
+        return self._sampled(prompt, tokens, sampling)
+
+    def _greedy(
+        self,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        finish_reason: str,
+        stop: str | Sequence[str] | None,
+        stop_ids: Sequence[int] | None,
+    ) -> Steps[TextAudit]:
         found: list[Divergence] = []
         start = 0
         while True:
-            rest = tokens[start:]
+            rest = list(tokens[start:])
             limit = len(rest) + (finish_reason == "stop")
-            context = [*prompt, *tokens[:start]]
-            plain = self.llm.generate(
-                context, max_new_tokens=max(limit, 1), stop=stop, stop_ids=stop_ids, speculate=False
-            ).token_ids[:limit]
-            if plain == list(rest):
+            written = yield from self._plain(prompt, tokens[:start], max(limit, 1), stop, stop_ids)
+            plain = written[:limit]
+            if plain == rest:
                 return TextAudit(len(tokens), True, found)
             same = next((i for i, (a, b) in enumerate(zip(plain, rest, strict=False)) if a != b), None)
             place = min(len(plain), len(rest)) if same is None else same
-            ids = [each[place] if place < len(each) else None for each in (plain, list(rest))]
+            ids = [each[place] if place < len(each) else None for each in (plain, rest)]
             context = [*prompt, *tokens[: start + place]]
-            found.append(self._divergence(context, start + place + 1, *ids))
+            found.append((yield from self._divergence(context, start + place + 1, *ids)))
             start += place + 1
             if not found[-1].near_tie or start >= len(tokens):  # behind another text there is nothing to compare
                 return TextAudit(len(tokens), True, found)
 
-    def sampled(self, prompt: Sequence[int], tokens: Sequence[int], sampling: SamplingParams) -> TextAudit:
-        """Replay a sampled text: where each token lies in the target's distribution at its place."""
-        self._check_idle()
+    def _plain(
+        self,
+        prompt: Sequence[int],
+        begun: Sequence[int],
+        limit: int,
+        stop: str | Sequence[str] | None,
+        stop_ids: Sequence[int] | None,
+    ) -> Steps[list[int]]:
+        """What plain decoding writes behind the beginning of a text."""
+        context, engine = [*prompt, *begun], self.llm.engine
+        request, text = self.llm.request(context, max_new_tokens=limit, stop=stop, stop_ids=stop_ids, speculate=False)
+        for id in begun:  # in which a stop string may have begun
+            text.push(Token(id, "plain"))
+        sequence = engine.add(request)
+        try:
+            while not sequence.finished:
+                engine.advance(sequence)
+                yield 0.0
+        finally:
+            engine.abort(sequence)
+        return sequence.tokens[len(context) :]
+
+    def _sampled(self, prompt: Sequence[int], tokens: Sequence[int], sampling: SamplingParams) -> Steps[TextAudit]:
         draw = random.Random(f"audit/{sampling.seed}/{list(prompt)}/{list(tokens)}")
         found: list[Divergence] = []
         uniforms: list[float] = []
-        for place, logits in enumerate(self._rows(prompt, tokens)):
-            token = tokens[place]
-            p = distribution(logits[None], sampling.temperature, sampling.top_k, sampling.top_p)[0].double().cpu()
-            if not p[token] > 0:
-                found.append(self._left_out([*prompt, *tokens[:place]], place + 1, token, p))
-                continue
-            above = (p > p[token]) | ((p == p[token]) & (torch.arange(len(p)) < token))
-            uniforms.append(float(p[above].sum() + draw.random() * p[token]) / float(p.sum()))
+        place = 0
+        try:
+            for rows in self._forwards(prompt, tokens):
+                for logits in rows:
+                    token = tokens[place]
+                    p = (
+                        distribution(logits[None], sampling.temperature, sampling.top_k, sampling.top_p)[0]
+                        .double()
+                        .cpu()
+                    )
+                    if p[token] > 0:
+                        above = (p > p[token]) | ((p == p[token]) & (torch.arange(len(p)) < token))
+                        uniforms.append(float(p[above].sum() + draw.random() * p[token]) / float(p.sum()))
+                    else:
+                        context = [*prompt, *tokens[:place]]
+                        found.append((yield from self._left_out(context, place + 1, token, p)))
+                    place += 1
+                yield 0.0
+        finally:
+            self._free()
         return TextAudit(len(tokens), False, found, uniforms)
 
-    def _rows(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[Tensor]:
-        """The target's logits [V] in front of each token of a text."""
+    def _forwards(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[list[Tensor]]:
+        """The target's logits [V] in front of each token of a text, those of one forward together."""
         model = self.llm.target.model
-        yield model.prefill(prompt)
+        yield [model.prefill(prompt)]
         position = len(prompt)
         for start in range(0, len(tokens) - 1, model.max_rows):
             chunk = list(tokens[start : min(start + model.max_rows, len(tokens) - 1)])
-            yield from model.forward(chunk, position + start)
+            yield list(model.forward(chunk, position + start))
 
-    def _divergence(self, context: list[int], token: int, plain_id: int | None, run_id: int | None) -> Divergence:
-        exact, tolerance = self._measured(context)
+    def _divergence(
+        self, context: list[int], token: int, plain_id: int | None, run_id: int | None
+    ) -> Steps[Divergence]:
+        exact, tolerance = yield from self._measured(context)
         best, second = exact.topk(2).values.tolist()
         known = [float(exact[id]) for id in (plain_id, run_id) if id is not None and 0 <= id < len(exact)]
         gap = best - min(known) if len(known) == 2 else math.inf
         return Divergence(token, plain_id, run_id, best - second, gap, tolerance)
 
-    def _left_out(self, context: list[int], token: int, run_id: int, p: Tensor) -> Divergence:
+    def _left_out(self, context: list[int], token: int, run_id: int, p: Tensor) -> Steps[Divergence]:
         """Of a token of probability 0: the gap is that to the least likely token that has any."""
-        exact, tolerance = self._measured(context)
+        exact, tolerance = yield from self._measured(context)
         best, second = exact.topk(2).values.tolist()
         inside = 0 <= run_id < len(exact)
         gap = float(exact[p > 0].min()) - float(exact[run_id]) if inside else math.inf
         return Divergence(token, int(p.argmax()), run_id, best - second, gap, tolerance)
 
-    def _measured(self, context: list[int]) -> tuple[Tensor, float]:
+    def _measured(self, context: list[int]) -> Steps[tuple[Tensor, float]]:
         """(fp32 logits [V] of what follows, how far apart near-ties may be).
 
         The precision's error is taken over the whole vocabulary. A common offset changes no choice, so that its
         standard deviation counts; of a difference of two it is sqrt(2) as large.
         """
-        own = self.llm.target.model.prefill(context).double().cpu()
-        exact = self._exact(context).double().cpu()
+        try:
+            own = self.llm.target.model.prefill(context).double().cpu()
+            exact = (yield from self._exact(context)).double().cpu()
+        finally:
+            self._free()
         rounding = DEVIATIONS * math.sqrt(2) * float((own - exact).std())
         return exact, max(rounding, FP32_UNITS * 2.0**-24 * float(exact.abs().max()))
 
-    def _exact(self, context: list[int]) -> Tensor:
+    def _exact(self, context: list[int]) -> Steps[Tensor]:
+        llm = self.llm
+        if self._reference is None and llm.board is None and llm.options.dtype in ("fp32", "int8"):
+            return llm.target.model.prefill(context)
+        if self._executor is None:
+            return self._asked(context)
+        future = self._executor.submit(self._asked, context)
+        while not future.done():
+            yield POLL_S
+        return future.result()
+
+    def _asked(self, context: list[int]) -> Tensor:
         if self._reference is None:
             self._reference = self._loaded_reference()
         return self._reference(context)
@@ -268,14 +358,31 @@ class Auditor:
         from models.loading import load_model
 
         llm = self.llm
-        if llm.board is None and llm.options.dtype in ("fp32", "int8"):
-            return llm.target.model.prefill
         device = "cpu" if llm.board else llm.options.device
+        needed, free = weight_bytes(llm.target.opened.checkpoint.config, "fp32"), free_bytes(device)
+        if free is not None and needed > free:
+            raise UserError(
+                f"whether a divergence is a near-tie is read from the target in fp32: that takes {needed / 2**30:.1f} "
+                f"GiB, and {device} has {free / 2**30:.1f} free"
+            )
         return load_model(llm.target.opened, device=device, dtype="fp32", max_seq_len=llm.max_seq_len).model.prefill
+
+    def _free(self) -> None:
+        """Give back what forwards beside the engine have put into the first slot."""
+        self.llm.engine.target.free(0)
 
     def _check_idle(self) -> None:
         if self.llm.engine.running:
             raise UserError("an audit needs the target's cache: finish the texts that are under way first")
+
+
+def finish(steps: Steps[T]) -> T:
+    """All steps at once: their result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def report(texts: Sequence[TextAudit], alpha: float = ALPHA) -> Report:

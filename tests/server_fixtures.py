@@ -19,7 +19,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-STARTS_S = 90.0
+STARTS_S = 180.0
 
 
 def write_chat_pair(root: Path) -> tuple[Path, Path]:
@@ -38,24 +38,26 @@ def flags_for(pair: tuple[Path, Path]) -> list[str]:
 
 
 class ServerProcess:
-    """`python -m models.server` at a free port.
+    """`python -m models.server`, or another program that starts it, at a free port.
 
     Attributes:
         url: without a slash at the end. log: what it has written to stderr so far.
     """
 
-    def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *flags: str, env: dict[str, str] | None = None, program: tuple[str, ...] = ("-m", "models.server")
+    ) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", prefix="server-", suffix=".log")  # noqa: SIM115
         environ = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "models.server", "--port", "0", *flags],
+            [sys.executable, *program, "--port", "0", *flags],
             cwd=ROOT,
             env=environ,
             stderr=self._log,
             stdout=subprocess.DEVNULL,
         )
         self.began = time.monotonic()
-        self.url = self._wait(lambda: (re.findall(r"http://[\d.]+:\d+", self.log) or [""])[0])
+        self.url = self._wait(lambda: (re.findall(r"http://(?:[\d.]+|\[[\da-f:]+\]):\d+", self.log) or [""])[0])
 
     @property
     def log(self) -> str:

@@ -51,6 +51,7 @@ def test_an_error_names_the_field(server):
     assert param(*BAD_REQUESTS["an unknown role"]) == "messages[0].role"
     assert param(*BAD_REQUESTS["a message with a name"]) == "messages[0].name"
     assert param(*BAD_REQUESTS["a draft too long"]) == "speculation.num_draft_tokens"
+    assert param(*BAD_REQUESTS["an unknown drafter"]) == "speculation"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,12 @@ def test_paths_that_are_not(server, method, path, status):
     assert int(answer.split()[1]) == status
     if path != "/docs":
         assert "message" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+def test_a_path_without_v1_says_where_the_api_is(server):
+    wrong = httpx.post(server.url + "/chat/completions", json={"messages": HELLO})
+    assert "/v1" in checked(wrong, 404)["message"]
+    assert "below" not in checked(httpx.post(server.url + "/v1/responses", json={}), 404)["message"]
 
 
 def test_an_unknown_model(server):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -127,13 +128,37 @@ def test_sigterm_finishes_what_is_under_way_within_a_bound_and_takes_nothing_new
     assert server.process.wait(20) == 0 and time.monotonic() - began < 10
 
 
+def test_a_port_in_use_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags = ["--target", "tiny", "--port", str(taken.getsockname()[1])]
+        command = [sys.executable, "-m", "models.server", *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "--port" in done.stderr and "in use" in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.count("127.0.0.1") == 1
+
+
+def test_it_listens_at_an_ipv6_address(chat_pair):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    running = ServerProcess(*flags_for(chat_pair), "--host", "::1")
+    try:
+        assert running.ready().url.startswith("http://[::1]:")
+        with openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0) as client:
+            assert client.models.list().data[0].id == "pair"
+    finally:
+        running.close()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--target", "/nowhere"], "/nowhere"),
         (["--target", "tiny", "--drafter", "magic"], "--drafter"),
         (["--target", "tiny", "--port", "99999"], "--port"),
-        (["--target", "tiny", "--host", "203.0.113.1"], "--port"),
+        (["--target", "tiny", "--host", "203.0.113.1"], "--host"),
+        (["--target", "tiny", "--host", "no.such.host.invalid"], "--host"),
         (["--target", "tiny", "--api-key", "two words"], "--api-key"),
         (["--target", "tiny", "--cors-origin", "evil"], "--cors-origin"),
     ],

@@ -10,7 +10,7 @@ import pytest
 
 from tests.server_fixtures import metrics_of, until
 
-REQUESTS = 24
+REQUESTS = 32
 WORDS = "def add self value return total + while not in range of the list and number".split()
 MANY = int(os.environ.get("SERVER_REQUESTS", "200"))  # 2000 for the long version
 

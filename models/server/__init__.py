@@ -8,10 +8,14 @@
     planning.py        from a body to a `Job`
     jobs.py            a request under way: its choices, and the events that its handler waits for
     engine_thread.py   the one thread that loads the models and takes the engine's steps
+    mailbox.py         what it hands to the event loop
+    texts.py           a choice while it is written
+    audits.py          replays finished texts against plain decoding
     drafting.py        who drafts for a request
     scores.py          log-probabilities
     answers.py         the shapes of responses; stream.py: server-sent events
     metrics.py         Prometheus
+    connections.py     connections whose clients do nothing
     guard.py           body size, slow bodies, API key
     errors.py          errors in OpenAI's form
     running.py         the process: socket, signals, draining

@@ -11,8 +11,10 @@ from typing import Any
 from models.llama.tokenizer import LlamaTokenizer
 from models.options import AUTO
 from models.server.jobs import Delta, Job, Summary, Written
+from models.server.responses import to_json
 from models.speculative.stats import GenerationStats
 
+PLACE = "\0"  # in place of a text: no served name has it
 JUDGED_ROUNDS = 16  # the last ones, which say whether a policy has switched drafting off
 
 
@@ -33,7 +35,13 @@ class Shape(ABC):
             "created": int(time.time()),
             "model": model,
         }
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
         self._offsets: dict[int, int] = {}  # characters of a choice's text so far
+
+    @property
+    def id(self) -> str:
+        """Of the answer."""
+        return str(self._head["id"])
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The chunk that a choice begins with; None: there is none."""
@@ -51,6 +59,20 @@ class Shape(ABC):
             counts = zip(("rounds", "draft_n", "draft_n_accepted"), delta.counts, strict=True)
             chunk["timings"] = dict(counts)
         return chunk
+
+    def plain_text(self, delta: Delta) -> str | None:
+        """What a delta says, if that is a text and nothing else: its chunk is then `frame`'s."""
+        if self._origins or delta.finish_reason or (delta.written and delta.written[0].score is not None):
+            return None
+        return "".join(each.text for each in delta.written)
+
+    def frame(self, index: int) -> tuple[bytes, bytes]:
+        """What an event of a choice has before and behind its text, which is JSON: the same in all of them."""
+        if (known := self._frames.get(index)) is None:
+            chunk = self._chunk({"index": index, **self._delta(PLACE), "finish_reason": None})
+            start, end = (b"data: " + to_json(chunk) + b"\n\n").split(to_json(PLACE))
+            known = self._frames[index] = start, end
+        return known
 
     def last_chunk(self, job: Job, summaries: Sequence[Summary]) -> dict[str, Any]:
         """The chunk without choices that has the usage."""

@@ -39,7 +39,7 @@ def create_app(settings: ServerSettings, load: Callable[[], LLM], failed: Callab
         load: makes the models. failed: called where that raised.
     """
     metrics = Metrics(settings.model_name)
-    engine = EngineThread(load, metrics, settings.queue, failed)
+    engine = EngineThread(load, metrics, settings.queue, failed, settings.audit_every)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

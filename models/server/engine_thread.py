@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import queue
 import threading
@@ -13,63 +12,22 @@ import torch
 from loguru import logger
 
 from models.errors import NotFinite, UserError
+from models.server.audits import Audits
 from models.server.drafting import Draftings
 from models.server.errors import ApiError, internal, refused, unavailable
-from models.server.jobs import OPENAI_REASONS, Accepted, Choice, Delta, Event, Gone, Job, Summary, Written, clock
+from models.server.jobs import Accepted, Delta, Event, Gone, Job, clock
+from models.server.mailbox import EVENT_S, Mailbox
 from models.server.metrics import Metrics
 from models.server.scores import Scorer
+from models.server.texts import Text
 
 if TYPE_CHECKING:
-    from models.llm import LLM, Drafting
+    from models.llm import LLM
     from models.speculative.engine import Emission, Engine
     from models.speculative.sequence import Sequence
-    from models.speculative.text import TextStream
 
 WARM_UP = ("Hello", 8)  # prompt, tokens
-# A stream's tokens wait for each other for so long: what an event costs is then shared by those of a fast model, which
-# come in a few milliseconds. The first one, and the last, do not wait.
-EVENT_S = 0.01
 FAILURES = 3  # steps in a row that raise, before the server calls itself unhealthy
-
-
-class Text:
-    """A choice that the engine writes. Belongs to the engine's thread."""
-
-    def __init__(self, job: Job, choice: Choice, text: TextStream, scorer: Scorer | None, drafting: Drafting) -> None:
-        self.job, self.choice, self.drafting = job, choice, drafting
-        self.text, self.scorer = text, scorer
-        self.written: list[Written] = []  # and not handed out
-        self.started = 0.0  # when it got a slot, first: its first token, last: its last one
-        self.first = self.last = 0.0
-        self.told = -math.inf  # when tokens were handed out last
-        self.rounds = self.drafted = self.accepted = 0
-
-    def take(self, emission: Emission, now: float) -> int:
-        """Note what a step has added; returns how many tokens."""
-        tokens, ended = emission.tokens, emission.sequence.stats.finish_reason
-        scores = self.scorer.take([token.id for token in tokens]) if self.scorer else [None] * len(tokens)
-        last = len(tokens) - 1 if ended else -1
-        for i, (token, score) in enumerate(zip(tokens, scores, strict=True)):
-            text = self.text.finish() if i == last else self.text.take()
-            self.written.append(Written(text, token.id, token.origin, score))
-        self.first = self.first or now
-        self.last = now
-        return len(tokens)
-
-    def delta(self, sequence: Sequence, now: float) -> Delta | None:
-        """What is to be handed out now."""
-        reason = OPENAI_REASONS.get(sequence.stats.finish_reason, "")
-        if not reason and not (self.job.stream and self.written and now - self.told >= EVENT_S):
-            return None
-        written, self.written, self.told = self.written, [], now
-        counts = self.rounds, self.drafted, self.accepted
-        return Delta(self.choice.index, written, counts, reason, self._summary(sequence) if reason else None)
-
-    def _summary(self, sequence: Sequence) -> Summary:
-        waited = max(self.first - sequence.stats.ttft_s - self.job.arrived, 0.0)
-        decode_s = self.last - self.first
-        name, length = self.drafting.name, self.drafting.length
-        return Summary(sequence.stats, waited, decode_s, name, length, sequence.wanted)
 
 
 class EngineThread:
@@ -83,10 +41,16 @@ class EngineThread:
         metrics: told what happens.
         queued: choices that may wait beside those that have a slot.
         failed: called in the event loop's thread where loading has failed.
+        audit_every: one in so many texts is replayed while there is nothing else to do; None: none.
     """
 
     def __init__(
-        self, load: Callable[[], LLM], metrics: Metrics, queued: int, failed: Callable[[Exception], None]
+        self,
+        load: Callable[[], LLM],
+        metrics: Metrics,
+        queued: int,
+        failed: Callable[[Exception], None],
+        audit_every: int | None = None,
     ) -> None:
         self.state = "loading"  # then "ready", "draining", or "failing" after steps that raised
         self.llm: LLM | None = None
@@ -95,18 +59,21 @@ class EngineThread:
         self.capacity = self.slots = 0
         self.open = 0  # choices that are under way or wait
         self._load, self._metrics, self._queued, self._failed = load, metrics, queued, failed
+        self._audit_every = audit_every
+        self._audits: Audits | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._texts: dict[Sequence, Text] = {}
-        self._outbox: list[tuple[Job, Event]] = []
+        self._mailbox = Mailbox(self._deliver)
         self._stopped, self._raised = False, 0
         self._deadline = math.inf
+        self._observed = 0.0  # when metrics were told what is under way
         self._request_s = 0.0  # seconds that a text takes, roughly
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ----------------------------------------------------------------------------- called in the event loop's thread
     def start(self) -> None:
         """Begin to load."""
-        self._loop = asyncio.get_running_loop()
+        self._mailbox.open()
         self._thread.start()
 
     def check_ready(self) -> LLM:
@@ -152,16 +119,15 @@ class EngineThread:
         if self.llm is not None:
             self._thread.join()
 
-    def _deliver(self, events: list[tuple[Job, Event]]) -> None:
-        for job, event in events:
-            if isinstance(event, Gone):  # all choices of a job that was cancelled or refused
-                self._close(job, job.open)
-                continue
-            if isinstance(event, Delta) and event.summary:
-                self._close(job, 1)
-                self._request_s += 0.2 * (clock() - job.arrived - self._request_s)
-            if not job.cancelled:
-                job.events.put_nowait(event)
+    def _deliver(self, job: Job, event: Event) -> None:
+        if isinstance(event, Gone):  # all choices of a job that was cancelled or refused
+            self._close(job, job.open)
+            return
+        if isinstance(event, Delta) and event.summary:
+            self._close(job, 1)
+            self._request_s += 0.2 * (clock() - job.arrived - self._request_s)
+        if not job.cancelled:
+            job.events.put_nowait(event)
 
     def _close(self, job: Job, count: int) -> None:
         job.open -= count
@@ -187,34 +153,51 @@ class EngineThread:
             self._llm = llm
             self._draftings = Draftings(llm, self._lost_drafter)
             self._warm_up()
+            if self._audit_every is not None:
+                self._audits = Audits(llm, self._audit_every, self._metrics)
             self.drafters = self._draftings.names
         except Exception as error:
-            self._loop.call_soon_threadsafe(self._failed, error)
+            self._mailbox.call(self._failed, error)
             return
-        self._loop.call_soon_threadsafe(self._ready, llm)
+        self._mailbox.call(self._ready, llm)
         with torch.inference_mode(), llm:
             while self._take_commands():
                 self._step()
 
     def _take_commands(self) -> bool:
-        """Do what was asked for; wait for it where there is nothing else to do. False: the thread ends."""
+        """Do what was asked for; replay texts, or wait, where there is nothing else to do. False: the thread ends."""
         while not self._stopped:
             if not self._commands.empty():
                 self._commands.get()()
-            elif self._engine.idle:
-                self._flush()
-                self._commands.get()()
-            else:
+            elif self._texts:
                 break
+            else:
+                self._flush()
+                idle_s = self._audits.step() if self._audits else None
+                if idle_s != 0:
+                    self._wait(idle_s)
         return not self._stopped
+
+    def _wait(self, seconds: float | None) -> None:
+        """For a command, which is done; None: as long as it takes."""
+        try:
+            command = self._commands.get(timeout=seconds)
+        except queue.Empty:
+            return
+        command()
 
     def _begin(self, job: Job) -> None:
         if job.cancelled:
-            self._outbox.append((job, Gone()))
+            self._mailbox.put(job, Gone())
             return
-        begun = []
+        if self._audits:
+            self._audits.give_way()
         try:
             drafting = self._draftings.of(*job.speculation)
+        except UserError as error:
+            self._end(job, refused(error, "speculation"))
+            return
+        try:
             for choice in job.choices:
                 scorer = None if job.top_logprobs is None else Scorer(job.top_logprobs)
                 request, text = self._llm.request(
@@ -227,13 +210,12 @@ class EngineThread:
                     reader=scorer,
                 )
                 sequence = self._engine.add(request)
-                begun.append(sequence)
                 self._texts[sequence] = Text(job, choice, text, scorer, drafting)
         except Exception as error:
             self._end(job, self._told(error))
             return
         self._metrics.prompt_tokens += job.prompt_tokens
-        self._outbox.append((job, Accepted()))
+        self._mailbox.put(job, Accepted())
 
     def _step(self) -> None:
         if clock() > self._deadline:
@@ -250,7 +232,7 @@ class EngineThread:
                 self._end(job, self._told(error))
         if failing or self._raised:
             self._raised = self._raised + 1 if failing else 0
-            self._post(lambda: self._health("failing" if self._raised >= FAILURES else "ready"))
+            self._mailbox.call(lambda: self._health("failing" if self._raised >= FAILURES else "ready"))
         now = clock()
         for emission in emissions:
             if (text := self._texts.get(emission.sequence)) is not None:
@@ -274,12 +256,14 @@ class EngineThread:
             text.rounds += 1
             text.drafted += round_.drafted
             text.accepted += round_.accepted
-        if (delta := text.delta(sequence, now)) is not None:
-            self._outbox.append((job, delta))
+        if (delta := text.delta(sequence)) is not None:
+            self._mailbox.put(job, delta, urgent=first or delta.summary is not None)
             if delta.summary:
                 del self._texts[sequence]
                 metrics.whole.observe(now - job.arrived)
                 metrics.ended(delta.finish_reason)
+                if self._audits:
+                    self._audits.ended(job.name, text.choice, text.drafting.name, sequence)
 
     def _end(self, job: Job, error: ApiError | None) -> None:
         """Give up all texts of a job. error: what its client is told; None: it has gone."""
@@ -288,17 +272,15 @@ class EngineThread:
             self._engine.abort(sequence)
             self._metrics.ended("abort")
         if error is not None:
-            self._outbox.append((job, error))
-        self._outbox.append((job, Gone()))
+            self._mailbox.put(job, error)
+        self._mailbox.put(job, Gone())
 
     def _flush(self) -> None:
-        self._metrics.observe(self._engine)
-        if self._outbox:
-            events, self._outbox = self._outbox, []
-            self._post(lambda: self._deliver(events))
-
-    def _post(self, call: Callable[[], None]) -> None:
-        self._loop.call_soon_threadsafe(call)
+        now = clock()
+        if not self._texts or now - self._observed > EVENT_S:
+            self._observed = now
+            self._metrics.observe(self._engine)
+        self._mailbox.flush()
 
     def _told(self, error: Exception) -> ApiError:
         """What a client is told of an error that its own request has met."""

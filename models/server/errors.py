@@ -88,9 +88,10 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         what = f"{request.method} {request.url.path}"
+        where = "" if request.url.path.startswith("/v1/") else ": the API is below /v1"
         messages = {
             400: "the body is no JSON that can be read",
-            404: f"{what}: there is no such path",
+            404: f"{what}: there is no such path{where}",
             405: f"{what}: this path has other methods",
         }
         message = messages.get(error.status_code, str(error.detail))

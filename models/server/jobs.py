@@ -100,6 +100,10 @@ class Job:
         speculation: (drafter, tokens a round), each None for the server's default.
         stream: whether a delta is wanted after every step; else one for each choice, at its end.
         top_logprobs: None: log-probabilities are not wanted.
+
+    Attributes:
+        name: the id of its answer.
+        open: choices that count as under way.
     """
 
     choices: list[Choice]
@@ -107,7 +111,8 @@ class Job:
     stream: bool = False
     top_logprobs: int | None = None
     arrived: float = field(default_factory=clock)
-    open: int = 0  # choices that count as under way
+    name: str = ""
+    open: int = 0
     cancelled: bool = False
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
 
@@ -116,6 +121,13 @@ class Job:
         event = await self.events.get()
         if isinstance(event, ApiError):
             raise event
+
+    async def pending(self) -> list[Event]:
+        """All events that are there, at least one: waits for it."""
+        found = [await self.events.get()]
+        while not self.events.empty():
+            found.append(self.events.get_nowait())
+        return found
 
     @property
     def prompt_tokens(self) -> int:

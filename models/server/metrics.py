@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+TRANSFORM = tuple(tenth / 10 for tenth in range(1, 10))
 REQUEST_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 
 
 class Durations:
-    """A histogram of seconds.
+    """A histogram, of seconds if nothing else is said.
 
     Args:
         bounds: upper ends of its buckets, ascending; one without an end follows.
@@ -68,6 +69,9 @@ class Metrics(Collector):
         self.drafts = self.draft_tokens = self.accepted_tokens = self.degraded = 0
         self.first_token, self.between_tokens = Durations(FIRST_TOKEN_S), Durations(TOKEN_S)
         self.whole = Durations(REQUEST_S)
+        self.audits: Counter[str] | None = None  # verdicts; None where nothing is audited
+        self.audited_tokens = 0
+        self.transforms = Durations(TRANSFORM)
         self._per_position: Counter[int] = Counter()
         self._ended: Counter[str] = Counter()
         self.registry = CollectorRegistry()
@@ -118,6 +122,12 @@ class Metrics(Collector):
         yield self._counter("vllm:spec_decode_num_accepted_tokens_per_pos", about, per_position, "position")
         about = "Texts that have ended, by reason"
         yield self._counter("vllm:request_success", about, self._ended.copy(), "finished_reason")
+        if self.audits is not None:
+            about = "Texts that were to be replayed against plain decoding, by what was found"
+            yield self._counter("speculative_audited_texts", about, self.audits.copy(), "verdict")
+            yield self._counter("speculative_audited_tokens", "Tokens that were replayed", {"": self.audited_tokens})
+            about = "Sampled tokens by the target's distribution: uniform where they follow it"
+            yield self._durations("speculative_audit_transform", about, self.transforms)
 
     def text(self) -> bytes:
         """In Prometheus' exposition format."""

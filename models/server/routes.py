@@ -34,6 +34,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 router = APIRouter(prefix="/v1", responses=ERRORS)
 
 
+@router.head("/models", include_in_schema=False)
 @router.get("/models")
 async def list_models(request: Request) -> Response:
     """The one model that is served."""
@@ -71,7 +72,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 
 
 async def _answer(context: Context, request: Request, body: GenerationBody, job: Job, shape: Shape) -> Response:
-    engine = context.engine
+    engine, job.name = context.engine, shape.id
     engine.submit(job)
     try:
         if job.stream:

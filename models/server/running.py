@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import signal
 import socket
 import sys
@@ -50,6 +52,7 @@ def _serve(settings: ServerSettings, listener: socket.socket) -> int:
     from loguru import logger
 
     from models.server.app import create_app
+    from models.server.connections import BoundedProtocol
 
     problem: list[Exception] = []
 
@@ -68,7 +71,7 @@ def _serve(settings: ServerSettings, listener: socket.socket) -> int:
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=BoundedProtocol,
         ws="none",
         log_config=None,
         log_level="info" if settings.access_log else "warning",
@@ -134,6 +137,10 @@ def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
-        raise UserError(f"cannot listen at {where} ({error.strerror or error}): choose another --port") from None
+        ports_own = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        reason = os.strerror(error.errno) if ports_own and error.errno else error.strerror or error
+        raise UserError(
+            f"cannot listen at {where} ({reason}): choose another --{'port' if ports_own else 'host'}"
+        ) from None
     with listener:
         yield listener

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.server.errors import unsupported
 from models.speculative.drafters import MAX_DRAFT_LENGTH
 
 MAX_CHOICES = 16  # of a request: prompts times n
@@ -56,6 +55,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
+# The same of a message: clients send answers back as they came.
+MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "reasoning": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+
 Whole = Annotated[int, Field(strict=True)]
 Length = Annotated[int, Field(strict=True, ge=0, le=MAX_DRAFT_LENGTH)]
 Id = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
@@ -67,20 +79,19 @@ class Body(BaseModel):
     """A JSON object in which nothing is ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL
 
     @model_validator(mode="before")
     @classmethod
     def _without_neutral(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        kept = {}
-        for name, value in data.items():
-            if name in NEUTRAL and name not in cls.model_fields:
-                if value is not None and value not in NEUTRAL[name]:
-                    raise unsupported(name)
-            else:
-                kept[name] = value
-        return kept
+        known = {name: values for name, values in cls.neutral.items() if name not in cls.model_fields}
+        return {
+            name: value
+            for name, value in data.items()
+            if name not in known or not (value is None or value in known[name])
+        }
 
 
 class SpeculationBody(Body):
@@ -128,6 +139,8 @@ class TextPart(Body):
 
 class Message(Body):
     """A turn of a conversation."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = MESSAGE_NEUTRAL
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]

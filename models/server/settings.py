@@ -34,6 +34,7 @@ class ServerSettings(EngineOptions):
         cors_origins: web pages elsewhere that browsers let in.
         max_body_bytes: of a request. body_timeout_s: within which all of a request has to come.
         drain_s: for texts under way, after SIGTERM.
+        audit_every: one in so many texts is replayed against plain decoding; None: none.
         access_log: a line for each request.
 
     Raises:
@@ -49,6 +50,7 @@ class ServerSettings(EngineOptions):
     max_body_bytes: int = 4 * 2**20
     body_timeout_s: float = 30.0
     drain_s: float = 30.0
+    audit_every: int | None = None
     access_log: bool = False
     quiet: bool = False
 
@@ -144,6 +146,13 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         default=30.0,
         metavar="S",
         help="for texts under way, after SIGTERM (default: %(default)s)",
+    )
+    group.add_argument(
+        "--audit-every",
+        type=integer(1),
+        metavar="N",
+        help="replay one in N texts against plain decoding while nothing else is to be done, and count what is found "
+        "(default: none)",
     )
     group.add_argument("--access-log", action="store_true", help="a line on stderr for each request")
     group.add_argument("--quiet", action="store_true", help="nothing but warnings on stderr")

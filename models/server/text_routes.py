@@ -54,6 +54,7 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     return JsonResponse({"prompt": llm.tokenizer.decode(body.tokens)})
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses={503: {"description": "Loading, shutting down, or failing"}})
 async def health(request: Request) -> Response:
     """Whether requests are taken: 503 while the models are loaded and while the server shuts down."""
@@ -61,6 +62,7 @@ async def health(request: Request) -> Response:
     return JsonResponse({"status": "ok" if state == "ready" else state}, 200 if state == "ready" else 503)
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """For Prometheus."""

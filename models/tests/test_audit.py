@@ -2,13 +2,26 @@
 
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+import models.audit
 import models.speculative.verify as verify
 from models import LLM, SamplingParams
-from models.audit import ALPHA, CONSISTENT, DIFFERENT, IDENTICAL, NEAR_TIE, Auditor, report, uniformity_tests
+from models.audit import (
+    ALPHA,
+    CONSISTENT,
+    DIFFERENT,
+    IDENTICAL,
+    NEAR_TIE,
+    Auditor,
+    Divergence,
+    finish,
+    report,
+    uniformity_tests,
+)
 from models.errors import UserError
 from models.llama.checkpoint import save_checkpoint
 from models.speculative.acceptance import distribution
@@ -105,12 +118,57 @@ def test_a_near_tie_is_named_and_hides_nothing_behind_it(tmp_path):
         assert [each.token for each in audit.divergences] == [7, 13] and audit.verdict == DIFFERENT
 
 
+def test_a_stop_string_may_begin_before_a_near_tie(pair, monkeypatch):
+    """Ids are texts of numbers here: the stop string is the near-tie's token, and the ones around it."""
+    with LLM.load(*pair, dtype="fp32", max_seq_len=128) as llm:
+        text = llm.generate(PROMPT, max_new_tokens=20, stop_ids=()).token_ids
+        other = [*text[:6], text[6] ^ 1]  # the run wrote another id there
+        rest = llm.generate([*PROMPT, *other], max_new_tokens=5, stop_ids=()).token_ids
+        stop = f"{other[-1]} {rest[0]}"
+        monkeypatch.setattr(Divergence, "near_tie", True)
+        audit = Auditor(llm).greedy(PROMPT, [*other, rest[0]], finish_reason="stop", stop=stop, stop_ids=())
+        assert [each.token for each in audit.divergences] == [7]
+
+
+def test_a_reference_that_memory_cannot_hold_is_not_loaded(pair, monkeypatch):
+    with LLM.load(*pair, dtype="bf16", max_seq_len=128) as llm:
+        text = llm.generate(PROMPT, max_new_tokens=4, stop_ids=()).token_ids
+        monkeypatch.setattr(models.audit, "free_bytes", lambda device: 100)
+        with pytest.raises(UserError, match="fp32"):
+            llm.audit(PROMPT, [*text[:3], text[3] ^ 1])
+        assert llm.audit(PROMPT, text).verdict == IDENTICAL
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), WARM])
+def test_a_replay_leaves_no_room_taken(pair, sampling):
+    """The cache has room for one text of the whole context; a replay has used it, and a text may do so again."""
+    with LLM.load(*pair, dtype="fp32", max_seq_len=128, slots=2, pool_size=128) as llm:
+        written = llm.generate(PROMPT, sampling, max_new_tokens=100, stop_ids=())
+        wrong = [*written.token_ids[:50], written.token_ids[50] ^ 1, *written.token_ids[51:]]
+        for _ in range(3):
+            llm.audit(PROMPT, wrong, sampling, stop_ids=())
+            assert len(llm.generate(PROMPT, sampling, max_new_tokens=110, stop_ids=()).token_ids) == 110
+
+
+def test_fp32_logits_may_come_from_another_thread(pair):
+    with LLM.load(*pair, dtype="bf16", max_seq_len=128) as llm, ThreadPoolExecutor(1) as executor:
+        text = llm.generate(PROMPT, max_new_tokens=8, stop_ids=()).token_ids
+        wrong = [*text[:5], int(llm.target.model.prefill([*PROMPT, *text[:5]]).argmin()), *text[6:]]
+        steps = Auditor(llm, executor=executor).steps(PROMPT, wrong, SamplingParams(), stop_ids=())
+        waits = []
+        with pytest.raises(StopIteration) as end:
+            while True:
+                waits.append(next(steps))
+        assert end.value.value.divergences == llm.audit(PROMPT, wrong, stop_ids=()).divergences
+        assert 0.0 in waits and max(waits) > 0  # forwards of its own, then waiting for the other thread's
+
+
 def test_what_rounding_moves_is_measured_at_the_precision(pair):
     """bf16's tolerance is some hundred times that of fp32, and both are far below typical margins."""
     found = {}
     for dtype in ("fp32", "bf16"):
         with LLM.load(*pair, dtype=dtype, max_seq_len=128) as llm:
-            found[dtype] = Auditor(llm)._measured(PROMPT)[1]
+            found[dtype] = finish(Auditor(llm)._measured(PROMPT))[1]
     assert 10 * found["fp32"] < found["bf16"] < 0.3
 
 
