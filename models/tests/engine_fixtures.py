@@ -14,6 +14,7 @@ from models.speculative.engine import Engine
 from models.speculative.generate import generate
 from models.speculative.model import IDS
 from models.speculative.sampling import SamplingParams
+from models.speculative.sequence import Request
 from models.speculative.stats import GenerationStats
 from models.tests.llama_fixtures import random_tensors, tiny_config
 from models.torch_llama.model import TorchLlama
@@ -110,13 +111,37 @@ def plain(target, prompt, **options) -> list[int]:
     return [token.id for token in generate(target, None, prompt, **options)]
 
 
-def side_by_side(target, requests) -> list[tuple[list[int], GenerationStats]]:
-    """(ids, stats) of each text, written in all of the target's slots: a forward costs no more for several."""
+def draw_texts(target, drafter, prompt, params, texts, *, controller, vocab, tokens=4, counted=4, **options):
+    """Texts with the seeds 0, 1, .. side by side in all of the target's slots: a forward costs no more for several.
+
+    Args:
+        drafter: the engine's, for all of them. controller: makes one for each.
+        tokens: of a text. counted: of these, from its beginning.
+        options: of `Request`.
+
+    Returns:
+        Counts [vocab] * counted of what the texts begin with, and the statistics of each.
+    """
     engine = Engine(target)
-    sequences = [engine.add(request) for request in requests]
+    sequences = [
+        engine.add(
+            Request(
+                prompt,
+                SamplingParams(**params, seed=seed),
+                max_new_tokens=tokens,
+                drafter=drafter,
+                controller=controller(),
+                **options,
+            )
+        )
+        for seed in range(texts)
+    ]
     while not engine.idle:
         engine.step()
-    return [(each.tokens[len(each.request.prompt) :], each.stats) for each in sequences]
+    counts = torch.zeros([vocab] * counted, dtype=torch.long)
+    for each in sequences:
+        counts[tuple(each.tokens[len(prompt) :][:counted])] += 1
+    return counts, [each.stats for each in sequences]
 
 
 def speculate(target, draft, prompt, k=4, **options):

@@ -19,9 +19,8 @@ from models.speculative.drafters.in_step import InStep
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
-from models.speculative.sequence import Request
 from models.speculative.stats import GenerationStats
-from models.tests.engine_fixtures import build, build_pair, engine_config, perturbed, random_prompt, side_by_side
+from models.tests.engine_fixtures import build, build_pair, draw_texts, engine_config, perturbed, random_prompt
 from models.tests.llama_fixtures import random_tensors
 
 P_VALUE = 1e-4
@@ -92,24 +91,17 @@ def write_texts(models, params: dict, k: int, greedy_draft=False, verification="
         return ModelDrafter(draft.slot(sequence.slot), sampling)
 
     drafter = InStep(drafts, draft) if k else None
-    written = side_by_side(
+    counts, stats = draw_texts(
         target,
-        [
-            Request(
-                PROMPT,
-                SamplingParams(**params, seed=seed),
-                max_new_tokens=4,
-                drafter=drafter,
-                controller=FixedDraftLength(k),
-                verification=verification,
-            )
-            for seed in range(texts)
-        ],
+        drafter,
+        PROMPT,
+        params,
+        texts,
+        controller=lambda: FixedDraftLength(k),
+        vocab=VOCAB,
+        verification=verification,
     )
-    counts = torch.zeros([VOCAB] * 4, dtype=torch.long)
-    for ids, _ in written:
-        counts[tuple(ids)] += 1
-    return counts, GenerationStats.merge(stats for _, stats in written)
+    return counts, GenerationStats.merge(stats)
 
 
 def p_values(models, params: dict, counts: torch.Tensor) -> list[float]:
