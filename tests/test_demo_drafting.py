@@ -195,7 +195,7 @@ def test_one_controller_learns_from_all_runs_the_warm_up_included(dtype, longest
 @pytest.mark.parametrize("drafter", SOURCES)
 def test_automatic_lengths_are_reported_with_what_they_were_chosen_by(drafter, dtype, run):
     argv = (*DRAFTERS[drafter], "--dtype", dtype, "--max-prompts", "2")
-    code, results = run(*argv, models=False, max_new_tokens=20)
+    code, results = run(*argv, models=False, max_new_tokens=8)
     assert code == 0
     fixed_rows = results["settings"]["fixed_rows"]
     assert (results["settings"]["num_draft_tokens"], fixed_rows) == ("auto", 7 if dtype == "bf16" else None)
@@ -274,7 +274,8 @@ def test_every_drafter_can_be_sampled_with(drafter, run, all_lengths):
 
 @pytest.mark.parametrize("drafter", SOURCES)
 def test_every_drafters_samples_repeat_with_their_seed_where_the_length_is_fixed(drafter, run):
-    argv = (*DRAFTERS[drafter], *FOUR, "--temperature", "0.7", "--max-prompts", "1", "--seed", "3")
+    sampling = ("--temperature", "0.7", "--seed", "3")
+    argv = (*DRAFTERS[drafter], *FOUR, *sampling, "--max-prompts", "1", "--mode", "speculative")
     first, again = (run(*argv, models=False, max_new_tokens=16)[1] for _ in range(2))
     assert texts(first, "speculative") == texts(again, "speculative")
     assert first["speculative"]["drafted"] > 0

@@ -81,8 +81,9 @@ def descriptor(board: Board) -> str:
 
 # ---- the stand-in for the compiler ----------------------------------------------------------------------------------
 
-# Called with --version, to compile one source (-o X.o -MF X.d SOURCE), and to link (-o X.elf). It copies under a
-# temporary name first: another process may be waiting to read the result.
+# Called with --version, to compile one source (-o X.o -MF X.d SOURCE), and to link (-o X.elf), thousands of times: it
+# starts no other program, but to rename what it links. That is written under a temporary name first, as another process
+# may be waiting to read the result; nobody reads an object.
 COMPILER = rf"""#!/bin/sh
 # Stands where ttnn looks for its RISC-V compiler. Compiles nothing: every program it links is the same empty one.
 root=${{0%/runtime/*}}
@@ -101,10 +102,9 @@ done
 [ -z "$dependencies" ] || printf '%s: %s\n' "$output" "$source" >"$dependencies"
 [ -z "${COMMANDS_VARIABLE}" ] || [ -z "$dependencies" ] || printf '%s\n' "$@" >"${{dependencies%/*}}/{COMMAND}"
 case $output in
-  *.elf) cp "$root/empty.elf" "$output.$$" ;;
-  *) echo >"$output.$$" ;;
+  *.elf) printf '{{program}}' >"$output.$$" && exec mv -f "$output.$$" "$output" ;;
+  *) echo >"$output" ;;
 esac
-exec mv -f "$output.$$" "$output"
 """
 
 # With the version of the wheel's own compiler, ttnn takes the firmware that comes with the wheel.
@@ -152,6 +152,11 @@ def empty_program() -> bytes:
     )
     header += struct.pack("<6H", header_size, segment_size, segments, section_size, len(sections), len(sections) - 1)
     return header + program_headers + contents + table
+
+
+def compiler() -> str:
+    """The stand-in as a shell script, with its program in octal, as the `printf` of any shell takes it."""
+    return COMPILER.replace("{program}", "".join(f"\\{byte:03o}" for byte in empty_program()))
 
 
 # ---- the runtime root -----------------------------------------------------------------------------------------------
@@ -217,8 +222,7 @@ def _make_root(where: Path | None) -> Path:
         _link(root / name, package / name)
     versions = dict(re.findall(r"^(\w+)='?([^'\n]*)'?$", (package / "tt_metal/sfpi-version").read_text(), re.MULTILINE))
     _put(root / "version", VERSION.format_map({"sfpi_version": "", "sfpi_build": "", **versions}).encode())
-    _put(root / "empty.elf", empty_program())
-    _put(root / "runtime/sfpi/compiler/bin/riscv-tt-elf-g++", COMPILER.encode(), 0o755)
+    _put(root / "runtime/sfpi/compiler/bin/riscv-tt-elf-g++", compiler().encode(), 0o755)
     for name in (*BOARDS, *VARIANTS):
         _put(root / f"{name}.yaml", descriptor(board_of(name)).encode())
     return root

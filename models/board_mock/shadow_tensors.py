@@ -144,6 +144,11 @@ def adopt(tensor, values, part=False):
     for (new,) in distinct(values):
         if tuple(new.shape) != tuple(tensor.shape):
             raise ShapeMismatch(f"values {list(new.shape)} for a tensor {list(tensor.shape)}")
+    return keep(tensor, values, part)
+
+
+def keep(tensor, values, part=False):
+    """As `adopt`, for values whose shape was compared."""
     shadow = Shadow(values, part)
     _shadows[tensor.tensor_id] = shadow
     return owner_of(tensor, shadow)

@@ -10,9 +10,11 @@ from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import Draft, Limit, registry
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.registry import DrafterSpec, Source
+from models.speculative.engine import Engine
 from models.speculative.generate import generate
 from models.speculative.model import IDS
 from models.speculative.sampling import SamplingParams
+from models.speculative.sequence import Request
 from models.speculative.stats import GenerationStats
 from models.tests.llama_fixtures import random_tensors, tiny_config
 from models.torch_llama.model import TorchLlama
@@ -107,6 +109,39 @@ def upto(k: int):
 
 def plain(target, prompt, **options) -> list[int]:
     return [token.id for token in generate(target, None, prompt, **options)]
+
+
+def draw_texts(target, drafter, prompt, params, texts, *, controller, vocab, tokens=4, counted=4, **options):
+    """Texts with the seeds 0, 1, .. side by side in all of the target's slots: a forward costs no more for several.
+
+    Args:
+        drafter: the engine's, for all of them. controller: makes one for each.
+        tokens: of a text. counted: of these, from its beginning.
+        options: of `Request`.
+
+    Returns:
+        Counts [vocab] * counted of what the texts begin with, and the statistics of each.
+    """
+    engine = Engine(target)
+    sequences = [
+        engine.add(
+            Request(
+                prompt,
+                SamplingParams(**params, seed=seed),
+                max_new_tokens=tokens,
+                drafter=drafter,
+                controller=controller(),
+                **options,
+            )
+        )
+        for seed in range(texts)
+    ]
+    while not engine.idle:
+        engine.step()
+    counts = torch.zeros([vocab] * counted, dtype=torch.long)
+    for each in sequences:
+        counts[tuple(each.tokens[len(prompt) :][:counted])] += 1
+    return counts, [each.stats for each in sequences]
 
 
 def speculate(target, draft, prompt, k=4, **options):

@@ -1,6 +1,7 @@
 """Combined: its rule with tiny fakes, and the loop with real models that draft where prompt lookup does not."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ import torch
 from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import Draft
 from models.speculative.drafters.combined import Combined
+from models.speculative.drafters.in_step import InStep
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
-from models.tests.engine_fixtures import GREEDY, build_pair, plain, random_prompt, upto
+from models.tests.engine_fixtures import GREEDY, build_pair, draw_texts, plain, random_prompt, upto
 from models.tests.test_fused_drafter import ComposedRound
 from models.tests.test_generate_sampling import P_VALUE
 from models.tests.test_prompt_lookup import VOCAB, WARM, joint_law, p_values, tiny_model
@@ -213,12 +215,13 @@ def test_the_draft_reads_its_prompt_when_it_first_drafts_and_once():
 def test_sampled_text_with_both_follows_the_targets_law():
     target, draft = tiny_model(noise=0), tiny_model(noise=0.5)
     prompt = [3, *plain(target, [3], max_new_tokens=31, sampling=SamplingParams(**WARM, seed=1))]
-    counts, stats = torch.zeros([VOCAB] * 3, dtype=torch.long), []
-    for seed in range(1000):
-        sampling = SamplingParams(**WARM, seed=seed)
-        ids, one = combined_text(target, draft, prompt, 2, 2, max_new_tokens=4, sampling=sampling)
-        counts[tuple(ids[:3])] += 1
-        stats.append(one)
+
+    def drafts(sequence):
+        return Combined(PromptLookup(), ModelDrafter(draft.slot(sequence.slot), sequence.request.sampling))
+
+    controller = partial(BySource, lookup=2, model=2)
+    drafter = InStep(drafts, draft)
+    counts, stats = draw_texts(target, drafter, prompt, WARM, 1000, controller=controller, vocab=VOCAB, counted=3)
     for source in ("lookup", "model"):
         rounds = GenerationStats.merge(stats).rounds
         kept = Counter(r.accepted for r in rounds if r.drafted == 2 and r.source.removesuffix("-short") == source)

@@ -2,20 +2,22 @@
 
 import itertools
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
 from models.speculative.acceptance import distribution
 from models.speculative.control.policy import AutoDraftLength, FixedDraftLength
+from models.speculative.drafters import PerSequence
 from models.speculative.drafters.combined import Combined
 from models.speculative.drafters.early_exit import EarlyExit
 from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.tests.early_exit_fixtures import EXITS, Switching, early_text, outcomes, weak_tail
-from models.tests.engine_fixtures import GREEDY, plain, random_prompt, upto
-from models.tests.test_generate_sampling import P_VALUE, PROMPT, VOCAB, p_values
+from models.tests.engine_fixtures import GREEDY, draw_texts, plain, random_prompt, upto
+from models.tests.test_generate_sampling import P_VALUE, PROMPT, SLOTS, VOCAB, p_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -204,16 +206,17 @@ def test_after_an_interruption_the_next_text_is_right():
 ])  # fmt: skip
 def test_joint_law_of_the_text_is_the_targets(params, options):
     """Tokens 2 and 3 are drafted first, 4 is the bonus or of another round."""
-    target = weak_tail(2, 1, seed=7, scale=0.4, vocab_size=VOCAB, max_seq_len=16)
+    target = weak_tail(2, 1, seed=7, scale=0.4, vocab_size=VOCAB, max_seq_len=16, slots=SLOTS)
     options = dict(options)
     greedy_draft = options.pop("greedy_draft", False)
-    counts, stats = torch.zeros([VOCAB] * 4, dtype=torch.long), []
-    for seed in range(900):
-        sampling = SamplingParams(**params, seed=seed)
-        drafter = EarlyExit(target, 1, GREEDY if greedy_draft else sampling)
-        ids, one = early_text(target, 1, PROMPT, 2, drafter, sampling=sampling, max_new_tokens=4, **options)
-        counts[tuple(ids)] += 1
-        stats.append(one)
+
+    def drafts(sequence):
+        return EarlyExit(target.slot(sequence.slot), 1, GREEDY if greedy_draft else sequence.request.sampling)
+
+    controller = partial(FixedDraftLength, 2)
+    counts, stats = draw_texts(
+        target, PerSequence(drafts), PROMPT, params, 900, controller=controller, vocab=VOCAB, **options
+    )
     kept = Counter(r.accepted for one in stats for r in one.rounds if r.drafted == 2)
     assert min(kept[accepted] for accepted in (0, 1, 2)) > 50, kept
     assert min(p_values((target,), params, counts)) > P_VALUE

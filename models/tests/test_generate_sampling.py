@@ -5,6 +5,7 @@ A test fails below P_VALUE; seeds are fixed, so it fails always or never. The sa
 rules, which shows that the number of texts is large enough to see an error.
 """
 
+import functools
 import itertools
 
 import pytest
@@ -14,17 +15,19 @@ from scipy.stats import chisquare
 from models.speculative import acceptance
 from models.speculative.acceptance import distribution
 from models.speculative.control.policy import FixedDraftLength
+from models.speculative.drafters.in_step import InStep
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
-from models.tests.engine_fixtures import build, build_pair, engine_config, perturbed, random_prompt
+from models.tests.engine_fixtures import build, build_pair, draw_texts, engine_config, perturbed, random_prompt
 from models.tests.llama_fixtures import random_tensors
 
 P_VALUE = 1e-4
 VOCAB = 8
 TEXTS = 900
 PROMPT = [3]
+SLOTS = 8
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +44,13 @@ def tiny_model(noise: float, **options):
 @pytest.fixture(scope="module")
 def models():
     """(target, draft)"""
-    return tiny_model(noise=0), tiny_model(noise=0.5)
+    return tiny_model(noise=0, slots=SLOTS), tiny_model(noise=0.5, slots=SLOTS)
+
+
+@functools.cache
+def next_logits(target, prefix: tuple[int, ...]) -> torch.Tensor:
+    """[VOCAB] after PROMPT and what was drawn, read anew; once for all distributions that are made of it."""
+    return target.prefill([*PROMPT, *prefix])
 
 
 def joint_law(target, params: SamplingParams, tokens: int) -> torch.Tensor:
@@ -49,7 +58,7 @@ def joint_law(target, params: SamplingParams, tokens: int) -> torch.Tensor:
     joint = torch.ones([VOCAB] * tokens, dtype=torch.float64)
     for length in range(tokens):
         for prefix in itertools.product(range(VOCAB), repeat=length):
-            logits = target.prefill([*PROMPT, *prefix])
+            logits = next_logits(target, prefix)
             law = distribution(logits[None], params.temperature, params.top_k, params.top_p)[0].double()
             joint[prefix] *= law.view([VOCAB] + [1] * (tokens - length - 1))
     return joint / joint.sum()
@@ -70,18 +79,28 @@ def chi_square_p_value(observed: torch.Tensor, law: torch.Tensor) -> float:
 
 
 def write_texts(models, params: dict, k: int, greedy_draft=False, verification="batched", texts=TEXTS):
-    """Counts [VOCAB] * 4 of the four tokens of each text, and the statistics of all of them."""
+    """Counts [VOCAB] * 4 of the four tokens of each text, and the statistics of all of them.
+
+    They are written side by side where there are slots. A text is the one that is written alone: `test_batch`, and by
+    the draws themselves below.
+    """
     target, draft = models
-    counts, stats = torch.zeros([VOCAB] * 4, dtype=torch.long), []
-    for seed in range(texts):
-        sampling = SamplingParams(**params, seed=seed)
-        drafter = ModelDrafter(draft, SamplingParams() if greedy_draft else sampling) if k else None
-        stats.append(GenerationStats())
-        tokens = generate(
-            target, drafter, PROMPT, sampling=sampling, controller=FixedDraftLength(k), max_new_tokens=4,
-            verification=verification, stats=stats[-1],
-        )  # fmt: skip
-        counts[tuple(token.id for token in tokens)] += 1
+
+    def drafts(sequence):
+        sampling = SamplingParams() if greedy_draft else sequence.request.sampling
+        return ModelDrafter(draft.slot(sequence.slot), sampling)
+
+    drafter = InStep(drafts, draft) if k else None
+    counts, stats = draw_texts(
+        target,
+        drafter,
+        PROMPT,
+        params,
+        texts,
+        controller=lambda: FixedDraftLength(k),
+        vocab=VOCAB,
+        verification=verification,
+    )
     return counts, GenerationStats.merge(stats)
 
 
@@ -107,8 +126,18 @@ def test_joint_law_of_the_text_is_the_targets(models, params, k, options):
     assert min(p_values(models, params, counts)) > P_VALUE
 
 
+@pytest.mark.parametrize("greedy_draft", [False, True])
+def test_texts_side_by_side_have_the_draws_of_texts_alone(models, greedy_draft):
+    alone = tiny_model(noise=0), tiny_model(noise=0.5)
+    params = {"temperature": 1.3, "top_p": 0.85}
+    counts, stats = write_texts(models, params, 2, greedy_draft, texts=40)
+    expected, those = write_texts(alone, params, 2, greedy_draft, texts=40)
+    assert torch.equal(counts, expected)
+    assert [(r.drafted, r.accepted) for r in stats.rounds] == [(r.drafted, r.accepted) for r in those.rounds]
+
+
 def test_a_draft_equal_to_the_target_is_always_accepted_and_lossless(models):
-    pair = (models[0], tiny_model(noise=0))
+    pair = (models[0], tiny_model(noise=0, slots=SLOTS))
     counts, stats = write_texts(pair, {"temperature": 1.0}, 2)
     assert stats.acceptance_rate > 0.999
     assert min(p_values(pair, {"temperature": 1.0}, counts)) > P_VALUE

@@ -1,5 +1,7 @@
 """Draft heads in the real loop: lossless, fed with the target's states whoever drafted."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,17 +9,17 @@ from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import Limit, PerSequence, ReadsStates
 from models.speculative.drafters.combined import Combined
 from models.speculative.drafters.draft_head import HeadDrafter, HeadTreeDrafter
+from models.speculative.drafters.in_step import InStep
 from models.speculative.drafters.prompt_lookup import PromptLookup
 from models.speculative.engine import Engine
 from models.speculative.generate import generate
 from models.speculative.model import DraftHead
-from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import Request
 from models.speculative.stats import GenerationStats
-from models.tests.engine_fixtures import GREEDY, build, engine_config, plain, random_prompt
+from models.tests.engine_fixtures import GREEDY, build, draw_texts, engine_config, plain, random_prompt
 from models.tests.head_fixtures import build_head, head_config
 from models.tests.llama_fixtures import random_tensors
-from models.tests.test_generate_sampling import P_VALUE, PROMPT, TEXTS, VOCAB, p_values
+from models.tests.test_generate_sampling import P_VALUE, PROMPT, SLOTS, TEXTS, VOCAB, p_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,14 +87,11 @@ def sampled(make, params, k, texts=TEXTS):
     config = engine_config(VOCAB, layers=1)
     tensors = random_tensors(config, seed=7)
     tensors["lm_head.weight"] *= 1.5
-    target = build(config, tensors, max_seq_len=16)
-    head = build_head(head_config(config, 6, taps=(0, 1)), target, 3)
-    counts, stats = torch.zeros([VOCAB] * 4, dtype=torch.long), []
-    for seed in range(texts):
-        sampling = SamplingParams(**params, seed=seed)
-        ids, each = text(target, make(head, sampling), PROMPT, k, sampling=sampling, max_new_tokens=4)
-        counts[tuple(ids)] += 1
-        stats.append(each)
+    target = build(config, tensors, max_seq_len=16, slots=SLOTS)
+    head = build_head(head_config(config, 6, taps=(0, 1)), target, 3, slots=SLOTS)
+    drafter = InStep(lambda each: make(head.slot(each.slot), each.request.sampling), head, head.taps)
+    controller = partial(FixedDraftLength, k)
+    counts, stats = draw_texts(target, drafter, PROMPT, params, texts, controller=controller, vocab=VOCAB)
     return target, counts, GenerationStats.merge(stats)
 
 

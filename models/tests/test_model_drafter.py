@@ -1,6 +1,7 @@
 """ModelDrafter with real models: whatever happened to its cache, it proposes what a fresh drafter would."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ import torch
 from models.speculative.acceptance import distribution
 from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import Limit
+from models.speculative.drafters.in_step import InStep
 from models.speculative.drafters.model import ModelDrafter
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
-from models.tests.engine_fixtures import build, build_pair, engine_config, random_prompt, upto
+from models.tests.engine_fixtures import build, build_pair, draw_texts, engine_config, random_prompt, upto
 from models.tests.engine_fixtures import plain as plain_text
 from models.tests.llama_fixtures import random_tensors
 from models.tests.test_generate_sampling import P_VALUE
@@ -208,12 +210,11 @@ def test_greedy_text_is_plain_greedy_text_wherever_the_draft_stops(noise):
 
 def test_sampled_text_follows_the_targets_law_wherever_the_draft_stops():
     target, draft = tiny_model(noise=0), tiny_model(noise=0.5)
-    prompt, counts, lengths = [3, 1, 4], torch.zeros([VOCAB] * 3, dtype=torch.long), set()
-    for seed in range(1500):
-        sampling, stats = SamplingParams(**WARM, seed=seed), GenerationStats()
-        stream = generate(target, ModelDrafter(draft, sampling), prompt, controller=Priced(4, 0.3),
-                          sampling=sampling, max_new_tokens=5, stats=stats)  # fmt: skip
-        counts[tuple([token.id for token in stream][:3])] += 1
-        lengths |= {r.drafted for r in stats.rounds}
+    prompt, controller = [3, 1, 4], partial(Priced, 4, 0.3)
+    drafter = InStep(lambda each: ModelDrafter(draft.slot(each.slot), each.request.sampling), draft)
+    counts, stats = draw_texts(
+        target, drafter, prompt, WARM, 1500, controller=controller, vocab=VOCAB, tokens=5, counted=3
+    )
+    lengths = {r.drafted for each in stats for r in each.rounds}
     assert lengths >= {1, 2, 3}
     assert min(p_values(counts, joint_law(target, prompt))) > P_VALUE

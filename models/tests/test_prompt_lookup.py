@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -10,12 +11,21 @@ import torch
 from models.speculative import acceptance
 from models.speculative.acceptance import distribution
 from models.speculative.control.policy import FixedDraftLength
-from models.speculative.drafters import Limit
+from models.speculative.drafters import Limit, PerSequence
 from models.speculative.drafters.prompt_lookup import LONGEST, SHORTEST, PromptLookup
 from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
-from models.tests.engine_fixtures import build, build_pair, engine_config, perturbed, plain, random_prompt, upto
+from models.tests.engine_fixtures import (
+    build,
+    build_pair,
+    draw_texts,
+    engine_config,
+    perturbed,
+    plain,
+    random_prompt,
+    upto,
+)
 from models.tests.llama_fixtures import random_tensors
 from models.tests.test_generate_sampling import P_VALUE, chi_square_p_value
 
@@ -226,12 +236,12 @@ VOCAB = 8
 WARM = {"temperature": 0.7}
 
 
-def tiny_model(noise: float):
+def tiny_model(noise: float, slots: int = 8):
     """One layer, 8 tokens, logits spread enough to be far from uniform; with noise a relative of the model without."""
     config = engine_config(VOCAB, layers=1)
     tensors = random_tensors(config, seed=7)
     tensors["lm_head.weight"] *= 1.5
-    return build(config, perturbed(tensors, noise, seed=8), max_seq_len=48)
+    return build(config, perturbed(tensors, noise, seed=8), max_seq_len=48, slots=slots)
 
 
 def joint_law(target, prompt) -> torch.Tensor:
@@ -268,11 +278,8 @@ def law(target, prompt):
 
 def write_texts(target, prompt, texts: int):
     """Counts [VOCAB] * 3 of the first three tokens of each text, and the statistics of all of them."""
-    counts, stats = torch.zeros([VOCAB] * 3, dtype=torch.long), []
-    for seed in range(texts):
-        ids, one = looked_up(target, prompt, 2, max_new_tokens=4, sampling=SamplingParams(**WARM, seed=seed))
-        counts[tuple(ids[:3])] += 1
-        stats.append(one)
+    drafter, controller = PerSequence(lambda sequence: PromptLookup()), partial(FixedDraftLength, 2)
+    counts, stats = draw_texts(target, drafter, prompt, WARM, texts, controller=controller, vocab=VOCAB, counted=3)
     return counts, GenerationStats.merge(stats)
 
 

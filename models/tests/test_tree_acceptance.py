@@ -14,12 +14,12 @@ from models.speculative import acceptance
 from models.speculative.acceptance import accept_tree_greedy, accept_tree_sampled
 from models.speculative.control.policy import FixedDraftLength
 from models.speculative.drafters import tree as tree_module
+from models.speculative.drafters.in_step import InStep
 from models.speculative.drafters.tree import TreeDrafter
-from models.speculative.generate import generate
 from models.speculative.sampling import SamplingParams
 from models.speculative.stats import GenerationStats
-from models.tests.engine_fixtures import upto
-from models.tests.test_generate_sampling import P_VALUE, PROMPT, VOCAB, p_values, tiny_model
+from models.tests.engine_fixtures import draw_texts, upto
+from models.tests.test_generate_sampling import P_VALUE, PROMPT, SLOTS, VOCAB, p_values, tiny_model
 
 WORDS = 3  # vocabulary of the enumerations
 
@@ -378,22 +378,26 @@ def test_nothing_drafted_leaves_the_targets_own(fork):
 @pytest.fixture(scope="module")
 def models():
     """(target, draft)"""
-    return tiny_model(noise=0), tiny_model(noise=0.5)
+    return tiny_model(noise=0, slots=SLOTS), tiny_model(noise=0.5, slots=SLOTS)
 
 
 def write_texts(models, params, nodes, depth, greedy_draft=False, texts=900):
     """Counts [VOCAB] * 4 of the four tokens of each text, and the statistics of all of them."""
     target, draft = models
-    counts, stats = torch.zeros([VOCAB] * 4, dtype=torch.long), []
-    for seed in range(texts):
-        sampling = SamplingParams(**params, seed=seed)
-        drafter = TreeDrafter(draft, SamplingParams() if greedy_draft else sampling, nodes)
-        stats.append(GenerationStats())
-        tokens = generate(
-            target, drafter, PROMPT, sampling=sampling, controller=FixedDraftLength(depth), max_new_tokens=4,
-            stats=stats[-1],
-        )  # fmt: skip
-        counts[tuple(token.id for token in tokens)] += 1
+
+    def drafts(sequence):
+        sampling = SamplingParams() if greedy_draft else sequence.request.sampling
+        return TreeDrafter(draft.slot(sequence.slot), sampling, nodes)
+
+    counts, stats = draw_texts(
+        target,
+        InStep(drafts, draft),
+        PROMPT,
+        params,
+        texts,
+        controller=lambda: FixedDraftLength(depth),
+        vocab=VOCAB,
+    )
     return counts, GenerationStats.merge(stats)
 
 

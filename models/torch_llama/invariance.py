@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeAlias
 
 import torch
 
 from models.torch_llama.attention import Attention, Part
 from models.torch_llama.kv_cache import KV_BLOCK, KVCache
+from models.torch_llama.linear import Linear
 
 MANY, SEVERAL, FEW = 130, 33, (2, 3, 5, 8, 16)
 SOME, BLOCKS = (1, 2, 3, 5, 8, 11, 16, 33), 6
@@ -16,10 +18,16 @@ SOME, BLOCKS = (1, 2, 3, 5, 8, 11, 16, 33), 6
 NUMBERS, LEAST_TRIED = 5e5, 4
 
 
+Key: TypeAlias = tuple[Hashable, ...]
+_tried: dict[Key, list[bool] | None] = {}
+
+
 def odd_alone(
-    linears: Sequence[tuple[Callable, int]], head: tuple[Callable, int], attention: Attention
+    linears: Sequence[tuple[Linear, int]], head: tuple[Linear, int], attention: Attention
 ) -> list[bool] | None:
     """Of each matrix, the head last, whether a single row has other bits than among others. Tried, not guessed.
+
+    Which kernel computes a matrix goes by its form and size: in a process, what was tried holds for all models alike.
 
     None: rows depend on their number even where they are several, or attention's do with the rows that it pads to.
 
@@ -28,6 +36,20 @@ def odd_alone(
         head: the same of the output matrix, which never gets as many rows as a prompt has.
         attention: of the model.
     """
+    key = _alike_models(linears, head, attention)
+    if key not in _tried:
+        _tried[key] = _try(linears, head, attention)
+    return _tried[key]
+
+
+def _alike_models(linears: Sequence[tuple[Linear, int]], head: tuple[Linear, int], attention: Attention) -> Key:
+    """What the choice of kernels goes by."""
+    matrices = [(type(linear), linear.bytes, linear.form, width) for linear, width in (*linears, head)]
+    sizes = (attention.cache.pool.shape[1], attention.cache.pool.shape[3], attention.streams, attention.fold)
+    return (*matrices, sizes, attention.dtype, attention.device, torch.get_num_threads())
+
+
+def _try(linears: Sequence[tuple[Linear, int]], head: tuple[Linear, int], attention: Attention) -> list[bool] | None:
     noise = seeded_noise(attention.dtype)
     odd = odd_matrices([*((*each, MANY) for each in linears), (*head, SEVERAL)], noise)
     return odd if odd is not None and _attention_alike(attention, noise) else None

@@ -5,7 +5,8 @@ from two rows on (1.3x to 1.8x in bf16, more in fp32), which would make verifica
 reason. Weights packed once into oneDNN's blocked layout cost about the same for 1 to 8 rows, in bf16 and in fp32
 (`scripts/benchmark.py verify-cost` measures it).
 
-Every class here is a callable `linear(x [rows, in]) -> [rows, out]` with `.bytes`, the memory its weight holds.
+Every class here is a callable `linear(x [rows, in]) -> [rows, out]` with `.bytes`, the memory its weight holds, and
+`.form`, what beside type and size a choice of kernels can go by.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Linear(Protocol):
     """A linear layer in any form."""
 
     bytes: int
+    form: int
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rows [n, in] -> [n, out]."""
@@ -49,7 +51,7 @@ class PlainLinear:
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight
-        self.bytes = weight.nbytes
+        self.bytes, self.form = weight.nbytes, weight.data_ptr() % 64
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)
@@ -60,7 +62,7 @@ class PackedLinear:
 
     def __init__(self, weight: torch.Tensor, rows: int):
         self.weight = _MKLDNN._reorder_linear_weight(weight.contiguous(), rows)
-        self.bytes = weight.nbytes
+        self.bytes, self.form = weight.nbytes, rows
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return _MKLDNN._linear_pointwise(x, self.weight, None, "none", [], "")
@@ -70,7 +72,7 @@ class PairedLinear:
     """A linear that computes a single row twice, side by side, so that it has the bits that it has among others."""
 
     def __init__(self, linear: Linear):
-        self.linear, self.bytes = linear, linear.bytes
+        self.linear, self.bytes, self.form = linear, linear.bytes, linear.form
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(torch.cat((x, x)))[:1] if len(x) == 1 else self.linear(x)
@@ -95,7 +97,7 @@ class Int8Linear:
         self.zeros = torch.zeros(weight.shape[0], dtype=torch.int32)
         self.one, self.zero = torch.tensor(1.0), torch.tensor(self.ZERO)
         self.rounding = torch.tensor(self.ZERO + 0.5)
-        self.bytes = weight.numel() + 8 * weight.shape[0]
+        self.bytes, self.form = weight.numel() + 8 * weight.shape[0], rows
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).clamp_min_(1e-20)

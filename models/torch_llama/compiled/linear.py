@@ -19,7 +19,7 @@ class CompiledLinear:
     def __init__(self, weight: torch.Tensor) -> None:
         self.out, self.width = weight.shape
         self._panels = panels(weight)
-        self.bytes = self._panels.nbytes
+        self.bytes, self.form = self._panels.nbytes, PANEL
         stored = STORED[weight.dtype]
         self._code, self._fields = load_layers(stored), head_fields(stored)
 
