@@ -38,7 +38,8 @@ TEXTS = Path(__file__).resolve().parent / "suites" / "prompts"
 POSITIONS = 512
 TOP = 5
 LOWEST, TRANSFORMERS = "bf16-lowest-id", "transformers-bf16"  # equal logits left to the lowest id; the peer
-CPU_PRECISIONS = ("bf16", LOWEST, "int8", TRANSFORMERS)
+COMPILED = "bf16-compiled"  # in compiled layers
+CPU_PRECISIONS = ("bf16", LOWEST, COMPILED, "int8", TRANSFORMERS)
 CPU_ROWS = 6  # of a forward
 
 
@@ -102,7 +103,10 @@ def cpu_choices(opened: "OpenedModel", precision: str, texts: list[list[int]]) -
     if precision == TRANSFORMERS:
         return transformers_choices(opened, texts)
     dtype = "int8" if precision == "int8" else "bf16"
-    model = load_model(opened, dtype=dtype, max_seq_len=max(map(len, texts)), fixed_rows=CPU_ROWS).model
+    compiled = precision == COMPILED
+    rows_fixed = None if compiled else CPU_ROWS
+    longest = max(map(len, texts))
+    model = load_model(opened, dtype=dtype, max_seq_len=longest, fixed_rows=rows_fixed, compiled=compiled).model
     chosen: list[int] = []
     for ids in texts:
         for start in range(0, len(ids), CPU_ROWS):

@@ -147,7 +147,8 @@ def pairs() -> str:
 
     results = read("verify-cost")
     context = str(min(results["settings"]["contexts"]))
-    ms = {name: model["ms"]["any rows"][context] for name, model in results["models"].items()}
+    forms = {name: model["ms"].get("compiled") or model["ms"]["any rows"] for name, model in results["models"].items()}
+    ms = {name: form[context] for name, form in forms.items()}
     cost = {
         name: {int(n): min(cells[m]["median"] for m in cells if int(m) >= int(n)) for n in cells}
         for name, cells in ms.items()

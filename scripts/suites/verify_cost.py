@@ -3,8 +3,9 @@
     python scripts/benchmark.py verify-cost 1b 3b 8b     # sizes, with random weights made in memory
     python scripts/benchmark.py verify-cost DIR          # a checkpoint, beside transformers on the same weights
 
-Configurations that take turns: this project with any number of rows; with fixed rows (row-invariant arithmetic: every
-forward computes the same number); transformers' LlamaForCausalLM. A forward starts at position `context` of a cache
+Configurations that take turns: this project's compiled layers, which have weights of their own; its layers in torch
+with any number of rows, and with fixed rows (row-invariant arithmetic: every forward computes the same number);
+transformers' LlamaForCausalLM. A forward starts at position `context` of a cache
 that holds nothing, which takes as long as one that does. Gigabytes per second: the weights over the time of one row, to
 compare with what the machine reads at best.
 """
@@ -27,7 +28,8 @@ from scripts.suites.suite import Progress, Results, integer, integers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ANY, HF = "any rows", "HF"
+COMPILED, ANY, HF = "compiled", "any rows", "HF"
+LAYERS = (COMPILED, "torch")
 MAX_ROWS = 32
 WARM_UP = 1  # uncounted repetitions
 Cell = tuple[str, int, int]  # configuration, context, rows
@@ -57,6 +59,9 @@ class VerifyCost:
             help="positions of the first row (128,1024,4096)",
         )  # fmt: skip
         parser.add_argument("--fixed-rows", type=integer(1, MAX_ROWS), default=FREE_ROWS, help="(%(default)s)")
+        parser.add_argument(
+            "--layers", choices=(*LAYERS, "both"), default="both", help="own forms; both take the memory of two (both)"
+        )
         parser.add_argument("--no-hf", action="store_true", help="leave transformers out, which doubles the memory")
         parser.add_argument(
             "--threads", type=integer(1, MAX_THREADS), metavar="N", help="CPU threads of torch (torch's own)"
@@ -107,45 +112,64 @@ class VerifyCost:
         progress.begin(1, "reading memory")
         self.bandwidth = read_bandwidth()
         for name, config, opened in self.sources:
-            needed, free = self._needed_bytes(config, opened), available_bytes()
+            free = available_bytes()
+            forms = self._forms(config, opened, free)
+            needed = self._needed_bytes(config, opened, len(forms))
             if needed > 0.95 * free:
                 logger.warning(f"{name} skipped: it needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
                 self.skipped.append({"model": name, "needed_bytes": needed, "free_bytes": free})
                 continue
-            self._measure_model(name, config, opened, progress)
+            self._measure_model(name, config, opened, forms, progress)
             gc.collect()  # the memory is for the next one
         if not self.models:
             raise UserError("no model fits into memory: choose a smaller size, or --no-hf for a checkpoint")
 
-    def _needed_bytes(self, config: LlamaConfig, opened) -> int:
-        """Weights as they are held (a tied table twice), caches, and one matrix more while loading."""
+    def _forms(self, config: LlamaConfig, opened, free: float) -> tuple[str, ...]:
+        """The forms of layers to time: where both are asked for and do not fit, compiled ones."""
+        import torch
+
+        from models.torch_llama.compiled import not_compiled
+
+        asked = LAYERS if self.options.layers == "both" else (self.options.layers,)
+        if not_compiled(config, torch.device("cpu")):
+            return ("torch",)
+        return asked if self._needed_bytes(config, opened, len(asked)) <= 0.95 * free else asked[:1]
+
+    def _needed_bytes(self, config: LlamaConfig, opened, forms: int) -> int:
+        """Weights as they are held (a tied table twice) in so many forms, caches, and one matrix more while loading."""
         value = 4 if self.options.dtype == "fp32" else 2
         table = config.vocab_size * config.hidden_size
-        weights = config.parameter_count + table * (1 + config.tie_word_embeddings)
+        tied = table * config.tie_word_embeddings
+        weights = forms * (config.parameter_count + tied) + table
         position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        caches = position * (max(self.options.contexts) + 2 * MAX_ROWS)
+        caches = forms * position * (max(self.options.contexts) + 2 * MAX_ROWS)
         if opened and not self.options.no_hf:
             weights += config.parameter_count
             caches += position * sum(self.options.contexts)
         return value * (weights + caches)
 
-    def _measure_model(self, name: str, config: LlamaConfig, opened, progress: Progress) -> None:
+    def _measure_model(self, name: str, config: LlamaConfig, opened, forms: Sequence[str], progress: Progress) -> None:
         from models.llama.random_weights import RandomWeights
         from models.torch_llama.model import TorchLlama
 
         options = self.options
         progress.begin(1, f"loading {name}")
         began = time.perf_counter()
-        model = TorchLlama(
-            config,
-            opened.checkpoint if opened else RandomWeights(config),
-            dtype=options.dtype,
-            max_seq_len=max(options.contexts) + MAX_ROWS,
-            typical_rows=options.fixed_rows,
-        )
-        model.cache.fill(0.01)  # memory that was never written is read faster than any other
+        loaded: dict[str, TorchLlama] = {}
+        for layers in forms:
+            loaded[layers] = TorchLlama(
+                config,
+                opened.checkpoint if opened else RandomWeights(config),
+                dtype=options.dtype,
+                max_seq_len=max(options.contexts) + MAX_ROWS,
+                typical_rows=options.fixed_rows,
+                compiled=layers == COMPILED,
+            )
+            loaded[layers].cache.fill(0.01)  # memory that was never written is read faster than any other
         load_s = time.perf_counter() - began
-        forwards = own_forwards(model, options.rows, options.contexts, options.fixed_rows)
+        forwards: dict[Cell, Callable] = {}
+        for model in loaded.values():
+            forwards |= own_forwards(model, options.rows, options.contexts, options.fixed_rows)
         if opened and not options.no_hf:
             forwards |= hf_forwards(opened.checkpoint, options.dtype, options.rows, options.contexts)
         seconds: dict[Cell, list[float]] = {cell: [] for cell in forwards}
@@ -186,7 +210,7 @@ class VerifyCost:
             cell["ratio"] = spread([s / o for s, o in zip(seconds, one, strict=False)])["median"] if one else None
             configurations.setdefault(configuration, {}).setdefault(str(context), {})[str(rows)] = cell
         speed = {}
-        for context, cells in configurations.get(ANY, {}).items():
+        for context, cells in configurations.get(COMPILED, configurations.get(ANY, {})).items():
             if one := cells.get("1"):
                 kv = model["kv_bytes_per_position"] * int(context)
                 speed[context] = {
@@ -217,7 +241,8 @@ class VerifyCost:
             for configuration, contexts in model["ms"].items():
                 for context, cells in contexts.items():
                     ms = [_cell(cells.get(n)) for n in rows]
-                    speed = model["one_row"].get(context) if configuration == ANY else None
+                    fastest = COMPILED if COMPILED in model["ms"] else ANY
+                    speed = model["one_row"].get(context) if configuration == fastest else None
                     lines.append((configuration, context, *ms, number(speed and speed["weights_and_kv_gb_s"])))
             text += markdown_table(("ms (ratio to one row)", "context", *rows, "GB/s"), lines) if lines else ""
         return text + "GB/s: weights and KV cache over the time of one row.\n"
@@ -228,7 +253,7 @@ class VerifyCost:
 
         models = results["models"]
         figure, axes = new_figure(width=5 * max(len(models), 1), columns=max(len(models), 1))
-        styles = {ANY: "-", HF: ":"}
+        styles = {COMPILED: "-", ANY: "-.", HF: ":"}
         for axis, (name, model) in zip(axes, models.items(), strict=False):
             for configuration, contexts in model["ms"].items():
                 for index, (context, cells) in enumerate(contexts.items()):
@@ -253,7 +278,7 @@ def _cell(cell: Results | None) -> str:
 
 
 def own_forwards(model, rows: Sequence[int], contexts: Sequence[int], fixed_rows: int) -> dict[Cell, Callable]:
-    """Functions that run one forward. One set of weights serves both configurations."""
+    """Functions that run one forward. One set of weights serves both configurations of torch's layers."""
 
     def run(n: int, context: int, fixed: int | None) -> None:
         model.fixed_rows = fixed
@@ -262,6 +287,9 @@ def own_forwards(model, rows: Sequence[int], contexts: Sequence[int], fixed_rows
     forwards: dict[Cell, Callable] = {}
     for context in contexts:
         for n in rows:
+            if model.compiled:
+                forwards[COMPILED, context, n] = lambda n=n, context=context: run(n, context, None)
+                continue
             forwards[ANY, context, n] = lambda n=n, context=context: run(n, context, None)
             if n <= fixed_rows:
                 configuration = f"fixed {fixed_rows} rows"
