@@ -97,6 +97,7 @@ def add_job(
             ticket = code.take(context + _TICKET)
             number = ticket % (1 << 32)
             leave((ticket >> 32).differs(generation))
+            leave(number.equals(_CLOSED))  # what was read of the job may be half of the next one's
             leave(number >= total)
             leave(thread >= threads)
             turn, item = number // ends[-1], number % ends[-1]
