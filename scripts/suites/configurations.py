@@ -133,6 +133,7 @@ def with_unrelated_draft(bench: Bench, seed: int = 0) -> Bench:
         dtype="fp32" if bench.draft.dtype == "int8" else bench.draft.dtype,
         max_seq_len=bench.max_seq_len,
         quantize="int8" if bench.draft.dtype == "int8" else None,
+        compiled=bench.draft.model.compiled,
     )
     other = copy.copy(bench)
     other.llm = copy.copy(bench.llm)
