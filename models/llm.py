@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from os import PathLike
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from models.completion import Completion, Piece, Prompt, with_completions, write_texts
@@ -56,7 +57,13 @@ class LLM(DraftingPair):
         self.stats = GenerationStats()
 
     @classmethod
-    def load(cls, target: str = "tiny", draft: str | None = None, device: str = "cpu", **options: Any) -> LLM:
+    def load(
+        cls,
+        target: str | PathLike[str] = "tiny",
+        draft: str | PathLike[str] | None = None,
+        device: str = "cpu",
+        **options: Any,
+    ) -> LLM:
         """Open and load models.
 
         Args:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,10 @@ class EngineOptions:
 
     # ---------------------------------------------------------------------------------------------------- checks
     def _check_values(self) -> None:
+        for name in ("target", "draft", "drafter"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "target"):
+                raise OptionError(f"[{name}] {value!r}: give a name" + ("" if name == "drafter" else ", or a path"))
         for name, allowed in (
             ("device", DEVICES),
             ("dtype", (None, *DTYPES)),
@@ -357,10 +362,13 @@ class ResolvedOptions(EngineOptions):
 
 
 def engine_options(**options: Any) -> EngineOptions:
-    """`EngineOptions` of these fields. Raises UserError for a name that is none of them."""
+    """`EngineOptions` of these fields; models may be paths. Raises UserError for a name that is none of them."""
     known = [field.name for field in dataclasses.fields(EngineOptions)]
     if unknown := [name for name in options if name not in known]:
         raise UserError(f"unknown option {unknown[0]!r}: there are {', '.join(known)}")
+    for name in ("target", "draft"):
+        if isinstance(options.get(name), os.PathLike):
+            options[name] = os.fspath(options[name])
     return EngineOptions(**options)
 
 

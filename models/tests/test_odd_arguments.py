@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from models import LLM, SamplingParams, UserError
+from models.options import CHECKPOINTS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.fault]
 
@@ -57,3 +58,15 @@ def test_ids_of_any_whole_type_are_ids(llm, kind):
     ids = [5, 6, 7]
     expected = llm.generate(ids, max_new_tokens=3).token_ids
     assert llm.generate(kind(ids), max_new_tokens=3, stop_ids=kind([4000])).token_ids == expected
+
+
+@pytest.mark.parametrize("options", [{"target": 5}, {"target": None}, {"draft": 5}, {"drafter": []}], ids=repr)
+def test_a_model_or_a_drafter_of_another_type(options):
+    (name,) = options
+    with pytest.raises(UserError, match=name):
+        LLM.load(**options)
+
+
+def test_models_may_be_paths():
+    with LLM.load(CHECKPOINTS / "tiny-target", CHECKPOINTS / "tiny-draft", max_seq_len=64) as llm:
+        assert llm.generate("def", max_new_tokens=2).token_ids
