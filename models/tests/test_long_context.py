@@ -109,7 +109,7 @@ def test_all_131072_positions_are_exact(tensors, text, expected, everything, mon
     usage = model.cache.usage
     assert usage.live == usage.position * POSITIONS  # what a tree may write beyond is not
     assert usage.capacity == usage.position * (POSITIONS + KV_BLOCK)
-    assert model._attention.mask_bytes < 3 * KV_BLOCK * model.fold * POSITIONS * 4
+    assert model.network.attention.mask_bytes < 3 * KV_BLOCK * model.fold * POSITIONS * 4
     with pytest.raises(UserError, match="do not fit the context of 131072"):
         model.forward([1, 2], POSITIONS - 1)
 
@@ -206,7 +206,7 @@ began = time.perf_counter()
 read(model, length)
 done.set()
 watcher.join()
-working = model._attention.mask_bytes + model.cos.nbytes + model.sin.nbytes
+working = model.network.attention.mask_bytes + model.cos.nbytes + model.sin.nbytes
 working += PREFILL_CHUNK * 4 * config.intermediate_size * 2
 print(announced, working, peak - before, time.perf_counter() - began)
 """
