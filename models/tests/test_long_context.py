@@ -158,7 +158,9 @@ def eight_billion(length):
 
 
 def smollm2(length):
-    llm = LLM.load("smollm2", drafter="none", dtype="bf16", max_seq_len=length, threads=1)
+    llm = LLM.load(
+        "smollm2", drafter="none", dtype="bf16", max_seq_len=length, threads=1, compiled=False
+    )
     return llm.target.model.config, llm.target.model
 
 
@@ -206,7 +208,7 @@ began = time.perf_counter()
 read(model, length)
 done.set()
 watcher.join()
-working = model.network.attention.mask_bytes + model.cos.nbytes + model.sin.nbytes
+working = model.network.attention.mask_bytes + model.network.cos.nbytes + model.network.sin.nbytes
 working += PREFILL_CHUNK * 4 * config.intermediate_size * 2
 print(announced, working, peak - before, time.perf_counter() - began)
 """
