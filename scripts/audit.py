@@ -86,6 +86,8 @@ def _options(settings: Mapping[str, Any], target: str | None) -> dict[str, Any]:
         options["free_rows"] = tuple(range(1, rows + 1))
     elif settings.get("rows_alike"):
         options["rows_alike"] = True
+    if settings.get("device") == "cpu":  # as it was, not as this machine would choose
+        options["compiled"] = bool(settings.get("compiled"))
     named = CHECKPOINTS.parent.parent / settings["target"]
     shipped = named.is_relative_to(CHECKPOINTS) and named.is_dir()
     return options | {"target": target or (str(named) if shipped else settings["target"]), "speculative": False}

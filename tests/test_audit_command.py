@@ -101,3 +101,13 @@ def test_the_demo_says_that_its_text_is_another_one(run, wrong_third_token, caps
 def test_sampled_texts_of_the_demo_are_audited_too(run, capsys):
     assert run("--prompt", "def", "--audit", "--temperature", "0.8")[0] == 0
     assert "audit: consistent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("written", "compiled"), [({"compiled": True}, True), ({"compiled": False}, False), ({}, False)]
+)
+def test_layers_are_computed_as_the_run_computed_them(written, compiled):
+    """Whatever this machine would choose; runs from before there were compiled layers had torch's."""
+    options = audit._options({"target": "tiny", "device": "cpu", "rows_alike": True, **written}, None)
+    assert options["compiled"] == compiled
+    assert "compiled" not in audit._options({"target": "tiny", "device": "tt", **written}, None)
