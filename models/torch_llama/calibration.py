@@ -9,6 +9,7 @@ directory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -18,7 +19,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,8 @@ def calibrate(
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         pass  # not there yet, or not what it should be
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         calibration = measure(config, dtype)
-    finally:
-        torch.set_num_threads(before)
     if not calibration.certain:
         logger.info("the machine is too busy to tell what padded rows cost: they are timed again with the next start")
         return calibration
@@ -191,6 +188,17 @@ def part_of(config: LlamaConfig, most: int | None = None) -> LlamaConfig:
         eos_token_ids=(),
         max_position_embeddings=max(config.max_position_embeddings, POSITION + max(ROWS)),
     )
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """So many threads of torch while it is entered."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def kept_file(config: LlamaConfig, what: str, threads: int, directory: Path | None = None) -> Path:

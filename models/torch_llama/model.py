@@ -10,7 +10,8 @@ Row-invariant arithmetic
     two. Where rows differ in any case, `fixed_rows` = R runs every decode and every verification on exactly R rows.
     Either way each row reads the KV cache up to the end of the block of 128 rows that it stands in, so that the bits of
     a row depend on its own history alone; where the rows of one forward stand in two blocks, attention is computed once
-    for each. A Tenstorrent tile does the same by nature: it has 32 rows whatever n is.
+    for each. A Tenstorrent tile does the same by nature: it has 32 rows whatever n is. All of this is about layers in
+    torch operations; compiled ones (`compiled`) are row-invariant by the order of their sums.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from loguru import logger
 
 from models.llama.config import LlamaConfig
 from models.llama.random_weights import RandomWeights
-from models.torch_llama.calibration import POSITION, keep, kept_file, part_of
+from models.torch_llama.calibration import POSITION, keep, kept_file, part_of, torch_threads
 from models.torch_llama.compiled import not_compiled
 from models.torch_llama.model import TorchLlama
 
@@ -67,12 +67,8 @@ def compare(config: LlamaConfig, dtype: str, threads: int | None = None, directo
         return Comparison(float(kept["ratio"]), float(kept["error"]), str(kept["measured"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         pass  # not there yet, or not what it should be
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         found = measure(config, dtype)
-    finally:
-        torch.set_num_threads(before)
     if found.certain:
         keep(file, dataclasses.asdict(found))
     return found
