@@ -75,7 +75,7 @@ class EngineOptions:
         pool_size: positions of the target's KV cache, of all texts together, at least max_seq_len
             (default: slots times max_seq_len, or on CPU and CUDA what the memory that is free holds, if that is less).
         dtype, draft_dtype: "bf16" (default), "fp32", "fp16", or "int8" on CPU: 8-bit matrices; of the draft by default
-            the target's.
+            the target's, and int8 beside a compiled target in bf16 or fp16.
         compiled: run the layers of models on a CPU as machine code of this project's own, in which every row has the
             same bits in any company (default: where that is faster than torch, timed once,
             `torch_llama.compiled.choice`).

@@ -26,8 +26,14 @@ from models.torch_llama.compiled.machine_code import Machine, load
 from models.torch_llama.compiled.network import CompiledLayers
 from models.torch_llama.kv_cache import KVCache, Table
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CLOSE = {"fp32": 2e-5, "bf16": 0.05, "fp16": 0.01}  # of numbers of about 1; a cache of 16 bits rounds keys and values
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
+# Of numbers of about 1; a cache of 16 bits rounds keys and values.
+CLOSE = {
+    "fp32": 2e-5,
+    "bf16": 0.05,
+    "fp16": 0.01,
+    "int8": 2e-5,
+}
 SIZES = {  # hidden, intermediate, query heads, KV heads, D
     "odd": (80, 200, 5, 1, 16),
     "wide": (128, 192, 4, 2, 32),
@@ -45,6 +51,12 @@ def config_of(size):
     return tiny_config(**sizes, head_dim=dim, vocab_size=100, tie_word_embeddings=True)
 
 
+def rounded(weight):
+    """A matrix [out, in] whose rows are whole multiples of their scales, the largest of 127."""
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scales).round() * scales
+
+
 class Model:
     """Compiled layers with a cache of six blocks, and the formulas."""
 
@@ -57,7 +69,11 @@ class Model:
         options = dict(dtype=self.dtype, device=torch.device("cpu"), slots=1, positions=768, spare=0, key_group=LANES)
         self.cache = KVCache(config.num_hidden_layers, width, config.head_dim, **options)
         self.head = self.tensors["model.embed_tokens.weight"]
-        self.network = CompiledLayers(config, self.tensors.__getitem__, self.head, self.cache, 700)
+        int8 = dtype == "int8"
+        self.network = CompiledLayers(config, self.tensors.__getitem__, self.head, self.cache, 700, int8)
+        if int8:  # what the formulas multiply with
+            self.tensors = {name: rounded(t) if t.ndim == 2 else t for name, t in self.tensors.items()}
+            self.head = self.tensors["model.embed_tokens.weight"]
 
     def rows(self, count, seed):
         return torch.randn(count, self.config.hidden_size, generator=torch.Generator().manual_seed(seed))

@@ -188,7 +188,7 @@ def test_texts_in_two_slots_are_those_of_one():
 def test_a_head_that_is_not_finite_only_costs_speed():
     target = target_of()
     head = build_head(head_config(target.config), target)
-    head.norm.fill_(float("nan"))
+    head.network.norm.fill_(float("nan"))
     for make in (chain, tree):
         ids, stats = text(target, make(head), random_prompt(5, 5), 3, max_new_tokens=20)
         assert ids == plain(target, random_prompt(5, 5), max_new_tokens=20)

@@ -14,20 +14,19 @@ Source: Li et al. 2025 (EAGLE-3), and the checkpoints in `models.llama.head_conf
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from models.errors import UserError
 from models.llama.head_config import HeadConfig
-from models.llama.rope import rope_tables
 from models.speculative.model import IDS, LOGITS, Rows, SlotBySlot, Step, Want
 from models.speculative.tree import tree_levels
-from models.torch_llama.attention import Attention, Part
+from models.torch_llama.attention import Part
 from models.torch_llama.choice import argmax
-from models.torch_llama.invariance import MANY, odd_matrices, seeded_noise
+from models.torch_llama.compiled import LANES, not_compiled
+from models.torch_llama.head_layers import HeadNetwork, TorchHeadLayer
 from models.torch_llama.joint import passes
 from models.torch_llama.kv_cache import KV_BLOCK, KVCache, block_end
 from models.torch_llama.linear import Int8Linear, Linear, PackedLinear, PlainLinear, int8_works, packing_works
@@ -77,10 +76,10 @@ class TorchHead(SlotBySlot):
         max_seq_len: positions of a sequence.
         slots: sequences, each with pages of its own in one cache, which are taken as rows are computed.
         quantize: "int8" for matrices in int8 (on CPU; all else is then fp32), or None.
-        compiled: multiply in compiled code (on CPU): weights are in `dtype`, all else in fp32.
+        compiled: run the layer as machine code of this project's own (on CPU), as of `TorchLlama`.
 
     Raises:
-        UserError: quantisation that this machine cannot do.
+        UserError: quantisation that this machine cannot do, a layer that cannot be compiled.
     """
 
     def __init__(
@@ -99,8 +98,10 @@ class TorchHead(SlotBySlot):
         self.device = torch.device(device)
         if quantize and self.device.type != "cpu":
             raise UserError(f"int8 weights run on the CPU only, not on {self.device}: use bf16 there")
-        if quantize and not int8_works():
+        if quantize and not compiled and not int8_works():
             raise UserError(f"torch {torch.__version__} has no int8 kernels for this CPU: use bf16")
+        if compiled and (reason := not_compiled(config.layer, self.device)):
+            raise UserError(f"compiled layers {reason}: leave them out")
         self.config = config
         self.taps = config.taps
         self.lasting = True
@@ -110,88 +111,63 @@ class TorchHead(SlotBySlot):
         self.max_rows = MAX_ROWS
         self.slots = slots
         self._slot = 0
-        self.dtype = torch.float32 if quantize or compiled else DTYPES[dtype]
-        self._load(tensors, embedding, quantize, DTYPES[dtype] if compiled else None)
+        self.compiled = compiled
+        self._load(tensors, embedding, quantize, torch.float32 if quantize else DTYPES[dtype])
         self._forget()
         self._keys: Sequence[int] = ()  # of the rows of the text's beginning, by which others may find them
         self._views: dict[int, TorchHead] = {0: self}
 
     # ------------------------------------------------------------------------------------------ construction
     def _load(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        embedding: torch.Tensor,
-        quantize: str | None,
-        compiled: torch.dtype | None,
+        self, tensors: Mapping[str, torch.Tensor], embedding: torch.Tensor, quantize: str | None, dtype: torch.dtype
     ) -> None:
         config, layer = self.config, self.config.layer
-        packed = self.device.type == "cpu" and not quantize and packing_works(self.dtype)
-        self.linears: list[Linear] = []
 
         def take(name: str) -> torch.Tensor:
-            return tensors[name].to(device=self.device, dtype=self.dtype)
+            return tensors[name].to(device=self.device, dtype=dtype)
 
-        def linear(*names: str):
-            weight = torch.cat([take(f"{name}.weight") for name in names])
-            made: Linear
-            rows = 1 if weight.numel() >= 2**21 and self.slots == 1 else 8  # as in `TorchLlama`
-            if quantize:
-                made = Int8Linear(weight, rows)
-            elif compiled:
-                from models.torch_llama.compiled.linear import CompiledLinear
-
-                made = CompiledLinear(weight.to(compiled))
-            else:
-                made = PackedLinear(weight, rows) if packed else PlainLinear(weight)
-            self.linears.append(made)
-            return made
-
-        own = config.prefix
-        self.embedding = tensors.get("embed_tokens.weight", embedding)
-        if self.device.type != "cpu":
-            self.embedding = self.embedding.to(device=self.device, dtype=self.dtype)
-        self.states_norm = take("input_norm.weight") if config.norm_before_fc else None
-        self.state_norms = [take(f"fc_norm.{i}.weight") for i in range(len(config.taps))] if config.fc_norm else None
-        self.fuse = linear("fc")
-        self.token_norm = take(f"{own}input_layernorm.weight")
-        self.state_norm = take(f"{own}hidden_norm.weight")
-        self.qkv = linear(*(f"{own}self_attn.{name}_proj" for name in "qkv"))
-        self.output = linear(f"{own}self_attn.o_proj")
-        self.mlp_norm = take(f"{own}post_attention_layernorm.weight")
-        self.gate_up = linear(f"{own}mlp.gate_proj", f"{own}mlp.up_proj")
-        self.down = linear(f"{own}mlp.down_proj")
-        self.norm = take("norm.weight")
-        self.lm_head = linear("lm_head")
-        self.target_ids: torch.Tensor | None = None
-        if config.reduced:
-            self.target_ids = (torch.arange(config.draft_vocab_size) + tensors["d2t"].long()).to(self.device)
-
-        length = self.max_seq_len + MAX_ROWS
-        heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
         self.cache = KVCache(  # the row of position p lies at p - 1
-            *(1, 2 * kv_heads, layer.head_dim),
-            dtype=self.dtype,
+            *(1, 2 * layer.num_key_value_heads, layer.head_dim),
+            dtype=dtype,
             device=self.device,
             slots=self.slots,
             positions=self.max_seq_len,
             spare=MAX_ROWS,
+            key_group=LANES if self.compiled else 1,
         )
-        # The query heads of a group are rows of their KV head.
-        self._attention = Attention(self.cache, kv_heads, heads // kv_heads)
-        # A row's keys and values are made of its own numbers: bits may depend on those beside it in two matrices.
-        widths = (len(self.taps) * config.target_hidden_size, 2 * layer.hidden_size)
-        tried = [(self.fuse, widths[0], MANY), (self.qkv, widths[1], MANY)]
-        self._odd = odd_matrices(tried, seeded_noise(self.dtype)) if self.device.type == "cpu" else None
-        self.cache.unit = READ_CHUNK if self._odd is None else KV_BLOCK
-        cos, sin = rope_tables(layer, length)
-        self.cos = cos.to(device=self.device, dtype=self.dtype)[:, None]  # [S, 1, D]
-        self.sin = sin.to(device=self.device, dtype=self.dtype)[:, None]
+        self.network: HeadNetwork
+        positions = self.max_seq_len + MAX_ROWS
+        if self.compiled:
+            from models.torch_llama.compiled.head import CompiledHead
+
+            self.network = CompiledHead(config, take, self.cache, positions, quantize is not None)
+        else:
+            linear = self._linear_maker(quantize, dtype)
+            self.network = TorchHeadLayer(config, take, linear, self.cache, positions, MAX_ROWS)
+        self.dtype = self.network.dtype
+        self.cache.unit = READ_CHUNK if self.network.odd is None else KV_BLOCK
+        self.embedding = tensors.get("embed_tokens.weight", embedding)
+        if self.device.type != "cpu":
+            self.embedding = self.embedding.to(device=self.device, dtype=dtype)
+        self.target_ids: torch.Tensor | None = None
+        if config.reduced:
+            self.target_ids = (torch.arange(config.draft_vocab_size) + tensors["d2t"].long()).to(self.device)
+
+    def _linear_maker(self, quantize: str | None, dtype: torch.dtype) -> Callable[[torch.Tensor], Linear]:
+        packed = self.device.type == "cpu" and not quantize and packing_works(dtype)
+
+        def linear(weight: torch.Tensor) -> Linear:
+            rows = 1 if weight.numel() >= 2**21 and self.slots == 1 else 8  # as in `TorchLlama`
+            if quantize:
+                return Int8Linear(weight, rows)
+            return PackedLinear(weight, rows) if packed else PlainLinear(weight)
+
+        return linear
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights held in memory, without the embedding, which is the target's."""
-        norms = (self.states_norm, *(self.state_norms or ()), *(self.token_norm, self.state_norm, self.mlp_norm))
-        return sum(each.bytes for each in self.linears) + sum(n.nbytes for n in (*norms, self.norm) if n is not None)
+        return self.network.bytes
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -280,17 +256,6 @@ class TorchHead(SlotBySlot):
             first = share.start + max(0, len(share.tokens) - self.max_rows)
             self._known, self._known_from = self._known[first - self._known_from :], first
 
-    def _fused(self, states: torch.Tensor) -> torch.Tensor:
-        """[n, H] of the target's states [n, taps x H]."""
-        eps, config = self.config.layer.rms_norm_eps, self.config
-        if self.states_norm is not None:
-            states = F.rms_norm(states, (states.shape[-1],), self.states_norm, eps)
-        if self.state_norms is not None:
-            each = states.view(len(states), len(config.taps), config.target_hidden_size).unbind(1)
-            normed = [F.rms_norm(x, (x.shape[-1],), norm, eps) for x, norm in zip(each, self.state_norms, strict=True)]
-            states = torch.cat(normed, -1)
-        return self.fuse(states)
-
     # ------------------------------------------------------------------------------------------------ forward
     @torch.inference_mode()
     def extend(self, rows: Sequence[Rows], want: Want = IDS) -> Step:
@@ -306,7 +271,7 @@ class TorchHead(SlotBySlot):
         results: list[list[int] | torch.Tensor] = [[] for _ in rows]
         shares = [self._asked(each) for each in rows]
         laid = [Rows(each.head._slot, range(len(each.tokens)), each.start) for each in shares]
-        for pieces in passes(laid, self.max_rows, READ_CHUNK, apart=self._odd is None):
+        for pieces in passes(laid, self.max_rows, READ_CHUNK, apart=self.network.odd is None):
             hidden = self._compute([shares[piece.owner].cut(piece.first, piece.end) for piece in pieces])
             ready = [
                 (piece.owner, states[-1:] if rows[piece.owner].last else states)
@@ -316,7 +281,7 @@ class TorchHead(SlotBySlot):
             if not ready:
                 continue
             sizes = [len(states) for _, states in ready]
-            logits = self._logits(torch.cat([states for _, states in ready]))
+            logits = self.network.logits(torch.cat([states for _, states in ready]))
             if want.logits:
                 made: Sequence[list[int] | torch.Tensor] = logits.split(sizes)
             else:
@@ -356,7 +321,7 @@ class TorchHead(SlotBySlot):
 
         Raises ValueError for rows whose states are not there.
         """
-        return self._logits(self._hidden(tokens, position, parents))
+        return self.network.logits(self._hidden(tokens, position, parents))
 
     def greedy(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> list[int]:
         """The target's ids [n] of greatest logit of `forward`."""
@@ -367,10 +332,10 @@ class TorchHead(SlotBySlot):
         """Feed tokens at position.., then each id found in turn: k greedy ids. They stay on the device until then."""
         hidden = self._hidden(tokens, position)[-1:]
         position += len(tokens)
-        found = [self._ids(argmax(self._logits(hidden)))]
+        found = [self._ids(argmax(self.network.logits(hidden)))]
         for step in range(k - 1):
             hidden = self._hidden(found[-1], position + step)
-            found.append(self._ids(argmax(self._logits(hidden))))
+            found.append(self._ids(argmax(self.network.logits(hidden))))
         return torch.cat(found).tolist()
 
     def keep(self, position: int, rows: Sequence[int]) -> int:
@@ -380,15 +345,6 @@ class TorchHead(SlotBySlot):
     # ----------------------------------------------------------------------------------------------- internals
     def _ids(self, found: torch.Tensor) -> torch.Tensor:
         return found if self.target_ids is None else self.target_ids[found]
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V_d] of states before the last norm (with `norm_output`, after it)."""
-        if self.config.norm_output:
-            return self.lm_head(hidden)
-        return self.lm_head(self._normed(hidden))
-
-    def _normed(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.norm, self.config.layer.rms_norm_eps)
 
     def _hidden(
         self, tokens: Sequence[int] | torch.Tensor, position: int, parents: Sequence[int] | None = None
@@ -469,10 +425,10 @@ class TorchHead(SlotBySlot):
         for share in shares:
             n = len(share.tokens)
             keys = share.head._keys[share.start : share.start + n]
-            if self._odd is None:
+            if self.network.odd is None:
                 alike = len(shares) == 1 and n == READ_CHUNK and share.start % READ_CHUNK == 0
             else:
-                alike = true > 1 or not any(self._odd)
+                alike = true > 1 or not any(self.network.odd)
             if keys and share.true and alike:
                 self.cache.note(share.head._slot, share.start, keys)
 
@@ -487,7 +443,7 @@ class TorchHead(SlotBySlot):
         true = [share.states for share in shares if share.true]
         if not true:
             return torch.cat([share.states for share in shares]) if len(shares) > 1 else shares[0].states
-        fused = self._fused(torch.cat(true) if len(true) > 1 else true[0])
+        fused = self.network.fuse(torch.cat(true) if len(true) > 1 else true[0])
         if len(true) == len(shares):
             return fused
         pieces = iter(fused.split([len(states) for states in true]))
@@ -501,28 +457,9 @@ class TorchHead(SlotBySlot):
 
     def _rows(self, shares: Sequence[_Share]) -> torch.Tensor:
         """States [n, H] that all rows pass on; their keys and values are written."""
-        layer, config = self.config.layer, self.config
-        ids, states, parts = self._ids_of(shares), self._before(shares), []
+        parts = []
         for share in shares:
             m = len(share.tokens)
             table = self.cache.write(share.head._slot, share.start, share.start + m)
             parts.append(Part(table, share.start, m, m, share.tree))
-        attention, (kv,) = self._attention, self.cache.pool
-        alone = len(parts) == 1 and parts[0].rows <= MAX_ROWS
-        plan = attention.alone(parts[0], fixed=False) if alone else attention.together(parts)
-        n, eps, shape = len(ids), layer.rms_norm_eps, (layer.hidden_size,)
-        heads, kv_heads, dim = layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim
-        rotated, half, width = heads + kv_heads, dim // 2, heads * dim
-
-        tokens_normed = F.rms_norm(self.embedding[ids].to(self.dtype), shape, self.token_norm, eps)
-        states_normed = F.rms_norm(states, shape, self.state_norm, eps)
-        qkv = self.qkv(torch.cat((tokens_normed, states_normed), -1))
-        qk = qkv[:, : rotated * dim].view(n, rotated, dim)
-        swapped = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
-        torch.addcmul(qk * self.cos[plan.stands], swapped, self.sin[plan.stands], out=qk)
-        attention.write(kv, qkv[:, width:].view(n, 2 * kv_heads, dim), plan)
-        attended = attention.attend(kv, qkv[:, :width], plan)
-        x = (states_normed if config.norm_before_residual else states) + self.output(attended)
-        gate, up = self.gate_up(F.rms_norm(x, shape, self.mlp_norm, eps)).chunk(2, dim=-1)
-        x = x + self.down(F.silu(gate) * up)
-        return self._normed(x) if config.norm_output else x
+        return self.network.run(self.embedding[self._ids_of(shares)], self._before(shares), parts)

@@ -101,9 +101,9 @@ class TorchLlama(SlotBySlot):
         self.device = torch.device(device)
         if quantize and self.device.type != "cpu":
             raise UserError(f"int8 weights run on the CPU only, not on {self.device}: use bf16 there")
-        if quantize and not int8_works():
+        if quantize and not compiled and not int8_works():
             raise UserError(f"torch {torch.__version__} has no int8 kernels for this CPU: use bf16")
-        if compiled and (reason := not_compiled(config, self.device, quantize)):
+        if compiled and (reason := not_compiled(config, self.device)):
             raise UserError(f"compiled layers {reason}: leave them out")
         if not 0 < max_seq_len <= config.max_position_embeddings:
             raise UserError(
@@ -181,7 +181,8 @@ class TorchLlama(SlotBySlot):
         if self.compiled:
             from models.torch_llama.compiled.network import CompiledLayers
 
-            self.network = CompiledLayers(config, take, head, self.cache, self.max_seq_len + spare)
+            positions = self.max_seq_len + spare
+            self.network = CompiledLayers(config, take, head, self.cache, positions, quantize is not None)
             self.odd_alone: list[bool] | None = []
         else:
             linear = self._linear_maker(quantize)

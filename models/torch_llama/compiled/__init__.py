@@ -16,12 +16,10 @@ from models.llama.config import LlamaConfig
 LANES = 16  # numbers of a vector: so many positions' keys are stored together
 
 
-def not_compiled(config: LlamaConfig, device: torch.device, dtype: str | None = None) -> str:
+def not_compiled(config: LlamaConfig, device: torch.device) -> str:
     """Why the layers of a model cannot be compiled, to follow "compiled layers"; "" where they can."""
     if device.type != "cpu":
         return f"run on the CPU only, not on {device}"
-    if dtype == "int8":
-        return "do not take int8 weights"
     if config.head_dim % LANES:
         return f"take heads of whole vectors of {LANES} numbers, not of {config.head_dim}"
     if importlib.util.find_spec("llvmlite") is None:

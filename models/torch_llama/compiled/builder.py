@@ -31,10 +31,14 @@ VECTOR, _TRUTHS = ir.VectorType(FLOAT, LANES), ir.VectorType(ir.IntType(1), LANE
 
 
 class Stored:
-    """How numbers lie in memory: 16 or 32 bits of a float, or a whole number of 8 or 64 bits."""
+    """How numbers lie in memory: 16 or 32 bits of a float, 8 bits that are parts of a scale, or a whole number of 8 or
+    64 bits.
 
-    def __init__(self, name: str, type: ir.Type, size: int) -> None:
-        self.name, self.type, self.size = name, type, size
+    scaled: numbers are to be multiplied by scales, which lie elsewhere.
+    """
+
+    def __init__(self, name: str, type: ir.Type, size: int, scaled: bool = False) -> None:
+        self.name, self.type, self.size, self.scaled = name, type, size, scaled
 
     def load(self, code: Code, pointer: Any, lanes: int = 1) -> Value:
         """What lies there: one number, or a vector of fp32 numbers."""
@@ -44,6 +48,8 @@ class Stored:
         elif self is BF16:
             bits = code.ir.zext(raw, _wide(_I32, lanes))
             raw = code.ir.bitcast(code.ir.shl(bits, _same(_I32, 16, lanes)), _wide(FLOAT, lanes))
+        elif self is INT8:
+            raw = code.ir.sitofp(code.ir.sext(raw, _wide(_I32, lanes)), _wide(FLOAT, lanes))
         elif self is BYTE:
             raw = code.ir.zext(raw, INT)
         return Value(code, raw)
@@ -64,6 +70,7 @@ class Stored:
 
 
 F32, F16, BF16 = Stored("fp32", FLOAT, 4), Stored("fp16", ir.HalfType(), 2), Stored("bf16", _I16, 2)
+INT8 = Stored("int8", _I8, 1, scaled=True)
 BYTE, WORD = Stored("byte", _I8, 1), Stored("word", INT, 8)
 
 
@@ -394,6 +401,10 @@ class Code:
         kind = ir.FunctionType(result, [v.raw.type for v in values])
         pointer = self.ir.inttoptr(address.raw, kind.as_pointer())
         return Value(self, self.ir.call(pointer, [v.raw for v in values]))
+
+    def place_of(self, place: Place, stored: Stored) -> Place:
+        """The same place, where numbers are stored in another form."""
+        return Place(self, place.raw, stored)
 
     def place(self, address: Value, stored: Stored) -> Place:
         """Where an address points to."""

@@ -17,6 +17,7 @@ from models.llama.config import LlamaConfig
 from models.llama.random_weights import RandomWeights
 from models.torch_llama.calibration import POSITION, keep, kept_file, part_of, torch_threads
 from models.torch_llama.compiled import not_compiled
+from models.torch_llama.linear import int8_works
 from models.torch_llama.model import TorchLlama
 
 READ, WRITTEN = 200, 100  # tokens of a turn of a chat
@@ -56,7 +57,7 @@ def compare(config: LlamaConfig, dtype: str, threads: int | None = None, directo
 
     Args:
         config: of the model; its layers can be compiled.
-        dtype: as of `TorchLlama`.
+        dtype: as of `TorchLlama`, or "int8".
         threads: of torch (default: those it has).
         directory: where it is kept (default: in the user's cache directory).
     """
@@ -79,7 +80,14 @@ def measure(config: LlamaConfig, dtype: str, seconds: float = SECONDS) -> Compar
     logger.info("compiling layers, and timing them beside torch's, once for this model on this machine")
     part = part_of(config)
     models = [
-        TorchLlama(part, RandomWeights(part), dtype=dtype, max_seq_len=POSITION + READ_TIMED, compiled=compiled)
+        TorchLlama(
+            part,
+            RandomWeights(part),
+            dtype="fp32" if dtype == "int8" else dtype,
+            max_seq_len=POSITION + READ_TIMED,
+            quantize="int8" if dtype == "int8" else None,
+            compiled=compiled,
+        )
         for compiled in (False, True)
     ]
     order = random.Random(0)
@@ -108,6 +116,6 @@ def _turn(model: TorchLlama) -> float:
 
 def compiles(config: LlamaConfig, dtype: str, threads: int | None = None) -> bool:
     """Whether a model's layers are to be compiled: they can be, and are faster so."""
-    if dtype == "int8" or not_compiled(config, torch.device("cpu")):
+    if not_compiled(config, torch.device("cpu")):
         return False
-    return compare(config, dtype, threads).faster
+    return (dtype == "int8" and not int8_works()) or compare(config, dtype, threads).faster

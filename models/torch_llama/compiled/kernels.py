@@ -8,7 +8,8 @@ a tree. What a row does not see counts exactly 0.
 
 Layouts (fp32 unless said otherwise; a row's step is a whole number of panels, what lies behind its values is zeros):
     weights: panels of 64 outputs [in, 64], one behind the other; those of the gate and of the same outputs of "up" in
-        turn. bf16, fp16 or fp32, as the keys and the values.
+        turn. bf16, fp16 or fp32, as the keys and the values; or int8 with scales in front of each panel, keys and
+        values being fp32 then.
     keys: of 16 positions together [D, 16]. values: [position, D].
     rows of one sequence are together, in the order of their positions.
 """
@@ -24,17 +25,25 @@ from typing import Any
 
 from models.torch_llama.compiled.builder import BYTE, F32, FLOAT, INT, LANES, WORD, Code, Module, Place, Stored, Value
 from models.torch_llama.compiled.machine_code import Machine, load
-from models.torch_llama.compiled.products import PANEL, WIDENED, Products
+from models.torch_llama.compiled.products import PANEL, WIDENED, Products, before
 from models.torch_llama.compiled.threads import CALLS, JOB_CALL, Fields, add_calls, add_job
 
 BLOCK = 128  # positions of a block of the cache
 NOT_SEEN = -math.inf
 
 
+def pool_form(stored: Stored) -> Stored:
+    """How keys and values are stored beside such weights."""
+    return F32 if stored.scaled else stored
+
+
 def layer_fields(stored: Stored) -> Fields:
     """What the job of some layers consists of.
 
     x: residuals [n, padded H]; they are changed. layers: so many from `first` on. norms: [layers, 2, padded H].
+    wide: numbers that queries, keys and values are made of: H, or of a draft head's layer padded H + H. Then `tokens`
+        [n, padded H] are normed by the third of its norms, and stand in front of the normed x; where `normed_residual`
+        is not 0, residuals begin with the normed x.
     weights: [layers, panels of all four matrices], a layer's first one being weight_step behind the one before.
     pool: [layers, 2 KV P D], a layer's numbers being pool_step, a head's `size`. cos, sin: [S, D / 2].
     stands, places, ends: [n] of each row, its position, its place in the pool, how many positions it may see.
@@ -45,12 +54,14 @@ def layer_fields(stored: Stored) -> Fields:
     normed, qkv, attended, gated: [n, ..], for results in between. scratch: [threads, scratch_step].
     chunk, row_chunk: rows of an item of a product, and of what has to do with single rows.
     """
-    whole = "n hidden heads kv dim inner size first layers weight_step pool_step seen_step item_heads scratch_step "
-    whole += "chunk row_chunk row_items qkv_items attend_items hidden_items inner_items"
-    floats = "x norms cos sin ones normed qkv attended gated scratch"
+    whole = (
+        "n hidden wide heads kv dim inner size first layers weight_step pool_step seen_step item_heads scratch_step "
+    )
+    whole += "normed_residual chunk row_chunk row_items qkv_items attend_items hidden_items inner_items"
+    floats = "x tokens norms cos sin ones normed qkv attended gated scratch"
     fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT, "scale": FLOAT}
     fields |= dict.fromkeys(floats.split(), F32) | dict.fromkeys("stands places ends tiles blocks".split(), WORD)
-    return fields | {"seen": BYTE, "weights": stored, "pool": stored}
+    return fields | {"seen": BYTE, "weights": stored, "pool": pool_form(stored)}
 
 
 def head_fields(stored: Stored) -> Fields:
@@ -200,16 +211,16 @@ class Layers:
     make the code of one item."""
 
     def __init__(self, stored: Stored, machine: Machine) -> None:
-        self.module = Module(f"layers_{stored.name}", machine.triple)
+        self.module, self.before = Module(f"layers_{stored.name}", machine.triple), before(stored)
         self.products = Products(self.module, machine.registers)
         self.product = self.products.panel(stored)
         phases = [
-            ("row_items", self._norm(0)),
+            ("row_items", self._begin),
             ("qkv_items", self._qkv),
             ("row_items", self._rotate),
             ("attend_items", self._attend),
             ("hidden_items", self._output),
-            ("row_items", self._norm(1)),
+            ("row_items", self._norm_again),
             ("inner_items", self._gate),
             ("hidden_items", self._down),
         ]
@@ -230,13 +241,12 @@ class Layers:
         row = item // panels * job.chunk
         return item % panels, row, code.least(job.n - row, job.chunk)
 
-    @staticmethod
-    def _matrices(job: Job, turn: Value) -> tuple[Place, Place, Place, Place]:
+    def _matrices(self, job: Job, turn: Value) -> tuple[Place, Place, Place, Place]:
         """The panels of one layer: queries, keys and values; output; gate and "up"; down."""
         qkv = job.weights + (job.first + turn) * job.weight_step
-        output = qkv + padded((job.heads + job.kv * 2) * job.dim) * job.hidden
-        gate = output + padded(job.hidden) * (job.heads * job.dim)
-        return qkv, output, gate, gate + padded(job.inner) * job.hidden * 2
+        output = qkv + padded((job.heads + job.kv * 2) * job.dim) * (job.wide + self.before)
+        gate = output + padded(job.hidden) * (job.heads * job.dim + self.before)
+        return qkv, output, gate, gate + padded(job.inner) * (job.hidden + self.before) * 2
 
     def _multiply(
         self, code: Code, job: Job, item: Value, thread: Value, x: Place, depth: Value, w: Place, y: Place, width: Value
@@ -245,21 +255,32 @@ class Layers:
         x_step, y_step = padded(depth), padded(width)
         panel, row, rows = self._panel(code, job, item, y_step // PANEL)
         line, scratch = y + (row * y_step + panel * PANEL), job.scratch + thread * job.scratch_step
-        add, w = int(y is job.x), w + panel * PANEL * depth
+        add, w = int(y is job.x), w + panel * PANEL * (depth + self.before)
         self.product(code, x + row * x_step, x_step, rows, w, line, y_step, depth, add, scratch)
 
-    def _norm(self, which: int) -> Any:
-        def phase(code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
-            step = padded(job.hidden)
-            with self._rows(code, job, item) as row:
-                weight = job.norms + ((job.first + turn) * 2 + which) * step
-                norm_row(code, job, job.x + row * step, weight, job.normed + row * step)
+    def _begin(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        step, joined = padded(job.hidden), job.wide.differs(job.hidden)
+        norms = job.norms + (job.first + turn) * 2 * step
+        with self._rows(code, job, item) as row:
+            x = job.x + row * step
+            with code.when(~joined):
+                norm_row(code, job, x, norms, job.normed + row * step)
+            with code.when(joined):
+                line = job.normed + row * step * 2
+                norm_row(code, job, job.tokens + row * step, norms + step * 2, line)
+                norm_row(code, job, x, norms, line + step)
+                with code.when(job.normed_residual.differs(0)), code.loop(0, step, LANES) as i:
+                    x.put(i, line.vector(step + i))
 
-        return phase
+    def _norm_again(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        step = padded(job.hidden)
+        with self._rows(code, job, item) as row:
+            weight = job.norms + ((job.first + turn) * 2 + 1) * step
+            norm_row(code, job, job.x + row * step, weight, job.normed + row * step)
 
     def _qkv(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         w, width = self._matrices(job, turn)[0], (job.heads + job.kv * 2) * job.dim
-        self._multiply(code, job, item, thread, job.normed, job.hidden, w, job.qkv, width)
+        self._multiply(code, job, item, thread, job.normed, job.wide, w, job.qkv, width)
 
     def _rotate(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         step, pool = padded((job.heads + job.kv * 2) * job.dim), job.pool + (job.first + turn) * job.pool_step
@@ -282,7 +303,7 @@ class Layers:
         w, scratch = self._matrices(job, turn)[2], job.scratch + thread * job.scratch_step
         pairs, x = scratch + WIDENED * PANEL, job.normed + row * step
         for which in range(2):
-            mine, y = w + (panel * 2 + which) * PANEL * job.hidden, pairs + which * PANEL
+            mine, y = w + (panel * 2 + which) * PANEL * (job.hidden + self.before), pairs + which * PANEL
             self.product(code, x, step, rows, mine, y, 2 * PANEL, job.hidden, 0, scratch)
         with code.loop(0, rows) as i:
             gate_row(code, pairs + i * (2 * PANEL), job.gated + ((row + i) * out_step + panel * PANEL))

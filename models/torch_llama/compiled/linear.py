@@ -13,14 +13,14 @@ from models.torch_llama.compiled.threads import pool as threads_pool
 class CompiledLinear:
     """A weight [out, in] in panels, for rows in fp32. The bits of a row do not depend on the rows beside it.
 
-    Implements `linear.Linear`.
+    Implements `linear.Linear`. int8: round the weight to 8 bits.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, int8: bool = False) -> None:
         self.out, self.width = weight.shape
-        self._panels = panels(weight)
+        self._panels = panels(weight, int8)
         self.bytes, self.form = self._panels.nbytes, PANEL
-        stored = STORED[weight.dtype]
+        stored = STORED[self._panels.dtype]
         self._code, self._fields = load_layers(stored), head_fields(stored)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +14,14 @@ from models.llama.rope import rope_tables
 from models.speculative.tree import tree_depths
 from models.torch_llama.attention import Part
 from models.torch_llama.compiled import LANES
-from models.torch_llama.compiled.builder import BF16, F16, F32
+from models.torch_llama.compiled.builder import BF16, F16, F32, INT8
 from models.torch_llama.compiled.kernels import head_fields, layer_fields, load_layers
-from models.torch_llama.compiled.products import PANEL, TILE_ROWS, WIDENED
+from models.torch_llama.compiled.products import PANEL, TILE_ROWS, WIDENED, before
 from models.torch_llama.compiled.threads import pool as threads_pool
 from models.torch_llama.kv_cache import KVCache, block_end, blocks_of
 
-STORED = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
+STORED = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32, torch.int8: INT8}
+LARGEST = 127  # of a weight in int8, in parts of its output's scale
 _SERIAL = 16384  # so many numbers are normed or rotated by one thread: sooner than others could begin
 _CHUNK = 66  # rows of a product that one thread takes together, at most
 _TILE_ROWS = 12  # rows times query heads that attention takes together
@@ -37,11 +38,19 @@ def padded(width: int) -> int:
     return _up(width, PANEL)
 
 
-def panels(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix [out, in] as panels [out / 64, in, 64], zeros behind its last output."""
+def panels(weight: torch.Tensor, int8: bool = False) -> torch.Tensor:
+    """A matrix [out, in] as panels [out / 64, in, 64], zeros behind its last output.
+
+    int8: round it to 8 bits, with a scale for each output: panels [out / 64, 4 + in, 64], the scales in front.
+    """
     out, width = weight.shape
-    filled = torch.nn.functional.pad(weight, (0, 0, 0, padded(out) - out))
-    return filled.view(-1, PANEL, width).transpose(1, 2).contiguous()
+    filled = torch.nn.functional.pad(weight, (0, 0, 0, padded(out) - out)).view(-1, PANEL, width)
+    if not int8:
+        return filled.transpose(1, 2).contiguous()
+    filled = filled.float()
+    scales = filled.abs().amax(2, keepdim=True).clamp_min(1e-12) / LARGEST
+    rounded = (filled / scales).round_().to(torch.int8).transpose(1, 2)
+    return torch.cat((scales.contiguous().view(torch.int8).view(-1, before(INT8), PANEL), rounded), 1)
 
 
 def _wide(weight: torch.Tensor) -> torch.Tensor:
@@ -60,15 +69,28 @@ class Rows(NamedTuple):
     blocks: np.ndarray
 
 
-class CompiledLayers:
-    """All layers of a model and its head; implements `layers.Network`.
+Take = Callable[[str], torch.Tensor]
+
+
+def attention_and_mlp(take: Take, prefix: str) -> Iterable[torch.Tensor]:
+    """The matrices of a layer whose tensors' names begin so, as `InPanels` takes them."""
+    yield torch.cat([take(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"])
+    for name in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down"):
+        yield take(f"{prefix}{name}_proj.weight")
+
+
+class InPanels:
+    """Layers, a final norm and an output matrix.
 
     Args:
-        config: the architecture.
-        take: a tensor by name, in the model's dtype.
+        config: of the layers.
+        layers: of each, made one after the other: matrices [out, in] of queries, keys and values together, of the
+            output, the gate, "up" and down; norms [H] of what attention and what the MLP takes, more where there are.
+        norm: the final one's weights [H].
         head: the output matrix [V, H].
-        cache: keys, 16 positions together, and values.
+        cache: keys, 16 positions together, and values, in the matrices' dtype; with int8 in fp32.
         positions: that rows may stand at.
+        int8: round the matrices to 8 bits.
     """
 
     dtype = torch.float32
@@ -76,39 +98,38 @@ class CompiledLayers:
     def __init__(
         self,
         config: LlamaConfig,
-        take: Callable[[str], torch.Tensor],
+        layers: Iterable[tuple[Iterable[torch.Tensor], Sequence[torch.Tensor]]],
+        norm: torch.Tensor,
         head: torch.Tensor,
         cache: KVCache,
         positions: int,
+        int8: bool = False,
     ) -> None:
         self.config = config
         count, hidden, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
         self.layers: Sequence = range(count)
-        norms = torch.empty(count, 2, padded(hidden))
-        weights: torch.Tensor | None = None
-        for i in self.layers:
-            prefix = f"model.layers.{i}."
-            names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-            qkv = panels(torch.cat([take(f"{prefix}{name}.weight") for name in names]))
-            gate, up = (panels(take(f"{prefix}mlp.{name}.weight")) for name in ("gate_proj", "up_proj"))
-            output, down = (panels(take(f"{prefix}{name}.weight")) for name in ("self_attn.o_proj", "mlp.down_proj"))
+        weights, norms = torch.empty(0), torch.empty(0)
+        for i, (matrices, normed) in enumerate(layers):
+            qkv, output, gate, up, down = (panels(matrix, int8) for matrix in matrices)
             parts = [each.flatten() for each in (qkv, output, torch.stack((gate, up), 1), down)]
-            if weights is None:
-                weights = torch.empty(count, sum(map(len, parts)), dtype=parts[0].dtype)
+            if not i:
+                weights = torch.empty(count, sum(map(len, parts)), dtype=qkv.dtype)
+                norms = torch.empty(count, len(normed), padded(hidden))
             torch.cat(parts, out=weights[i])
-            norms[i, 0] = _wide(take(prefix + "input_layernorm.weight"))
-            norms[i, 1] = _wide(take(prefix + "post_attention_layernorm.weight"))
-        assert weights is not None  # a model has layers
+            torch.stack([_wide(each) for each in normed], out=norms[i])
         cos, sin = rope_tables(config, positions)
-        self.norm = take("model.norm.weight").float()
+        self.norm, self.vocab_size = norm.float(), len(head)
         self._weights, self._norms, self._norm = weights, norms, _wide(self.norm)
-        self._head, self._ones = panels(head), torch.ones(LANES)
+        self._head, self._ones = panels(head, int8), torch.ones(LANES)
         self._cos, self._sin = cos[:, : dim // 2].contiguous(), sin[:, dim // 2 :].contiguous()
         self._pool = cache.pool
         stored = STORED[weights.dtype]
         self._code, self._fields, self._head_fields = load_layers(stored), layer_fields(stored), head_fields(stored)
         self._constants: dict[str, Any] = {
             "hidden": hidden,
+            "wide": hidden,
+            "tokens": 0,
+            "normed_residual": 0,
             "heads": config.num_attention_heads,
             "kv": config.num_key_value_heads,
             "dim": dim,
@@ -159,22 +180,22 @@ class CompiledLayers:
             row += rows
         return Rows(stands, places, ends, seen, np.array(tiles, np.int64), np.array(blocks, np.int64))
 
-    def run(self, x: torch.Tensor, plan: Rows, first: int, stop: int) -> torch.Tensor:
-        """As of `layers.Network`."""
+    def _run(self, x: torch.Tensor, plan: Rows, first: int, stop: int, more: dict[str, Any]) -> torch.Tensor:
+        """Rows [n, H] behind some layers. more: of the job."""
         config, threads = self.config, torch.get_num_threads()
         n, hidden = x.shape
         heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         group, tiles = heads // kv, len(plan.tiles)
-        residuals, items = self._residuals(x), shared_out(n, config.hidden_size)
+        residuals, items = in_panels(x), shared_out(n, config.hidden_size)
         # Where there are few items, threads share the heads of a group.
         item_heads = group if tiles * kv % threads == 0 or tiles * kv > 4 * threads else 1
         room = block_end(int(plan.ends.max()))
         scratch = max(PANEL * (WIDENED + 2 * items["chunk"]), max(_TILE_ROWS, group) * (2 * dim + LANES + room))
-        widths = {"normed": hidden, "qkv": (heads + 2 * kv) * dim, "attended": heads * dim}
+        widths = {"normed": self._constants["wide"], "qkv": (heads + 2 * kv) * dim, "attended": heads * dim}
         widths["gated"] = config.intermediate_size
         chunks = items.pop("chunks")
         job = self._constants | items | {name: each.ctypes.data for name, each in plan._asdict().items()}
-        job |= {
+        job |= more | {
             "n": n,
             "first": first,
             "layers": stop - first,
@@ -194,18 +215,19 @@ class CompiledLayers:
             pool.run(self._code, "layers", self._fields, threads, job)
         return residuals[:, :hidden]
 
-    def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of `layers.Network`."""
+    def _scores(self, hidden: torch.Tensor, normed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(states [n, H] behind the final norm, logits [n, V]) of states before it, or behind it."""
         (n, width), threads = hidden.shape, torch.get_num_threads()
-        residuals, items, scratch = self._residuals(hidden), shared_out(n, width), PANEL * WIDENED
-        scored = torch.empty_like(residuals)
-        logits = torch.empty(n, padded(self.config.vocab_size))
+        residuals, items, scratch = in_panels(hidden), shared_out(n, width), PANEL * WIDENED
+        scored = residuals if normed else torch.empty_like(residuals)
+        logits = torch.empty(n, padded(self.vocab_size))
         panels = logits.shape[1] // PANEL
         job = items | {
             "n": n,
             "hidden": width,
             "panels": panels,
             "scratch_step": scratch,
+            "row_items": 0 if normed else items["row_items"],
             "panel_items": panels * items["chunks"],
             "eps": self.config.rms_norm_eps,
             "x": residuals.data_ptr(),
@@ -218,13 +240,43 @@ class CompiledLayers:
         with pool.lock:
             job["scratch"] = pool.buffer("scratch", threads * scratch)
             pool.run(self._code, "head", self._head_fields, threads, job)
-        return scored[:, :width], logits[:, : self.config.vocab_size]
+        return scored[:, :width], logits[:, : self.vocab_size]
 
-    def _residuals(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows [n, H] with zeros behind, as the kernels take them: a copy."""
-        rows = torch.zeros(len(x), padded(x.shape[1]))
-        rows[:, : x.shape[1]] = x
-        return rows
+
+class CompiledLayers(InPanels):
+    """All layers of a model and its head; implements `layers.Network`.
+
+    Args:
+        config: the architecture.
+        take: a tensor by name, in the model's dtype.
+        head, cache, positions, int8: as of `InPanels`.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, take: Take, head: torch.Tensor, cache: KVCache, positions: int, int8: bool = False
+    ) -> None:
+        def layers() -> Iterable[tuple[Iterable[torch.Tensor], Sequence[torch.Tensor]]]:
+            for i in range(config.num_hidden_layers):
+                prefix = f"model.layers.{i}."
+                norms = [take(f"{prefix}{name}_layernorm.weight") for name in ("input", "post_attention")]
+                yield attention_and_mlp(take, prefix), norms
+
+        super().__init__(config, layers(), take("model.norm.weight"), head, cache, positions, int8)
+
+    def run(self, x: torch.Tensor, plan: Rows, first: int, stop: int) -> torch.Tensor:
+        """As of `layers.Network`."""
+        return self._run(x, plan, first, stop, {})
+
+    def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of `layers.Network`."""
+        return self._scores(hidden, normed=False)
+
+
+def in_panels(x: torch.Tensor) -> torch.Tensor:
+    """Rows [n, H] in fp32 with zeros behind, as the kernels take them: a copy."""
+    rows = torch.zeros(len(x), padded(x.shape[1]))
+    rows[:, : x.shape[1]] = x
+    return rows
 
 
 def shared_out(n: int, width: int) -> dict[str, int]:

@@ -2,6 +2,9 @@
 
 One kernel computes them all, `tile`: a few rows times 16 or 64 columns. A sum has a lane of a vector for itself, so its
 bits depend neither on the rows beside it nor on how many columns a tile takes.
+
+A panel of weights in int8 begins with the scales of its outputs, in fp32; each weight is multiplied by its scale, and
+rounded, before it meets the rows.
 """
 
 from __future__ import annotations
@@ -18,6 +21,11 @@ AHEAD = 2048  # bytes of weights that are being loaded before they are needed
 WIDENED = 64  # depth of the part of a panel that is made fp32 for many rows: it stays in the first cache
 
 Kernel = Callable[..., Value]
+
+
+def before(stored: Stored) -> int:
+    """Rows of numbers that a panel has in front of its weights: its scales."""
+    return F32.size // stored.size if stored.scaled else 0
 
 
 class Products:
@@ -44,7 +52,7 @@ class Products:
 
         Its arguments: x, numbers from one of its rows to the next; w, numbers from one term to the next, from one
         vector to the next; y, numbers from one of its rows to the next; depth, whether to add. ahead: w is a panel of
-        weights, which come from memory.
+        weights, which come from memory, and may have scales in front.
         """
         return self._once(self._tile, stored, vectors, ahead, rows)
 
@@ -56,6 +64,8 @@ class Products:
         def tile(code: Code, *given: Any) -> None:
             x, x_step, w, w_step, v_step, y, y_step, depth, add = given
             xs, ys = [x + x_step * row for row in range(rows)], [y + y_step * row for row in range(rows)]
+            scales = code.place_of(w, F32)
+            w = w + before(stored) * PANEL
             for first in range(0, vectors, at_once):
                 columns = range(first, first + at_once)
                 sums = [[code.variable(code.spread(0.0)) for _ in columns] for _ in range(rows)]
@@ -63,10 +73,13 @@ class Products:
                     for line, place in zip(sums, ys, strict=True):
                         for total, v in zip(line, columns, strict=True):
                             total.value = place.vector(v * LANES)
+                parts = [scales.vector(v * LANES) for v in columns] if stored.scaled else []
                 with code.loop(0, depth) as i:
                     if ahead and not first:
                         code.prefetch(w + i * w_step, AHEAD, PANEL)
                     weights = [w.vector(i * w_step + v_step * v) for v in columns]
+                    if stored.scaled:
+                        weights = [weight * part for weight, part in zip(weights, parts, strict=True)]
                     for line, place in zip(sums, xs, strict=True):
                         value = code.spread(place[i])
                         for total, weight in zip(line, weights, strict=True):
@@ -115,12 +128,14 @@ class Products:
             with code.when(rows <= MANY):
                 few(code, x, x_step, rows, w, PANEL, LANES, y, y_step, depth, add)
             with code.when(rows > MANY), code.loop(0, depth, WIDENED) as i:
-                part, widened = code.least(depth - i, WIDENED), w + i * PANEL
+                part, widened = code.least(depth - i, WIDENED), w + (i + before(stored)) * PANEL
                 if stored is not F32:
+                    scales = code.place_of(w, F32)
                     with code.loop(0, part * PANEL, PANEL) as j:
                         code.prefetch(widened + j, AHEAD, PANEL)
                         for k in range(0, PANEL, LANES):
-                            scratch.put(j + k, widened.vector(j + k))
+                            weights = widened.vector(j + k)
+                            scratch.put(j + k, weights * scales.vector(k) if stored.scaled else weights)
                     widened = scratch
                 again = code.select(i > 0, code.whole(1), add)
                 many(code, x + i, x_step, rows, widened, PANEL, LANES, y, y_step, part, again)
