@@ -38,8 +38,8 @@ TEXTS = Path(__file__).resolve().parent / "suites" / "prompts"
 POSITIONS = 512
 TOP = 5
 LOWEST, TRANSFORMERS = "bf16-lowest-id", "transformers-bf16"  # equal logits left to the lowest id; the peer
-COMPILED = "bf16-compiled"  # in compiled layers
-CPU_PRECISIONS = ("bf16", LOWEST, COMPILED, "int8", TRANSFORMERS)
+COMPILED = "-compiled"  # in compiled layers
+CPU_PRECISIONS = ("bf16", LOWEST, f"bf16{COMPILED}", "int8", f"int8{COMPILED}", TRANSFORMERS)
 CPU_ROWS = 6  # of a forward
 
 
@@ -102,8 +102,7 @@ def cpu_choices(opened: "OpenedModel", precision: str, texts: list[list[int]]) -
 
     if precision == TRANSFORMERS:
         return transformers_choices(opened, texts)
-    dtype = "int8" if precision == "int8" else "bf16"
-    compiled = precision == COMPILED
+    dtype, compiled = precision.split("-")[0], precision.endswith(COMPILED)
     rows_fixed = None if compiled else CPU_ROWS
     longest = max(map(len, texts))
     model = load_model(opened, dtype=dtype, max_seq_len=longest, fixed_rows=rows_fixed, compiled=compiled).model

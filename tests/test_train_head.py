@@ -112,6 +112,17 @@ def test_parts_of_the_answers_are_written_apart_and_trained_on_together(script, 
     assert "45 of the target's own" in (tmp_path / "head" / "README.md").read_text()
 
 
+def test_time_that_parts_took_side_by_side_is_not_there_for_more_answers(script, random_llama, tmp_path):
+    folder = tmp_path / "work"
+    assert script.command(arguments(random_llama, tmp_path, "--part", "1/2")) == 0
+    (folder / "answering-0of2.json").write_text(json.dumps({"seconds": 1800, "busy": 1}))
+    (folder / "answering-1of2.json").write_text(json.dumps({"seconds": 1700, "busy": 1}))
+    assert script.command(arguments(random_llama, tmp_path, "--answer-hours", "0.5")) == 0
+    assert len(AnswerStore(folder)) == 23
+    assert script.command(arguments(random_llama, tmp_path, "--answer-hours", "0.6", "--steps", "4")) == 0
+    assert len(AnswerStore(folder)) == 45
+
+
 def test_answers_stop_at_the_disk_limit(script, random_llama, tmp_path):
     assert script.command(arguments(random_llama, tmp_path, "--disk-gb", "0.001")) == 0
     sizes = [path.stat().st_size for path in (tmp_path / "work").glob("answers-*")]

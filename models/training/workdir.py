@@ -155,9 +155,18 @@ class WorkDirectory:
         flush()
 
     def answering_seconds(self, index: int, parts: int) -> float:
-        """Time that the answers of one part took so far."""
+        """Time that the answers of one part took so far. (0, 1) is all of them: parts of one division count as
+        written side by side."""
         path = self._clock(index, parts)
-        return read_json(path)["seconds"] if path.exists() else 0.0
+        own = read_json(path)["seconds"] if path.exists() else 0.0
+        if parts > 1:
+            return own
+        longest: dict[str, float] = {}
+        for other in self.path.glob("answering-*of*.json"):
+            division = other.stem.rsplit("of", 1)[1]
+            if division != "1":
+                longest[division] = max(longest.get(division, 0.0), read_json(other)["seconds"])
+        return own + sum(longest.values())
 
     def answering_time(self, clock: str) -> float:
         """Seconds that all answers took: by the clock ("seconds"), or of processors ("busy")."""
