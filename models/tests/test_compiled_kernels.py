@@ -19,7 +19,7 @@ from models.llama.rope import rope_tables
 from models.speculative.tree import tree_depths
 from models.tests.llama_fixtures import random_tensors, tiny_config
 from models.torch_llama.attention import Part
-from models.torch_llama.compiled import LANES, threads
+from models.torch_llama.compiled import LANES, network, threads
 from models.torch_llama.compiled.builder import F32, INT, Module
 from models.torch_llama.compiled.kernels import FUNCTIONS, Layers
 from models.torch_llama.compiled.machine_code import Machine, load
@@ -249,10 +249,12 @@ def test_another_cpu_of_the_family_computes_the_same_formulas(odd, monkeypatch):
     assert machine.registers < 32
     x = odd.rows(40, 9)
     expected = odd.forward((x, [0], 0))
-    monkeypatch.setattr(odd.network, "_code", machine.link(machine.compile(Layers(F32, machine).module), FUNCTIONS))
-    logits = odd.forward((x, [0], 0))
+    code = machine.link(machine.compile(Layers(F32, machine).module), FUNCTIONS)
+    monkeypatch.setattr(network, "load_layers", lambda stored: code)
+    other = Model()
+    logits = other.forward((x, [0], 0))
     close(logits, expected, "fp32")
-    assert torch.equal(odd.forward((x[:7], [0], 0)), logits[:7])
+    assert torch.equal(other.forward((x[:7], [0], 0)), logits[:7])
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------

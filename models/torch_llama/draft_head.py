@@ -272,7 +272,11 @@ class TorchHead(SlotBySlot):
         shares = [self._asked(each) for each in rows]
         laid = [Rows(each.head._slot, range(len(each.tokens)), each.start) for each in shares]
         for pieces in passes(laid, self.max_rows, READ_CHUNK, apart=self.network.odd is None):
-            hidden = self._compute([shares[piece.owner].cut(piece.first, piece.end) for piece in pieces])
+            # Where every row's logits are wanted, they are made with its states.
+            whole = all(piece.end - piece.first == 1 or not rows[piece.owner].last for piece in pieces)
+            whole = whole and all(piece.end == len(piece.rows.tokens) for piece in pieces)
+            cut = [shares[piece.owner].cut(piece.first, piece.end) for piece in pieces]
+            hidden, scores = self._compute(cut, whole)
             ready = [
                 (piece.owner, states[-1:] if rows[piece.owner].last else states)
                 for piece, states in zip(pieces, hidden, strict=True)
@@ -281,7 +285,7 @@ class TorchHead(SlotBySlot):
             if not ready:
                 continue
             sizes = [len(states) for _, states in ready]
-            logits = self.network.logits(torch.cat([states for _, states in ready]))
+            logits = self.network.logits(_joined([states for _, states in ready])) if scores is None else scores
             if want.logits:
                 made: Sequence[list[int] | torch.Tensor] = logits.split(sizes)
             else:
@@ -321,7 +325,7 @@ class TorchHead(SlotBySlot):
 
         Raises ValueError for rows whose states are not there.
         """
-        return self.network.logits(self._hidden(tokens, position, parents))
+        return self._scored(tokens, position, parents)
 
     def greedy(self, tokens: Sequence[int], position: int, parents: Sequence[int] | None = None) -> list[int]:
         """The target's ids [n] of greatest logit of `forward`."""
@@ -330,12 +334,10 @@ class TorchHead(SlotBySlot):
     @torch.inference_mode()
     def draft_greedy(self, tokens: Sequence[int], position: int, k: int) -> list[int]:
         """Feed tokens at position.., then each id found in turn: k greedy ids. They stay on the device until then."""
-        hidden = self._hidden(tokens, position)[-1:]
+        found = [self._ids(argmax(self._scored(tokens, position)[-1:]))]
         position += len(tokens)
-        found = [self._ids(argmax(self.network.logits(hidden)))]
         for step in range(k - 1):
-            hidden = self._hidden(found[-1], position + step)
-            found.append(self._ids(argmax(self.network.logits(hidden))))
+            found.append(self._ids(argmax(self._scored(found[-1], position + step))))
         return torch.cat(found).tolist()
 
     def keep(self, position: int, rows: Sequence[int]) -> int:
@@ -346,14 +348,15 @@ class TorchHead(SlotBySlot):
     def _ids(self, found: torch.Tensor) -> torch.Tensor:
         return found if self.target_ids is None else self.target_ids[found]
 
-    def _hidden(
+    def _scored(
         self, tokens: Sequence[int] | torch.Tensor, position: int, parents: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """States [n, H] that the rows of this slot pass on, of one of the three kinds of `forward`."""
+        """Logits [n, V_d] of rows of this slot, of one of the three kinds of `forward`."""
         share = self._share(tokens, position, parents)
-        (hidden,) = self._compute([share])
+        logits = self._compute([share], True)[1]
+        assert logits is not None
         self._drop(share)
-        return hidden
+        return logits
 
     def _asked(self, rows: Rows) -> _Share:
         """Rows as `extend` takes them, checked."""
@@ -399,24 +402,32 @@ class TorchHead(SlotBySlot):
                 "prompt or raise --max-seq-len"
             )
 
-    def _compute(self, shares: Sequence[_Share]) -> list[torch.Tensor]:
-        """States [n, H] that the rows of each sequence pass on, all computed in one forward.
+    def _compute(self, shares: Sequence[_Share], scored: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """(states [n, H] that the rows of each sequence pass on, logits [all rows, V_d] if they are asked for), all
+        computed in one forward.
 
-        Their keys and values are written, and each slot notes what its next rows may go on from.
+        Keys and values are written, and each slot notes what its next rows may go on from.
         """
-        order = sorted(range(len(shares)), key=lambda i: self._neighbours(shares[i]))
+        order = sorted(range(len(shares)), key=lambda i: self._neighbours(shares[i])) if len(shares) > 1 else [0]
         ordered = [shares[i] for i in order]
-        hidden = self._rows(ordered).split([len(share.tokens) for share in ordered])
-        for share, passed in zip(ordered, hidden, strict=True):
+        passed, logits = self._rows(ordered, scored)
+        sizes = [len(share.tokens) for share in ordered]
+        hidden = passed.split(sizes) if len(shares) > 1 else [passed]
+        for share, states in zip(ordered, hidden, strict=True):
             head = share.head
             if share.tree is None:
-                head._outputs, head._last = passed[-1:], share.position
+                head._outputs, head._last = states[-1:], share.position
             else:
                 done = len(share.tree[1]) - len(share.tokens)
-                head._outputs = torch.cat((head._outputs[:done], passed))
+                head._outputs = torch.cat((head._outputs[:done], states))
         self._note(ordered)
-        found = dict(zip(order, hidden, strict=True))
-        return [found[i] for i in range(len(shares))]
+        if len(shares) == 1 or order == sorted(order):
+            return list(hidden), logits
+        places = {i: place for place, i in enumerate(order)}
+        if logits is not None:
+            pieces = logits.split(sizes)
+            logits = torch.cat([pieces[places[i]] for i in range(len(shares))])
+        return [hidden[places[i]] for i in range(len(shares))], logits
 
     def _note(self, shares: Sequence[_Share]) -> None:
         """Let rows that were computed in one forward be found, if they are of a prompt and have the bits that they have
@@ -442,8 +453,8 @@ class TorchHead(SlotBySlot):
         """States [n, H] that the rows join with their tokens; the target's are fused, all at once."""
         true = [share.states for share in shares if share.true]
         if not true:
-            return torch.cat([share.states for share in shares]) if len(shares) > 1 else shares[0].states
-        fused = self.network.fuse(torch.cat(true) if len(true) > 1 else true[0])
+            return _joined([share.states for share in shares])
+        fused = self.network.fuse(_joined(true))
         if len(true) == len(shares):
             return fused
         pieces = iter(fused.split([len(states) for states in true]))
@@ -455,11 +466,16 @@ class TorchHead(SlotBySlot):
         tokens = [int(token) for share in shares for token in share.tokens]
         return torch.tensor(tokens, dtype=torch.long, device=self.device)
 
-    def _rows(self, shares: Sequence[_Share]) -> torch.Tensor:
-        """States [n, H] that all rows pass on; their keys and values are written."""
+    def _rows(self, shares: Sequence[_Share], scored: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(states [n, H] that all rows pass on, their logits if asked for); their keys and values are written."""
         parts = []
         for share in shares:
             m = len(share.tokens)
             table = self.cache.write(share.head._slot, share.start, share.start + m)
             parts.append(Part(table, share.start, m, m, share.tree))
-        return self.network.run(self.embedding[self._ids_of(shares)], self._before(shares), parts)
+        return self.network.run(self.embedding[self._ids_of(shares)], self._before(shares), parts, scored)
+
+
+def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One behind the other; a single one as it is."""
+    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]

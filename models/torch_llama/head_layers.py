@@ -35,8 +35,10 @@ class HeadNetwork(Protocol):
         """[n, H] of the target's states [n, taps x H]."""
         ...
 
-    def run(self, tokens: torch.Tensor, states: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
-        """States [n, H] that rows pass on; their keys and values are written.
+    def run(
+        self, tokens: torch.Tensor, states: torch.Tensor, parts: Sequence[Part], scored: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(states [n, H] that rows pass on, their logits [n, V_d] if they are asked for); keys and values are written.
 
         tokens: their embeddings [n, H], in any float dtype. states: [n, H] that they join with these.
         """
@@ -136,7 +138,9 @@ class TorchHeadLayer:
         own = sum(each.bytes for each in self.linears if each is not self.fuse.linear)
         return own + self.fuse.bytes + sum(norm.nbytes for norm in norms)
 
-    def run(self, tokens: torch.Tensor, states: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def run(
+        self, tokens: torch.Tensor, states: torch.Tensor, parts: Sequence[Part], scored: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As of `HeadNetwork`."""
         config, layer, attention, kv = self.config, self.config.layer, self._attention, self._pool[0]
         alone = len(parts) == 1 and parts[0].rows <= self._alone
@@ -156,7 +160,8 @@ class TorchHeadLayer:
         x = (states_normed if config.norm_before_residual else states) + self.output(attended)
         gate, up = self.gate_up(F.rms_norm(x, shape, self.mlp_norm, eps)).chunk(2, dim=-1)
         x = x + self.down(F.silu(gate) * up)
-        return self._normed(x) if config.norm_output else x
+        passed = self._normed(x) if config.norm_output else x
+        return passed, self.logits(passed) if scored else None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As of `HeadNetwork`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from models.llama.head_config import HeadConfig
 from models.torch_llama.attention import Part
 from models.torch_llama.compiled.linear import CompiledLinear
 from models.torch_llama.compiled.network import InPanels, Take, attention_and_mlp, in_panels, padded
+from models.torch_llama.compiled.products import PANEL
 from models.torch_llama.head_layers import Fusing
 from models.torch_llama.kv_cache import KVCache
 
@@ -25,34 +25,46 @@ class CompiledHead(InPanels):
         cache, positions, int8: as of `InPanels`.
     """
 
+    odd: list[bool] | None
+
     def __init__(self, config: HeadConfig, take: Take, cache: KVCache, positions: int, int8: bool = False) -> None:
         own, hidden = config.prefix, config.hidden_size
-        self.head_config, self.odd = config, cast("list[bool] | None", [])
+        self.odd = []
         self.fuse = Fusing(config, lambda name: take(name).float(), CompiledLinear(take("fc.weight"), int8))
-
         qkv, *others = attention_and_mlp(take, own)
         tokens, states = qkv.split(hidden, 1)
         qkv = torch.cat((F.pad(tokens, (0, padded(hidden) - hidden)), states), 1)  # states begin a panel
         names = ("hidden_norm", "post_attention_layernorm", "input_layernorm")
         norms = [take(f"{own}{name}.weight") for name in names]
         norm, lm_head = take("norm.weight"), take("lm_head.weight")
-        super().__init__(config.layer, [([qkv, *others], norms)], norm, lm_head, cache, positions, int8)
-        self._constants |= {"wide": padded(hidden) + hidden, "normed_residual": int(config.norm_before_residual)}
-        self._shape = (hidden,)
+        layers = [([qkv, *others], norms)]
+        super().__init__(config.layer, layers, norm, lm_head, cache, positions, int8, padded(hidden) + hidden)
+        self._normed = {"normed_residual": int(config.norm_before_residual)}
+        self._norm_output = config.norm_output
 
     @property
     def bytes(self) -> int:
         """Memory of the weights."""
         return super().bytes + self.fuse.bytes
 
-    def run(self, tokens: torch.Tensor, states: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def run(
+        self, tokens: torch.Tensor, states: torch.Tensor, parts: Sequence[Part], scored: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As of `head_layers.HeadNetwork`."""
-        rows = in_panels(tokens)
-        passed = self._run(states, self.plan(parts), 0, 1, {"tokens": rows.data_ptr()})
-        if self.head_config.norm_output:
-            return F.rms_norm(passed, self._shape, self.norm, self.config.rms_norm_eps)
-        return passed
+        rows, x = in_panels(tokens), in_panels(states)
+        n, hidden = states.shape
+        more, behind, logits = {**self._normed, "tokens": rows.data_ptr()}, x, None
+        if scored or self._norm_output:
+            behind, counts = torch.empty_like(x), self._counted(n)
+            more |= {"scored": behind.data_ptr(), "last_items": counts["row_items"]}
+            if scored:
+                logits = torch.empty(n, padded(self.vocab_size))
+                chunks = counts["hidden_items"] // (padded(hidden) // PANEL)
+                more |= {"logits": logits.data_ptr(), "panel_items": logits.shape[1] // PANEL * chunks}
+                logits = logits[:, : self.vocab_size]
+        self._run(x, self.plan(parts), 0, 1, more)
+        return (behind if self._norm_output else x)[:, :hidden], logits
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As of `head_layers.HeadNetwork`."""
-        return self._scores(hidden, normed=self.head_config.norm_output)[1]
+        return self._scores(in_panels(hidden), self._norm_output)[1]

@@ -53,23 +53,23 @@ def layer_fields(stored: Stored) -> Fields:
     item_heads: query heads of a group that one thread takes together. ones: [16].
     normed, qkv, attended, gated: [n, ..], for results in between. scratch: [threads, scratch_step].
     chunk, row_chunk: rows of an item of a product, and of what has to do with single rows.
+    last_items, panel_items: of the final norm and of the head, as of `head_fields`: 0, or with one layer behind it.
     """
-    whole = (
-        "n hidden wide heads kv dim inner size first layers weight_step pool_step seen_step item_heads scratch_step "
-    )
-    whole += "normed_residual chunk row_chunk row_items qkv_items attend_items hidden_items inner_items"
-    floats = "x tokens norms cos sin ones normed qkv attended gated scratch"
+    whole = "n hidden wide heads kv dim inner size first layers weight_step pool_step seen_step item_heads panels "
+    whole += "scratch_step normed_residual chunk row_chunk row_items qkv_items attend_items hidden_items inner_items "
+    whole += "last_items panel_items"
+    floats = "x tokens norms cos sin ones normed qkv attended gated scratch norm scored logits"
     fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT, "scale": FLOAT}
     fields |= dict.fromkeys(floats.split(), F32) | dict.fromkeys("stands places ends tiles blocks".split(), WORD)
-    return fields | {"seen": BYTE, "weights": stored, "pool": pool_form(stored)}
+    return fields | {"seen": BYTE, "weights": stored, "pool": pool_form(stored), "matrix": stored}
 
 
 def head_fields(stored: Stored) -> Fields:
     """What the job of the final norm and the head consists of: residuals x [n, padded H], `scored` behind the norm,
-    weights [panels of V], logits [n, padded V]."""
+    matrix [panels of V], logits [n, padded V]."""
     whole = "n hidden panels chunk row_chunk scratch_step row_items panel_items"
     fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT}
-    return fields | dict.fromkeys("x norm scored logits scratch".split(), F32) | {"weights": stored}
+    return fields | dict.fromkeys("x norm scored logits scratch".split(), F32) | {"matrix": stored}
 
 
 # -------------------------------------------------------------------------------------------------------- functions
@@ -223,6 +223,8 @@ class Layers:
             ("row_items", self._norm_again),
             ("inner_items", self._gate),
             ("hidden_items", self._down),
+            ("last_items", self._last_norm),
+            ("panel_items", self._logits),
         ]
         add_job(self.module, "layers", layer_fields(stored), lambda code, job: job.layers, phases)
         head = [("row_items", self._last_norm), ("panel_items", self._logits)]
@@ -319,7 +321,7 @@ class Layers:
 
     def _logits(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         width = job.panels * PANEL
-        self._multiply(code, job, item, thread, job.scored, job.hidden, job.weights, job.logits, width)
+        self._multiply(code, job, item, thread, job.scored, job.hidden, job.matrix, job.logits, width)
 
 
 FUNCTIONS = {"layers": JOB_CALL, "head": JOB_CALL} | CALLS

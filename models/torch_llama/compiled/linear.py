@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from models.torch_llama.compiled.kernels import head_fields, load_layers
-from models.torch_llama.compiled.network import STORED, padded, panels, shared_out
+from models.torch_llama.compiled.network import STORED, in_panels, padded, panels, shared_out
 from models.torch_llama.compiled.products import PANEL, WIDENED
+from models.torch_llama.compiled.threads import Prepared
 from models.torch_llama.compiled.threads import pool as threads_pool
 
 
@@ -21,32 +22,26 @@ class CompiledLinear:
         self._panels = panels(weight, int8)
         self.bytes, self.form = self._panels.nbytes, PANEL
         stored = STORED[self._panels.dtype]
-        self._code, self._fields = load_layers(stored), head_fields(stored)
+        constants = {"hidden": self.width, "panels": padded(self.out) // PANEL, "matrix": self._panels.data_ptr()}
+        constants |= {"scratch_step": PANEL * WIDENED}
+        self._job = Prepared(load_layers(stored), "head", head_fields(stored), constants)  # no row is normed
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rows [n, in] -> [n, out], both fp32."""
         n, threads, step = len(x), torch.get_num_threads(), padded(self.width)
-        rows = x if self.width == step and x.is_contiguous() else x.new_zeros(n, step)
-        if rows is not x:
-            rows[:, : self.width] = x
+        rows = x if self.width == step and x.is_contiguous() else in_panels(x)
         result = torch.empty(n, padded(self.out))
-        items, panel_count = shared_out(n, self.width), result.shape[1] // PANEL
-        job = items | {
+        changes = shared_out(n, self.width)
+        chunks = changes.pop("chunks")
+        changes |= {
             "n": n,
-            "hidden": self.width,
-            "panels": panel_count,
-            "scratch_step": PANEL * WIDENED,
-            "row_items": 0,  # no row is normed
-            "panel_items": panel_count * items["chunks"],
-            "eps": 0.0,
-            "x": 0,
-            "norm": 0,
+            "row_items": 0,
+            "panel_items": result.shape[1] // PANEL * chunks,
             "scored": rows.data_ptr(),
-            "weights": self._panels.data_ptr(),
             "logits": result.data_ptr(),
         }
         pool = threads_pool()
         with pool.lock:
-            job["scratch"] = pool.buffer("scratch", threads * PANEL * WIDENED)
-            pool.run(self._code, "head", self._fields, threads, job)
+            changes["scratch"] = pool.buffer("scratch", threads * PANEL * WIDENED)
+            pool.run(self._job, threads, changes)
         return result[:, : self.out]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from models.torch_llama.compiled import LANES
 from models.torch_llama.compiled.builder import BF16, F16, F32, INT8
 from models.torch_llama.compiled.kernels import head_fields, layer_fields, load_layers
 from models.torch_llama.compiled.products import PANEL, TILE_ROWS, WIDENED, before
+from models.torch_llama.compiled.threads import Prepared
 from models.torch_llama.compiled.threads import pool as threads_pool
 from models.torch_llama.kv_cache import KVCache, block_end, blocks_of
 
@@ -26,6 +27,7 @@ _SERIAL = 16384  # so many numbers are normed or rotated by one thread: sooner t
 _CHUNK = 66  # rows of a product that one thread takes together, at most
 _TILE_ROWS = 12  # rows times query heads that attention takes together
 _NO_TREE = np.iinfo(np.int64).max
+_NOTHING: Mapping[str, int] = {}
 
 
 def _up(number: int, whole: int) -> int:
@@ -59,14 +61,16 @@ def _wide(weight: torch.Tensor) -> torch.Tensor:
 
 
 class Rows(NamedTuple):
-    """What all layers of a forward have in common: see `kernels.layer_fields`."""
+    """What all layers of a forward have in common.
 
-    stands: np.ndarray
-    places: np.ndarray
-    ends: np.ndarray
-    seen: np.ndarray
-    tiles: np.ndarray
-    blocks: np.ndarray
+    longest: positions that the last of its rows see. fields: of the job, see `kernels.layer_fields`. held: what the
+    addresses among them point to.
+    """
+
+    tiles: int
+    longest: int
+    fields: dict[str, int]
+    held: tuple[np.ndarray, ...]
 
 
 Take = Callable[[str], torch.Tensor]
@@ -91,6 +95,7 @@ class InPanels:
         cache: keys, 16 positions together, and values, in the matrices' dtype; with int8 in fp32.
         positions: that rows may stand at.
         int8: round the matrices to 8 bits.
+        wide: numbers that queries, keys and values are made of, if not H.
     """
 
     dtype = torch.float32
@@ -104,6 +109,7 @@ class InPanels:
         cache: KVCache,
         positions: int,
         int8: bool = False,
+        wide: int | None = None,
     ) -> None:
         self.config = config
         count, hidden, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
@@ -124,12 +130,16 @@ class InPanels:
         self._cos, self._sin = cos[:, : dim // 2].contiguous(), sin[:, dim // 2 :].contiguous()
         self._pool = cache.pool
         stored = STORED[weights.dtype]
-        self._code, self._fields, self._head_fields = load_layers(stored), layer_fields(stored), head_fields(stored)
-        self._constants: dict[str, Any] = {
+        last: dict[str, float] = {
             "hidden": hidden,
-            "wide": hidden,
-            "tokens": 0,
-            "normed_residual": 0,
+            "panels": padded(self.vocab_size) // PANEL,
+            "eps": config.rms_norm_eps,
+            "norm": self._norm.data_ptr(),
+            "matrix": self._head.data_ptr(),
+        }
+        constants: dict[str, float] = {
+            **last,
+            "wide": wide or hidden,
             "heads": config.num_attention_heads,
             "kv": config.num_key_value_heads,
             "dim": dim,
@@ -137,7 +147,6 @@ class InPanels:
             "size": cache.pool[0, 0].numel(),
             "weight_step": weights.shape[1],
             "pool_step": cache.pool[0].numel(),
-            "eps": config.rms_norm_eps,
             "scale": 1 / math.sqrt(dim),
             "norms": norms.data_ptr(),
             "cos": self._cos.data_ptr(),
@@ -146,6 +155,17 @@ class InPanels:
             "weights": weights.data_ptr(),
             "pool": cache.pool.data_ptr(),
         }
+        code, last["scratch_step"] = load_layers(stored), PANEL * WIDENED
+        self._layers_job = Prepared(code, "layers", layer_fields(stored), constants)
+        self._head_job = Prepared(code, "head", head_fields(stored), last)
+        heads = config.num_attention_heads
+        self._between: dict[str, int] = {  # numbers of a row in each of the buffers that phases hand on
+            "normed": wide or hidden,
+            "qkv": (heads + 2 * config.num_key_value_heads) * dim,
+            "attended": heads * dim,
+            "gated": config.intermediate_size,
+        }
+        self._counts: dict[int, dict[str, int]] = {}
 
     @property
     def bytes(self) -> int:
@@ -155,11 +175,16 @@ class InPanels:
     def plan(self, parts: Sequence[Part], fixed: bool | None = None) -> Rows:
         """As of `layers.Network`."""
         config = self.config
+        if len(parts) == 1 and parts[0].rows == 1 and parts[0].tree is None:
+            table, position = parts[0][:2]
+            one = [position, table.at(position), position + 1, 0, 1, 0, _NO_TREE]
+            one += table.blocks[: blocks_of(position + 1)]
+            return _rows(1, 1, position + 1, np.array(one, np.int64), None)
         n = sum(part.used for part in parts)
         stands, places, ends = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
         widest = max(len(part.tree[1]) if part.tree else 0 for part in parts)
-        seen = np.zeros((n if widest else 0, widest), np.uint8)
-        tiles: list[tuple[int, int, int, int]] = []
+        seen = np.zeros((n, widest), np.uint8) if widest else None
+        tiles: list[int] = []
         blocks: list[int] = []
         row, most = 0, max(1, _TILE_ROWS * config.num_key_value_heads // config.num_attention_heads)
         for table, position, _, rows, tree in parts:
@@ -174,73 +199,87 @@ class InPanels:
                 root, parents = tree
                 new = slice(position - root, position - root + rows)
                 stands[row : row + rows] = root + np.array(tree_depths(parents)[new])
+                assert seen is not None
                 seen[row : row + rows, : len(parents)] = _ancestors(parents)[new]
-            tiles += [(row + i, row + min(rows, i + most), len(blocks), root) for i in range(0, rows, most)]
+            for i in range(0, rows, most):
+                tiles += (row + i, row + min(rows, i + most), len(blocks), root)
             blocks += table.blocks[: blocks_of(end)]
             row += rows
-        return Rows(stands, places, ends, seen, np.array(tiles, np.int64), np.array(blocks, np.int64))
+        words = np.concatenate((stands, places, ends, np.array(tiles + blocks, np.int64)))
+        return _rows(n, len(tiles) // 4, int(ends.max()), words, seen)
 
-    def _run(self, x: torch.Tensor, plan: Rows, first: int, stop: int, more: dict[str, Any]) -> torch.Tensor:
-        """Rows [n, H] behind some layers. more: of the job."""
+    def _run(
+        self, x: torch.Tensor, plan: Rows, first: int, stop: int, more: Mapping[str, int] = _NOTHING
+    ) -> torch.Tensor:
+        """Rows [n, H] behind some layers. x: of them before, in panels; changed. more: fields of the job."""
         config, threads = self.config, torch.get_num_threads()
-        n, hidden = x.shape
-        heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        group, tiles = heads // kv, len(plan.tiles)
-        residuals, items = in_panels(x), shared_out(n, config.hidden_size)
+        n, group, tiles = len(x), config.num_attention_heads // config.num_key_value_heads, plan.tiles
+        work = tiles * config.num_key_value_heads
         # Where there are few items, threads share the heads of a group.
-        item_heads = group if tiles * kv % threads == 0 or tiles * kv > 4 * threads else 1
-        room = block_end(int(plan.ends.max()))
-        scratch = max(PANEL * (WIDENED + 2 * items["chunk"]), max(_TILE_ROWS, group) * (2 * dim + LANES + room))
-        widths = {"normed": self._constants["wide"], "qkv": (heads + 2 * kv) * dim, "attended": heads * dim}
-        widths["gated"] = config.intermediate_size
-        chunks = items.pop("chunks")
-        job = self._constants | items | {name: each.ctypes.data for name, each in plan._asdict().items()}
-        job |= more | {
-            "n": n,
+        item_heads = group if work % threads == 0 or work > 4 * threads else 1
+        counts = self._counted(n)
+        scores = max(_TILE_ROWS, group) * (2 * config.head_dim + LANES + block_end(plan.longest))
+        scratch = max(PANEL * (WIDENED + 2 * counts["chunk"]), scores)
+        changes = {
+            **counts,
+            **plan.fields,
+            **more,
             "first": first,
             "layers": stop - first,
-            "seen_step": plan.seen.shape[1],
             "item_heads": item_heads,
             "scratch_step": scratch,
-            "qkv_items": padded(widths["qkv"]) // PANEL * chunks,
-            "attend_items": tiles * (heads // item_heads),
-            "hidden_items": padded(hidden) // PANEL * chunks,
-            "inner_items": padded(widths["gated"]) // PANEL * chunks,
-            "x": residuals.data_ptr(),
+            "attend_items": tiles * (config.num_attention_heads // item_heads),
+            "x": x.data_ptr(),
         }
         pool = threads_pool()
-        with pool.lock:  # its buffers are those of one forward
-            job |= {name: pool.buffer(name, n * padded(width)) for name, width in widths.items()}
-            job["scratch"] = pool.buffer("scratch", threads * scratch)
-            pool.run(self._code, "layers", self._fields, threads, job)
-        return residuals[:, :hidden]
+        with pool.lock:  # its buffer is that of one forward
+            place = pool.buffer("layers", n * sum(map(padded, self._between.values())) + threads * scratch)
+            for name, width in self._between.items():
+                changes[name] = place
+                place += 4 * n * padded(width)
+            changes["scratch"] = place
+            pool.run(self._layers_job, threads, changes)
+        return x
 
-    def _scores(self, hidden: torch.Tensor, normed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(states [n, H] behind the final norm, logits [n, V]) of states before it, or behind it."""
-        (n, width), threads = hidden.shape, torch.get_num_threads()
-        residuals, items, scratch = in_panels(hidden), shared_out(n, width), PANEL * WIDENED
-        scored = residuals if normed else torch.empty_like(residuals)
-        logits = torch.empty(n, padded(self.vocab_size))
-        panels = logits.shape[1] // PANEL
-        job = items | {
+    def _counted(self, n: int) -> dict[str, int]:
+        """Fields of the job of some layers that follow from the number of rows."""
+        if n not in self._counts:
+            counts = {"n": n, **shared_out(n, self.config.hidden_size)}
+            chunks = counts.pop("chunks")
+            widths = {"qkv": self._between["qkv"], "hidden": self.config.hidden_size, "inner": self._between["gated"]}
+            counts |= {f"{name}_items": padded(width) // PANEL * chunks for name, width in widths.items()}
+            self._counts[n] = counts
+        return self._counts[n]
+
+    def _scores(self, x: torch.Tensor, normed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """(states behind the final norm, in panels, logits [n, V]) of states before it, in panels, or behind it."""
+        n, threads = len(x), torch.get_num_threads()
+        scored, logits = x if normed else torch.empty_like(x), torch.empty(n, padded(self.vocab_size))
+        changes = shared_out(n, x.shape[1])
+        if normed:
+            changes["row_items"] = 0
+        changes |= {
             "n": n,
-            "hidden": width,
-            "panels": panels,
-            "scratch_step": scratch,
-            "row_items": 0 if normed else items["row_items"],
-            "panel_items": panels * items["chunks"],
-            "eps": self.config.rms_norm_eps,
-            "x": residuals.data_ptr(),
-            "norm": self._norm.data_ptr(),
-            "weights": self._head.data_ptr(),
+            "panel_items": logits.shape[1] // PANEL * changes.pop("chunks"),
+            "x": x.data_ptr(),
             "scored": scored.data_ptr(),
             "logits": logits.data_ptr(),
         }
         pool = threads_pool()
         with pool.lock:
-            job["scratch"] = pool.buffer("scratch", threads * scratch)
-            pool.run(self._code, "head", self._head_fields, threads, job)
-        return scored[:, :width], logits[:, : self.vocab_size]
+            changes["scratch"] = pool.buffer("scratch", threads * PANEL * WIDENED)
+            pool.run(self._head_job, threads, changes)
+        return scored, logits[:, : self.vocab_size]
+
+
+def _rows(n: int, tiles: int, longest: int, words: np.ndarray, seen: np.ndarray | None) -> Rows:
+    """words: stands, places and ends of n rows, tiles, blocks."""
+    place = words.ctypes.data
+    fields = {"stands": place, "places": place + 8 * n, "ends": place + 16 * n, "tiles": place + 24 * n}
+    fields["blocks"] = place + 24 * n + 32 * tiles
+    if seen is None:
+        return Rows(tiles, longest, fields, (words,))
+    return Rows(tiles, longest, fields | {"seen": seen.ctypes.data, "seen_step": seen.shape[1]}, (words, seen))
 
 
 class CompiledLayers(InPanels):
@@ -265,15 +304,18 @@ class CompiledLayers(InPanels):
 
     def run(self, x: torch.Tensor, plan: Rows, first: int, stop: int) -> torch.Tensor:
         """As of `layers.Network`."""
-        return self._run(x, plan, first, stop, {})
+        return self._run(in_panels(x), plan, first, stop)[:, : x.shape[1]]
 
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of `layers.Network`."""
-        return self._scores(hidden, normed=False)
+        scored, logits = self._scores(in_panels(hidden))
+        return scored[:, : hidden.shape[1]], logits
 
 
 def in_panels(x: torch.Tensor) -> torch.Tensor:
     """Rows [n, H] in fp32 with zeros behind, as the kernels take them: a copy."""
+    if x.shape[1] % PANEL == 0:
+        return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     rows = torch.zeros(len(x), padded(x.shape[1]))
     rows[:, : x.shape[1]] = x
     return rows

@@ -157,6 +157,25 @@ CALLS = {"run": (None, c_int64, c_int64), "serve": (None, c_int64, c_int64, c_in
 JOB_CALL = (c_int64, c_int64, c_int64, c_int64)  # of a function that `add_job` makes
 
 
+class Prepared:
+    """A job as far as it is the same from run to run.
+
+    Args:
+        code: functions that were loaded.
+        function: of them, that `add_job` made.
+        fields: of it.
+        constants: numbers of fields, and addresses where something lies in memory; of others it is 0.
+    """
+
+    def __init__(self, code: Mapping[str, Any], function: str, fields: Fields, constants: Mapping[str, float]) -> None:
+        self.code = code
+        self.places = {name: i for i, name in enumerate(fields, len(_HEAD))}
+        self.words = np.zeros(len(_HEAD) + len(fields), np.int64)
+        self.words[_HEAD.index("function")] = code[function + "_at"]
+        for name, number in constants.items():
+            self.words[self.places[name]] = _bits(number) if fields[name] is FLOAT else number
+
+
 class Pool:
     """The threads of this process, and the words and the memory of the job that they compute."""
 
@@ -178,28 +197,23 @@ class Pool:
             self._buffers[name] = torch.empty(size)
         return self._buffers[name].data_ptr()
 
-    def run(
-        self, code: Mapping[str, Any], function: str, fields: Fields, threads: int, job: Mapping[str, float]
-    ) -> None:
+    def run(self, job: Prepared, threads: int, changes: Mapping[str, int]) -> None:
         """Compute a job with so many threads, for the caller that holds the lock.
 
-        Args:
-            code: functions that were loaded.
-            function: of them, that `add_job` made.
-            fields: of it.
-            threads: that may take part.
-            job: a number for each field, an address where something lies in memory.
+        changes: whole numbers and addresses, of this run alone.
         """
-        words = [code[function + "_at"], threads, self._yield]
-        words += [_bits(job[name]) if kind is FLOAT else job[name] for name, kind in fields.items()]
-        self._words[_JOB : _JOB + len(words)] = words
+        words, places = self._words, job.places
+        words[_JOB : _JOB + len(job.words)] = job.words
+        words[_JOB + _HEAD.index("threads")], words[_JOB + _HEAD.index("sched_yield")] = threads, self._yield
+        for name, number in changes.items():
+            words[_JOB + places[name]] = number
         for thread in range(1, threads):
             if thread > len(self._doors):
-                self._start(code, thread)
+                self._start(job.code, thread)
             if self._doors[thread - 1].locked():
                 self._doors[thread - 1].release()
         self._generation = (self._generation + 1) % (1 << 31)
-        code["run"](self._context, self._generation)
+        job.code["run"](self._context, self._generation)
 
     def _start(self, code: Mapping[str, Any], thread: int) -> None:
         if not self._turns:
