@@ -57,7 +57,7 @@ class Model:
         options = dict(dtype=self.dtype, device=torch.device("cpu"), slots=1, positions=768, spare=0, key_group=LANES)
         self.cache = KVCache(config.num_hidden_layers, width, config.head_dim, **options)
         self.head = self.tensors["model.embed_tokens.weight"]
-        self.network = CompiledLayers(config, self.tensors.__getitem__, self.head, self.cache, 700)
+        self.network = CompiledLayers(config, self.tensors.__getitem__, lambda: self.head, self.cache, 700)
 
     def rows(self, count, seed):
         return torch.randn(count, self.config.hidden_size, generator=torch.Generator().manual_seed(seed))

@@ -39,14 +39,29 @@ def padded(width: int) -> int:
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
     """A matrix [out, in] as panels [out / 64, in, 64], zeros behind its last output."""
+    return _in_panels(weight).contiguous()
+
+
+def _in_panels(weight: torch.Tensor) -> torch.Tensor:
+    """The same as a view, if its outputs are whole panels."""
     out, width = weight.shape
-    filled = torch.nn.functional.pad(weight, (0, 0, 0, padded(out) - out))
-    return filled.view(-1, PANEL, width).transpose(1, 2).contiguous()
+    if out % PANEL:
+        weight = torch.nn.functional.pad(weight, (0, 0, 0, padded(out) - out))
+    return weight.view(-1, PANEL, width).transpose(1, 2)
 
 
 def _wide(weight: torch.Tensor) -> torch.Tensor:
     """A norm's weights [H] as fp32, zeros behind."""
     return torch.nn.functional.pad(weight.float(), (0, padded(len(weight)) - len(weight)))
+
+
+# A layer's matrices in the order that kernels read them: what is read panel by panel in turn, of each what lies in it.
+_MATRICES = (
+    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
+    (("self_attn.o_proj",),),
+    (("mlp.gate_proj",), ("mlp.up_proj",)),
+    (("mlp.down_proj",),),
+)
 
 
 class Rows(NamedTuple):
@@ -66,7 +81,7 @@ class CompiledLayers:
     Args:
         config: the architecture.
         take: a tensor by name, in the model's dtype.
-        head: the output matrix [V, H].
+        head: gives the output matrix [V, H].
         cache: keys, 16 positions together, and values.
         positions: that rows may stand at.
     """
@@ -77,32 +92,31 @@ class CompiledLayers:
         self,
         config: LlamaConfig,
         take: Callable[[str], torch.Tensor],
-        head: torch.Tensor,
+        head: Callable[[], torch.Tensor],
         cache: KVCache,
         positions: int,
     ) -> None:
         self.config = config
         count, hidden, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
         self.layers: Sequence = range(count)
+        self._head = panels(head())  # first, so that what it is made of is gone before the layers are there
         norms = torch.empty(count, 2, padded(hidden))
-        weights: torch.Tensor | None = None
+        weights = torch.empty(count, _layer_size(config), dtype=self._head.dtype)
         for i in self.layers:
-            prefix = f"model.layers.{i}."
-            names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-            qkv = panels(torch.cat([take(f"{prefix}{name}.weight") for name in names]))
-            gate, up = (panels(take(f"{prefix}mlp.{name}.weight")) for name in ("gate_proj", "up_proj"))
-            output, down = (panels(take(f"{prefix}{name}.weight")) for name in ("self_attn.o_proj", "mlp.down_proj"))
-            parts = [each.flatten() for each in (qkv, output, torch.stack((gate, up), 1), down)]
-            if weights is None:
-                weights = torch.empty(count, sum(map(len, parts)), dtype=parts[0].dtype)
-            torch.cat(parts, out=weights[i])
+            prefix, start = f"model.layers.{i}.", 0
+            for in_turn in _MATRICES:
+                for j, names in enumerate(in_turn):
+                    given = [take(f"{prefix}{name}.weight") for name in names]
+                    made = _in_panels(torch.cat(given) if len(given) > 1 else given[0])
+                    place = weights[i, start : start + len(in_turn) * made.numel()]
+                    place.view(len(made), len(in_turn), *made.shape[1:])[:, j] = made
+                start += len(place)
             norms[i, 0] = _wide(take(prefix + "input_layernorm.weight"))
             norms[i, 1] = _wide(take(prefix + "post_attention_layernorm.weight"))
-        assert weights is not None  # a model has layers
         cos, sin = rope_tables(config, positions)
         self.norm = take("model.norm.weight").float()
         self._weights, self._norms, self._norm = weights, norms, _wide(self.norm)
-        self._head, self._ones = panels(head), torch.ones(LANES)
+        self._ones = torch.ones(LANES)
         self._cos, self._sin = cos[:, : dim // 2].contiguous(), sin[:, dim // 2 :].contiguous()
         self._pool = cache.pool
         stored = STORED[weights.dtype]
@@ -163,15 +177,12 @@ class CompiledLayers:
         """As of `layers.Network`."""
         config, threads = self.config, torch.get_num_threads()
         n, hidden = x.shape
-        heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        heads, kv = config.num_attention_heads, config.num_key_value_heads
         group, tiles = heads // kv, len(plan.tiles)
         residuals, items = self._residuals(x), shared_out(n, config.hidden_size)
         # Where there are few items, threads share the heads of a group.
         item_heads = group if tiles * kv % threads == 0 or tiles * kv > 4 * threads else 1
-        room = block_end(int(plan.ends.max()))
-        scratch = max(PANEL * (WIDENED + 2 * items["chunk"]), max(_TILE_ROWS, group) * (2 * dim + LANES + room))
-        widths = {"normed": hidden, "qkv": (heads + 2 * kv) * dim, "attended": heads * dim}
-        widths["gated"] = config.intermediate_size
+        scratch, widths = _scratch(config, items["chunk"], int(plan.ends.max())), _widths(config)
         chunks = items.pop("chunks")
         job = self._constants | items | {name: each.ctypes.data for name, each in plan._asdict().items()}
         job |= {
@@ -225,6 +236,45 @@ class CompiledLayers:
         rows = torch.zeros(len(x), padded(x.shape[1]))
         rows[:, : x.shape[1]] = x
         return rows
+
+
+def _widths(config: LlamaConfig) -> dict[str, int]:
+    """Numbers of a row in each of the buffers that phases hand on."""
+    heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    widths = {"normed": config.hidden_size, "qkv": (heads + 2 * kv) * dim, "attended": heads * dim}
+    return widths | {"gated": config.intermediate_size}
+
+
+def _scratch(config: LlamaConfig, chunk: int, end: int) -> int:
+    """Numbers that a thread needs for itself, where so many rows are multiplied together and the last one reads up to
+    a position."""
+    tile = max(_TILE_ROWS, config.num_attention_heads // config.num_key_value_heads)
+    return max(PANEL * (WIDENED + 2 * chunk), tile * (2 * config.head_dim + LANES + block_end(end)))
+
+
+def _layer_size(config: LlamaConfig) -> int:
+    """Weights of a layer in panels, without norms."""
+    widths = _widths(config)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    sizes = (padded(widths["qkv"]) * hidden, padded(hidden) * widths["attended"], 2 * padded(inner) * hidden)
+    return sum(sizes) + padded(hidden) * inner
+
+
+def table_bytes(config: LlamaConfig, positions: int) -> int:
+    """Memory of the tables of angles."""
+    return positions * config.head_dim * 4
+
+
+def buffer_bytes(config: LlamaConfig, rows: int, positions: int, threads: int) -> int:
+    """Memory that all models share for as long as the process runs, after a forward of so many rows up to the last
+    position."""
+    scratch = threads * _scratch(config, shared_out(rows, config.hidden_size)["chunk"], positions)
+    return 4 * (rows * sum(map(padded, _widths(config).values())) + scratch)
+
+
+def rows_bytes(config: LlamaConfig, rows: int) -> int:
+    """Memory that so many rows take while they are computed: as they come, and twice in fp32."""
+    return rows * padded(config.hidden_size) * 10
 
 
 def shared_out(n: int, width: int) -> dict[str, int]:
