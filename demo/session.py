@@ -11,6 +11,7 @@ from loguru import logger
 from demo.runs import Row, Run, Viewer
 from demo.settings import Settings
 from models.boards import SILICON, medium
+from models.cache_size import form_of
 from models.cli import interrupts
 from models.cli.console import loading_bar, show_memory
 from models.cli.prompts import default_prompts, encode_prompts, is_instruct
@@ -20,6 +21,7 @@ from models.llm import LLM
 from models.loading import OpenedDraft, OpenedPair, estimate_bytes, open_pair
 from models.options import AUTO, describe_source
 from models.speculative.control.policy import AutoDraftLength
+from models.torch_llama.working_set import Form
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 
@@ -57,7 +59,7 @@ class Session:
                 ("draft", pair.draft, settings.draft_dtype, pair.draft_seq_len),
             ):
                 if opened:
-                    self._announce(role, opened, dtype, length)
+                    self._announce(role, opened, dtype, length, form_of(pair.options))
             self.llm = LLM(pair)
             self.settings = settings.resolved_as(self.llm.options)  # it may have found that rows are not alike
         self.target, self.draft, self.board = self.llm.target, self.llm.draft, self.llm.board
@@ -66,11 +68,11 @@ class Session:
         self.stop_ids = () if settings.random_prompts else self.llm.stop_ids
 
     # -------------------------------------------------------------------------------------------------- loading
-    def _announce(self, role: str, opened: OpenedDraft, dtype: str, length: int) -> None:
-        weights, kv = estimate_bytes(opened, dtype, length)
+    def _announce(self, role: str, opened: OpenedDraft, dtype: str, length: int, form: Form) -> None:
+        needed = estimate_bytes(opened, dtype, length, form)
         logger.info(
-            f"loading {role} {describe_source(opened.source)}: {weights / 1e6:,.0f} MB of weights, {kv / 1e6:,.0f} MB "
-            f"of KV cache for {length} tokens ({dtype}, {self.settings.device})"
+            f"loading {role} {describe_source(opened.source)} for {length} tokens: {needed} ({dtype}, "
+            f"{self.settings.device})"
         )
 
     def _load_on_board(self, pair: OpenedPair) -> None:

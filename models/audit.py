@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from models.cache_size import weight_bytes
+from models.cache_size import announced
 from models.errors import UserError
 from models.memory import free_bytes
 from models.speculative.acceptance import distribution
 from models.speculative.sampling import SamplingParams
 from models.speculative.sequence import Token
+from models.torch_llama.working_set import Form
 
 if TYPE_CHECKING:
     from models.llm import LLM
@@ -359,7 +360,8 @@ class Auditor:
 
         llm = self.llm
         device = "cpu" if llm.board else llm.options.device
-        needed, free = weight_bytes(llm.target.opened.checkpoint.config, "fp32"), free_bytes(device)
+        config = llm.target.opened.checkpoint.config
+        needed, free = announced(config, "fp32", llm.max_seq_len, Form(device)).bytes, free_bytes(device)
         if free is not None and needed > free:
             raise UserError(
                 f"whether a divergence is a near-tie is read from the target in fp32: that takes {needed / 2**30:.1f} "

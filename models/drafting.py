@@ -163,6 +163,8 @@ class DraftingPair(LoadedPair):
     def _drafting_for(self, speculate: bool | Drafting) -> Drafting:
         if isinstance(speculate, Drafting):
             return speculate
+        if not isinstance(speculate, bool):
+            raise UserError(f"speculate is {speculate!r}: give True, False or what llm.drafting(...) returns")
         if not speculate:
             return Drafting(NONE, 0, None, None)
         if self._default is None:

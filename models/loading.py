@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from loguru import logger
 
-from models.cache_size import asked_pool, choose_pool, text_bytes, weight_bytes
+from models.cache_size import Announced, announced, asked_pool, choose_pool
 from models.device import check_device
 from models.errors import OptionError, UserError
 from models.fetch import PACKAGED, fetched
@@ -39,6 +39,7 @@ from models.torch_llama.compiled import not_compiled
 from models.torch_llama.compiled.choice import compiles
 from models.torch_llama.draft_head import TorchHead
 from models.torch_llama.model import TorchLlama
+from models.torch_llama.working_set import Form
 from models.ttnn_llama.weights.precision import default_precision
 
 DEFAULT_CONTEXT = 2048
@@ -344,7 +345,7 @@ def load_model(
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
         if not full:
             raise
-        gigabytes = sum(estimate_bytes(opened, dtype, max_seq_len)) / 1e9
+        gigabytes = estimate_bytes(opened, dtype, max_seq_len, Form(device, compiled)).bytes / 1e9
         raise UserError(
             f"{opened.source} needs {gigabytes:.1f} GB in {dtype} with a context of {max_seq_len} tokens, more than "
             f"{device} has free: lower --max-seq-len or choose a smaller model"
@@ -397,10 +398,11 @@ def default_context(*models: OpenedModel) -> int:
     return min(DEFAULT_CONTEXT, *(opened.checkpoint.config.max_position_embeddings for opened in models))
 
 
-def estimate_bytes(opened: OpenedDraft, dtype: str, max_seq_len: int) -> tuple[int, int]:
-    """Bytes of weights and of a full KV cache of one text, in whole pages, from the configuration alone."""
+def estimate_bytes(opened: OpenedDraft, dtype: str, max_seq_len: int, form: Form) -> Announced:
+    """Bytes of weights, of a full KV cache of one text, in whole pages, and of forwards, from the configuration
+    alone."""
     config: LlamaConfig | HeadConfig = opened.checkpoint.config
-    return weight_bytes(config, dtype), text_bytes(config, dtype, max_seq_len)
+    return announced(config, dtype, max_seq_len, form)
 
 
 def check_opened_pair(target: OpenedModel, draft: OpenedModel) -> None:

@@ -59,6 +59,8 @@ def test_an_error_names_the_field(server):
     [
         ("GET", "/nowhere", 404),
         ("GET", "/v1/nowhere", 404),
+        ("GET", "/v1/models/", 404),
+        ("POST", "/v1/chat/completions/", 404),
         ("GET", TEXT, 405),
         ("DELETE", "/v1/models", 405),
         ("PUT", CHAT, 405),

@@ -53,6 +53,7 @@ def create_app(settings: ServerSettings, load: Callable[[], LLM], failed: Callab
         lifespan=lifespan,
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # a path with a slash behind it is another: 404, in the form of errors
     )
     app.state.context = Context(settings.model_name, engine, metrics)
     app.include_router(routes.router)

@@ -8,7 +8,7 @@ import pytest
 
 import models.cache_size
 from models import LLM, UserError
-from models.cache_size import CachePlan
+from models.cache_size import CachePlan, form_of
 from models.loading import estimate_bytes, open_pair
 from models.memory import free_bytes
 from models.options import EngineOptions
@@ -67,14 +67,14 @@ def test_a_plan_is_what_loading_takes(options, memory):
 @pytest.mark.parametrize("options", DRAFTS, ids=lambda options: options["drafter"])
 def test_the_default_pool_is_what_memory_holds(options, memory):
     plan = plan_of(**options)
-    whole = plan.weights + plan.bytes(LENGTH)
+    whole = plan.weights + plan.needs(LENGTH)
     memory(2 * whole)
     assert opened(**options).pool is None
     memory(whole)  # nothing would be left to work with
     pool = opened(**options).pool
     assert LENGTH <= pool < 4 * LENGTH
-    assert plan.weights + plan.bytes(LENGTH, pool) <= whole * 0.9 or pool == LENGTH
-    memory(plan.weights + plan.bytes(LENGTH, LENGTH))
+    assert plan.weights + plan.needs(LENGTH, pool) <= whole * 0.9 or pool == LENGTH
+    memory(plan.weights + plan.needs(LENGTH, LENGTH))
     assert opened(**options).pool == LENGTH
     memory(None)
     assert opened(**options).pool is None
@@ -83,7 +83,7 @@ def test_the_default_pool_is_what_memory_holds(options, memory):
 @pytest.mark.parametrize("options", DRAFTS, ids=lambda options: options["drafter"])
 def test_a_context_that_memory_cannot_hold_is_refused_with_the_longest_that_fits(options, memory):
     plan = plan_of(**options)
-    memory(plan.weights + plan.bytes(300, 300) + 7)
+    memory(plan.weights + plan.needs(300, 300) + 7)
     with pytest.raises(UserError, match="max_seq_len 512 needs") as error:
         opened(**options)
     fits = next(number for number in numbers(error)[1:] if number >= 300)
@@ -104,7 +104,7 @@ def test_a_pool_that_makes_no_sense_is_refused(memory):
         opened(pool_size=0)
     assert EngineOptions(device="tt", pool_size=4096).pool_size == 4096
     plan = plan_of()
-    memory(plan.weights + plan.bytes(LENGTH, 1000))
+    memory(plan.weights + plan.needs(LENGTH, 1000))
     with pytest.raises(UserError, match="pool_size 1900 needs") as error:
         opened(pool_size=1900)
     fits = int(re.search(r"lower it to (\d+)", str(error.value))[1])
@@ -180,7 +180,7 @@ def test_what_is_announced_of_one_text_is_in_whole_pages(drafter, length, memory
             (llm.target, pair.target, llm.options.dtype),
             (llm.draft, pair.draft, llm.options.draft_dtype),
         ):
-            assert estimate_bytes(given, dtype, length)[1] == model.model.kv_cache_bytes
+            assert estimate_bytes(given, dtype, length, form_of(llm.options)).pages == model.model.kv_cache_bytes
 
 
 PEAK = """

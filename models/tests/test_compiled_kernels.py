@@ -68,9 +68,9 @@ class Model:
         width = 2 * config.num_key_value_heads
         options = dict(dtype=self.dtype, device=torch.device("cpu"), slots=1, positions=768, spare=0, key_group=LANES)
         self.cache = KVCache(config.num_hidden_layers, width, config.head_dim, **options)
-        self.head = self.tensors["model.embed_tokens.weight"]
+        self.head = head = self.tensors["model.embed_tokens.weight"]
         int8 = dtype == "int8"
-        self.network = CompiledLayers(config, self.tensors.__getitem__, self.head, self.cache, 700, int8)
+        self.network = CompiledLayers(config, self.tensors.__getitem__, lambda: head, self.cache, 700, int8)
         if int8:  # what the formulas multiply with
             self.tensors = {name: rounded(t) if t.ndim == 2 else t for name, t in self.tensors.items()}
             self.head = self.tensors["model.embed_tokens.weight"]

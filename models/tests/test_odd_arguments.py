@@ -21,6 +21,7 @@ OPTIONS = [
     *({"max_new_tokens": value} for value in (1.5, "3", None)),
     *({"stop": value} for value in (5, [1], b"a", [None], "", [""])),
     *({"stop_ids": value} for value in ("abc", [1.5], [None], 5)),
+    *({"speculate": value} for value in ("yes", "no", "", 0, 1, None, [], {"drafter": "none"})),
     *({"sampling": value} for value in (0.5, "greedy", {"temperature": 1}, [], [SamplingParams()])),
 ]
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from models.llama.config import LlamaConfig
 from models.speculative.tree import tree_depths
 from models.torch_llama.kv_cache import KV_BLOCK, KVCache, Table, block_end
 
@@ -67,6 +68,21 @@ class Plan(NamedTuple):
     spans: list[tuple[int, int, int]]
     places: torch.Tensor | None
     stands: slice | torch.Tensor
+
+
+def fold_of(config: LlamaConfig, batch: int = 1) -> int:
+    """Query heads of a group that a model's attention takes as rows of their KV head.
+
+    This head is then read (on CPU also repacked) once for all of them: equal but for the last bit, 1.3x cheaper at 24
+    heads on 8, 4x in a batch of 96. Two heads a group are cheaper left apart.
+    """
+    group = config.num_attention_heads // config.num_key_value_heads
+    return group if group > 2 or batch > 1 else 1
+
+
+def mask_bytes(fold: int, positions: int, itemsize: int) -> int:
+    """Memory of the masks when so many positions of a cache have been used."""
+    return KV_BLOCK * fold * (block_end(positions) + 2 * KV_BLOCK) * itemsize
 
 
 class Attention:

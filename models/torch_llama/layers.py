@@ -50,6 +50,21 @@ class Network(Protocol):
         ...
 
 
+def rows_bytes(config: LlamaConfig, itemsize: int, rows: int, wide: bool) -> int:
+    """Memory that so many rows take while they are computed: at most, which is in the MLP.
+
+    There are rows as they came, as they are and normed; what attention was computed from; and the widest numbers four
+    times: gate and up, a product of them and one beside it, or those of this layer and of the one before.
+
+    itemsize: of a number. wide: kernels sum gate and up in fp32 beside their result.
+    """
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    inner = config.intermediate_size
+    both = 4 * inner if config.num_hidden_layers > 1 else 2 * inner
+    widest = max(4 * inner, both + (2 * inner * 4 // itemsize if wide else 0))
+    return rows * itemsize * (widest + (2 * heads + 3 * kv_heads) * dim + 3 * config.hidden_size)
+
+
 class _Layer:
     """Weights of one decoder layer, and its keys and values of all slots.
 
@@ -77,7 +92,7 @@ class TorchLayers:
     Args:
         config: the architecture.
         take: a tensor by name, on the device and in the dtype that is computed in.
-        head: the output matrix [V, H].
+        head: gives the output matrix [V, H].
         linear: makes a linear layer of a matrix [out, in].
         cache: keys and values.
         positions: that rows may stand at.
@@ -88,7 +103,7 @@ class TorchLayers:
         self,
         config: LlamaConfig,
         take: Take,
-        head: torch.Tensor,
+        head: Callable[[], torch.Tensor],
         linear: Callable[[torch.Tensor], Linear],
         cache: KVCache,
         positions: int,
@@ -102,11 +117,12 @@ class TorchLayers:
             self.linears.append(linear(weight))
             return self.linears[-1]
 
+        self.head = linear(head())  # first, so that what it is made of is gone before the layers are there
         self.layers: Sequence[_Layer] = [
             _Layer(take, made, f"model.layers.{i}.", cache.pool[i]) for i in range(config.num_hidden_layers)
         ]
         self.norm = take("model.norm.weight")
-        self.head: Linear = made(head)
+        self.linears.append(self.head)
         cos, sin = rope_tables(config, positions)
         self.cos = cos.to(device=cache.device, dtype=self.dtype)[:, None]  # [S, 1, D]
         self.sin = sin.to(device=cache.device, dtype=self.dtype)[:, None]

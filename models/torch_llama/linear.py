@@ -46,6 +46,13 @@ def packing_works(dtype: torch.dtype) -> bool:
         return False
 
 
+def sums_beside(dtype: torch.dtype) -> bool:
+    """Whether kernels on this CPU sum products of `dtype` in fp32 beside the result: those of bf16, where it has no
+    instructions for them (seen with oneDNN)."""
+    able = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return dtype is torch.bfloat16 and not any(each and each() for each in able)
+
+
 class PlainLinear:
     """`F.linear` on a row-major weight [out, in]: CUDA, fp16, and the fallback on CPU."""
 

@@ -29,7 +29,7 @@ from models.errors import UserError
 from models.llama.config import LlamaConfig
 from models.speculative.model import IDS, LOGITS, Chooser, Limits, Rows, SlotBySlot, Step, Want, _computed
 from models.speculative.tree import tree_levels
-from models.torch_llama.attention import Part, whole
+from models.torch_llama.attention import Part, fold_of, whole
 from models.torch_llama.choice import Head
 from models.torch_llama.compiled import LANES, not_compiled
 from models.torch_llama.first_layers import FirstLayers, chained_greedy
@@ -166,17 +166,17 @@ class TorchLlama(SlotBySlot):
         embedding = tensors["model.embed_tokens.weight"]
         self.embedding = embedding if on_cpu else embedding.to(device=self.device, dtype=self.dtype)
         tied = config.tie_word_embeddings
-        head = self.embedding.to(self.dtype) if tied else take("lm_head.weight")
         # Equal logits are decided by rows of the stored matrix, where these take no memory of their own. In fp32, as
         # compiled layers compute them, logits are next to never equal.
         decides = self.dtype in (torch.bfloat16, torch.float16) and on_cpu and not self.compiled
-        stored = self.embedding if tied else head if decides and tensors["lm_head.weight"].dtype == self.dtype else None
-        self._head_rows = Head(stored if decides else None)
-        # Attention may take the query heads of a group as rows of their KV head, which is then read (on CPU also
-        # repacked) once for all of them: equal but for the last bit, 1.3x cheaper at 24 heads on 8, 4x in a batch of
-        # 96. Two heads a group are cheaper left apart.
-        group = config.num_attention_heads // config.num_key_value_heads
-        self.fold = group if group > 2 or self.batch > 1 else 1
+        stored = self.embedding if tied else tensors["lm_head.weight"] if decides else None
+        exact = stored is not None and (tied or stored.dtype == self.dtype)
+        self._head_rows = Head(stored if decides and exact else None)
+
+        def head() -> torch.Tensor:
+            return take("lm_head.weight") if stored is None else stored.to(device=self.device, dtype=self.dtype)
+
+        self.fold = fold_of(config, self.batch)
         self.network: Network
         if self.compiled:
             from models.torch_llama.compiled.network import CompiledLayers

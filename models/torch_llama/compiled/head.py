@@ -36,9 +36,12 @@ class CompiledHead(InPanels):
         qkv = torch.cat((F.pad(tokens, (0, padded(hidden) - hidden)), states), 1)  # states begin a panel
         names = ("hidden_norm", "post_attention_layernorm", "input_layernorm")
         norms = [take(f"{own}{name}.weight") for name in names]
-        norm, lm_head = take("norm.weight"), take("lm_head.weight")
-        layers = [([qkv, *others], norms)]
-        super().__init__(config.layer, layers, norm, lm_head, cache, positions, int8, padded(hidden) + hidden)
+        layers, norm = [([qkv, *others], norms)], take("norm.weight")
+
+        def head() -> torch.Tensor:
+            return take("lm_head.weight")
+
+        super().__init__(config.layer, layers, norm, head, cache, positions, int8, padded(hidden) + hidden)
         self._normed = {"normed_residual": int(config.norm_before_residual)}
         self._norm_output = config.norm_output
 

@@ -45,10 +45,17 @@ def panels(weight: torch.Tensor, int8: bool = False) -> torch.Tensor:
 
     int8: round it to 8 bits, with a scale for each output: panels [out / 64, 4 + in, 64], the scales in front.
     """
+    return _in_panels(weight, int8).contiguous()
+
+
+def _in_panels(weight: torch.Tensor, int8: bool) -> torch.Tensor:
+    """The same; as a view, if its outputs are whole panels and are not rounded."""
     out, width = weight.shape
-    filled = torch.nn.functional.pad(weight, (0, 0, 0, padded(out) - out)).view(-1, PANEL, width)
+    if out % PANEL:
+        weight = torch.nn.functional.pad(weight, (0, 0, 0, padded(out) - out))
+    filled = weight.view(-1, PANEL, width)
     if not int8:
-        return filled.transpose(1, 2).contiguous()
+        return filled.transpose(1, 2)
     filled = filled.float()
     scales = filled.abs().amax(2, keepdim=True).clamp_min(1e-12) / LARGEST
     rounded = (filled / scales).round_().to(torch.int8).transpose(1, 2)
@@ -75,6 +82,9 @@ class Rows(NamedTuple):
 
 Take = Callable[[str], torch.Tensor]
 
+# Of each matrix of a layer, how many are read panel by panel in turn, and which of them it is.
+_TURNS = ((1, 0), (1, 0), (2, 0), (2, 1), (1, 0))
+
 
 def attention_and_mlp(take: Take, prefix: str) -> Iterable[torch.Tensor]:
     """The matrices of a layer whose tensors' names begin so, as `InPanels` takes them."""
@@ -91,7 +101,7 @@ class InPanels:
         layers: of each, made one after the other: matrices [out, in] of queries, keys and values together, of the
             output, the gate, "up" and down; norms [H] of what attention and what the MLP takes, more where there are.
         norm: the final one's weights [H].
-        head: the output matrix [V, H].
+        head: gives the output matrix [V, H].
         cache: keys, 16 positions together, and values, in the matrices' dtype; with int8 in fp32.
         positions: that rows may stand at.
         int8: round the matrices to 8 bits.
@@ -105,7 +115,7 @@ class InPanels:
         config: LlamaConfig,
         layers: Iterable[tuple[Iterable[torch.Tensor], Sequence[torch.Tensor]]],
         norm: torch.Tensor,
-        head: torch.Tensor,
+        head: Callable[[], torch.Tensor],
         cache: KVCache,
         positions: int,
         int8: bool = False,
@@ -114,19 +124,27 @@ class InPanels:
         self.config = config
         count, hidden, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
         self.layers: Sequence = range(count)
-        weights, norms = torch.empty(0), torch.empty(0)
+        output = head()
+        self.vocab_size = len(output)
+        self._head = panels(output, int8)
+        del output  # so that what the head is made of is gone before the layers are there
+        front = before(STORED[self._head.dtype])
+        weights = torch.empty(count, _layer_size(config, wide or hidden, front), dtype=self._head.dtype)
+        norms = torch.empty(0)
         for i, (matrices, normed) in enumerate(layers):
-            qkv, output, gate, up, down = (panels(matrix, int8) for matrix in matrices)
-            parts = [each.flatten() for each in (qkv, output, torch.stack((gate, up), 1), down)]
+            start = 0
+            for matrix, (turns, turn) in zip(matrices, _TURNS, strict=True):
+                made = _in_panels(matrix, int8)
+                place = weights[i, start : start + turns * made.numel()]
+                place.view(len(made), turns, *made.shape[1:])[:, turn] = made
+                start += len(place) if turn == turns - 1 else 0
             if not i:
-                weights = torch.empty(count, sum(map(len, parts)), dtype=qkv.dtype)
                 norms = torch.empty(count, len(normed), padded(hidden))
-            torch.cat(parts, out=weights[i])
             torch.stack([_wide(each) for each in normed], out=norms[i])
         cos, sin = rope_tables(config, positions)
-        self.norm, self.vocab_size = norm.float(), len(head)
+        self.norm = norm.float()
         self._weights, self._norms, self._norm = weights, norms, _wide(self.norm)
-        self._head, self._ones = panels(head, int8), torch.ones(LANES)
+        self._ones = torch.ones(LANES)
         self._cos, self._sin = cos[:, : dim // 2].contiguous(), sin[:, dim // 2 :].contiguous()
         self._pool = cache.pool
         stored = STORED[weights.dtype]
@@ -158,13 +176,7 @@ class InPanels:
         code, last["scratch_step"] = load_layers(stored), PANEL * WIDENED
         self._layers_job = Prepared(code, "layers", layer_fields(stored), constants)
         self._head_job = Prepared(code, "head", head_fields(stored), last)
-        heads = config.num_attention_heads
-        self._between: dict[str, int] = {  # numbers of a row in each of the buffers that phases hand on
-            "normed": wide or hidden,
-            "qkv": (heads + 2 * config.num_key_value_heads) * dim,
-            "attended": heads * dim,
-            "gated": config.intermediate_size,
-        }
+        self._between = _widths(config, wide or hidden)
         self._counts: dict[int, dict[str, int]] = {}
 
     @property
@@ -218,8 +230,7 @@ class InPanels:
         # Where there are few items, threads share the heads of a group.
         item_heads = group if work % threads == 0 or work > 4 * threads else 1
         counts = self._counted(n)
-        scores = max(_TILE_ROWS, group) * (2 * config.head_dim + LANES + block_end(plan.longest))
-        scratch = max(PANEL * (WIDENED + 2 * counts["chunk"]), scores)
+        scratch = _scratch(config, counts["chunk"], plan.longest)
         changes = {
             **counts,
             **plan.fields,
@@ -292,7 +303,13 @@ class CompiledLayers(InPanels):
     """
 
     def __init__(
-        self, config: LlamaConfig, take: Take, head: torch.Tensor, cache: KVCache, positions: int, int8: bool = False
+        self,
+        config: LlamaConfig,
+        take: Take,
+        head: Callable[[], torch.Tensor],
+        cache: KVCache,
+        positions: int,
+        int8: bool = False,
     ) -> None:
         def layers() -> Iterable[tuple[Iterable[torch.Tensor], Sequence[torch.Tensor]]]:
             for i in range(config.num_hidden_layers):
@@ -319,6 +336,45 @@ def in_panels(x: torch.Tensor) -> torch.Tensor:
     rows = torch.zeros(len(x), padded(x.shape[1]))
     rows[:, : x.shape[1]] = x
     return rows
+
+
+def _widths(config: LlamaConfig, wide: int) -> dict[str, int]:
+    """Numbers of a row in each of the buffers that phases hand on; queries, keys and values are made of so many."""
+    heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    widths = {"normed": wide, "qkv": (heads + 2 * kv) * dim, "attended": heads * dim}
+    return widths | {"gated": config.intermediate_size}
+
+
+def _scratch(config: LlamaConfig, chunk: int, longest: int) -> int:
+    """Numbers that a thread needs for itself, where so many rows are multiplied together and the last one sees so many
+    positions."""
+    tile = max(_TILE_ROWS, config.num_attention_heads // config.num_key_value_heads)
+    return max(PANEL * (WIDENED + 2 * chunk), tile * (2 * config.head_dim + LANES + block_end(longest)))
+
+
+def _layer_size(config: LlamaConfig, wide: int, front: int) -> int:
+    """Numbers of a layer in panels, without norms; each panel has so many rows in front of its weights."""
+    widths, hidden, inner = _widths(config, wide), config.hidden_size, config.intermediate_size
+    matrices = [(widths["qkv"], wide), (hidden, widths["attended"]), (inner, hidden), (inner, hidden), (hidden, inner)]
+    return sum(padded(out) * (width + front) for out, width in matrices)
+
+
+def table_bytes(config: LlamaConfig, positions: int) -> int:
+    """Memory of the tables of angles."""
+    return positions * config.head_dim * 4
+
+
+def buffer_bytes(config: LlamaConfig, rows: int, positions: int, threads: int) -> int:
+    """Memory that all models share for as long as the process runs, after a forward of so many rows up to the last
+    position."""
+    hidden = config.hidden_size
+    scratch = threads * _scratch(config, shared_out(rows, hidden)["chunk"], positions)
+    return 4 * (rows * sum(map(padded, _widths(config, hidden).values())) + scratch)
+
+
+def rows_bytes(config: LlamaConfig, rows: int) -> int:
+    """Memory that so many rows take while they are computed: as they come, and twice in fp32."""
+    return rows * padded(config.hidden_size) * 10
 
 
 def shared_out(n: int, width: int) -> dict[str, int]:
