@@ -125,8 +125,7 @@ def recording(monkeypatch):
         patch.setattr(rows.RowInputs, "__init__", forbidden)
         nodes = []
         if cluster.is_mock():
-            ttnn.graph.begin_graph_capture(ttnn.graph.RunMode.NO_DISPATCH)
-            stack.callback(lambda: nodes.extend(ttnn.graph.end_graph_capture()))
+            nodes = stack.enter_context(graph.recorded(ttnn.graph.RunMode.NO_DISPATCH))
         yield nodes
 
 
