@@ -13,10 +13,10 @@ from models.torch_llama.linear import Linear
 
 MANY, SEVERAL, FEW = 130, 33, (2, 3, 5, 8, 16)
 SOME, BLOCKS = (1, 2, 3, 5, 8, 11, 16, 33), 6
-# A kernel that sums in another order shows in one of some thousand numbers of 16 bits: so many are tried of each matrix,
-# in some rows at least. Of a large matrix a few rows are enough, and loading it does not wait for more. In fp32 it shows
-# in half of all numbers (sums of 8 to 2048 products, forwards, backwards, in halves or in lanes): fewer rows are enough
-# of a narrow matrix too.
+# A kernel that sums in another order shows in one of some thousand numbers of 16 bits: so many are tried of each
+# matrix, in some rows at least. Of a large matrix a few rows are enough, and loading it does not wait for more. In fp32
+# it shows in half of all numbers (sums of 8 to 2048 products, forwards, backwards, in halves or in lanes): fewer rows
+# are enough of a narrow matrix too.
 NUMBERS, LEAST_TRIED = 5e5, 4
 NUMBERS_FP32 = 2e4
 
