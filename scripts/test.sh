@@ -19,7 +19,7 @@ if [ $# -gt 0 ]; then exec "$VENV_PYTHON" -m pytest "$@"; fi
 # Without ttnn one run has all tests. With it there are parts, each a run of its own, and two lanes, one thread each, that
 # take them from both ends of the list until none is left; the second lane's output comes after the first one's. What
 # takes long stands at the ends, so that the lanes meet among small parts and end together.
-PARTS="commands library N150 N150-kernels P300x2 P150 N300 T3K"
+PARTS="commands N150 N300 P150 T3K P300x2 N150-kernels library"
 KERNELS="test_kernels test_first_hour test_mock_cluster" # of N150, a part of their own
 WHOLE_MODELS="test_mesh test_layout test_model test_fused test_kernel_audit"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -43,8 +43,10 @@ part() {
         library) run models/tests --ignore $ttnn --board N150 ;;
         N150) run $ttnn $(printf -- "--ignore $ttnn/%s.py " $KERNELS) --board N150 ;;
         N150-kernels) run $(printf -- "$ttnn/%s.py " $KERNELS) --board N150 ;;
-        P300x2) run $(printf -- "$ttnn/%s.py " $WHOLE_MODELS) --board P300x2 ;; # its chips are P150's, wired as N300's
-        T3K) run $ttnn --board T3K -m "not once" ;;
+        P300x2) # its chips are P150's, wired as N300's
+            run $(printf -- "$ttnn/%s.py " $WHOLE_MODELS) --board P300x2 -m "not once and not key_boards"
+            ;;
+        N300) run $ttnn --board N300 -m "not once" ;;
         *) run $ttnn --board "$1" -m "not once and not key_boards" ;;
     esac
 }

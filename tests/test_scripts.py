@@ -295,10 +295,10 @@ PARTS = [
     ["models/tests", "--ignore", TTNN, "--board", "N150"],
     [TTNN, *(word for file in KERNELS for word in ("--ignore", file)), "--board", "N150"],
     [*KERNELS, "--board", "N150"],
-    [TTNN, "--board", "N300", "-m", "not once and not key_boards"],
-    [TTNN, "--board", "T3K", "-m", "not once"],
+    [TTNN, "--board", "N300", "-m", "not once"],
+    [TTNN, "--board", "T3K", "-m", "not once and not key_boards"],
     [TTNN, "--board", "P150", "-m", "not once and not key_boards"],
-    [*WHOLE_MODELS, "--board", "P300x2"],
+    [*WHOLE_MODELS, "--board", "P300x2", "-m", "not once and not key_boards"],
 ]
 
 

@@ -76,13 +76,20 @@ class DeviceOp:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[Nodes]:
-    """Capture the graph of what the block runs, also when it fails; the nodes are there after the block."""
+def recorded(mode: ttnn.graph.RunMode = ttnn.graph.RunMode.NORMAL) -> Iterator[Nodes]:
+    """Capture the graph of what the block runs, also when it fails; the nodes are there after the block.
+
+    ttnn would also write down the Python arguments of every call, which takes longer than the calls and of which
+    nothing is in the nodes: it is kept from it.
+    """
     nodes: Nodes = []
-    ttnn.graph.begin_graph_capture(ttnn.graph.RunMode.NORMAL)
+    written_down = ttnn.graph.record_python_operation
+    ttnn.graph.record_python_operation = lambda *arguments, **options: None
+    ttnn.graph.begin_graph_capture(mode)
     try:
         yield nodes
     finally:
+        ttnn.graph.record_python_operation = written_down
         nodes += ttnn.graph.end_graph_capture()
 
 

@@ -13,9 +13,12 @@ from models.torch_llama.linear import Linear
 
 MANY, SEVERAL, FEW = 130, 33, (2, 3, 5, 8, 16)
 SOME, BLOCKS = (1, 2, 3, 5, 8, 11, 16, 33), 6
-# A kernel that sums in another order shows in one of some thousand numbers: so many are tried of each matrix, in some
-# rows at least. Of a large matrix a few rows are enough, and loading it does not wait for more.
+# A kernel that sums in another order shows in one of some thousand numbers of 16 bits: so many are tried of each
+# matrix, in some rows at least. Of a large matrix a few rows are enough, and loading it does not wait for more. In fp32
+# it shows in half of all numbers (sums of 8 to 2048 products, forwards, backwards, in halves or in lanes): fewer rows
+# are enough of a narrow matrix too.
 NUMBERS, LEAST_TRIED = 5e5, 4
+NUMBERS_FP32 = 2e4
 
 
 Key: TypeAlias = tuple[Hashable, ...]
@@ -59,8 +62,10 @@ def odd_matrices(linears: Sequence[tuple[Callable, int, int]], noise: Callable[.
     """As `odd_alone`, without attention: of each matrix, the width of its rows and the most rows that it gets."""
     odd = []
     for linear, width, most in linears:
-        out = linear(noise(2, width)).shape[1]
-        tried = max(LEAST_TRIED, int(NUMBERS / out))
+        made = linear(noise(2, width))
+        tried = max(LEAST_TRIED, int(NUMBERS / made.shape[1]))
+        if made.dtype == torch.float32:
+            tried = min(tried, max(SEVERAL, int(NUMBERS_FP32 / made.shape[1])))
         x = noise(max(most, tried), width)
         expected = linear(x)
         if not all(_alike(linear, x[: max(n, min(tried, SEVERAL))], expected, n) for n in (*FEW, SEVERAL)):

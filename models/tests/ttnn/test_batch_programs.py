@@ -72,12 +72,9 @@ def test_programs_can_be_captured(whole):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("from_torch", "copy_host_to_device_tensor", "to_device", "to_torch", "as_tensor"):
             patch.setattr(ttnn, name, forbidden)
-        ttnn.graph.begin_graph_capture(ttnn.graph.RunMode.NO_DISPATCH)
-        try:
+        with graph.recorded(ttnn.graph.RunMode.NO_DISPATCH):
             whole.runner.run(key)
             whole.runner.run(chain)
-        finally:
-            ttnn.graph.end_graph_capture()
 
 
 def test_what_keeps_a_verification_from_the_prefill_kernel_is_so(whole):

@@ -10,6 +10,9 @@ from models.tests.ttnn.model_fixtures import Weights, hf_logits, reduced
 from models.tests.ttnn.test_batch import batch_of
 from models.ttnn_llama.shapes import PREFILL_CHUNK
 
+# Their programs have tests of their own on every board; what is promised above them is the same on all.
+pytestmark = pytest.mark.key_boards
+
 LAYERS, EXIT = 2, 1
 CONTEXT = PREFILL_CHUNK + 96
 PROMPTS = (1, 130, PREFILL_CHUNK + 6)

@@ -85,6 +85,7 @@ def test_on_a_mock_it_runs_to_its_end_and_names_what_it_has_not_shown(mesh_opene
     assert not {key for step in told["steps"] for key in step.get("facts", {}) if "tok/s" in key}
 
 
+@pytest.mark.once
 def test_steps_are_the_ones_that_the_command_line_knows():
     assert [step.name for step in all_steps("a", None)] == first_hour.STEPS
 
@@ -173,6 +174,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.key_boards
 @ONLY_MOCK
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_a_surprise_in_its_step(name, bench, report, monkeypatch):
@@ -199,6 +201,7 @@ def test_a_wrong_sum_is_a_surprise(bench, report, monkeypatch):
         programs.sums(bench, Record())
 
 
+@pytest.mark.once
 def test_another_text_than_the_targets_own_is_a_surprise():
     class Text:
         def __init__(self, *ids):
@@ -210,6 +213,7 @@ def test_another_text_than_the_targets_own_is_a_surprise():
         texts._check_same(record, "outputs", Text(1, 7, 3), Text(1, 2, 3))
 
 
+@pytest.mark.once
 def test_a_token_that_the_cpu_would_not_write_is_a_surprise():
     prompt = list(range(3, 20))
     with texts.LLM.load(texts.TARGET, dtype="fp32", speculative=False) as llm:
@@ -220,6 +224,7 @@ def test_a_token_that_the_cpu_would_not_write_is_a_surprise():
 
 
 # ------------------------------------------------------------------------------------------------------- the record
+@pytest.mark.once
 def test_numbers_that_are_none_are_a_surprise():
     nan = torch.full((2, 8), float("nan"))
     ones = torch.arange(16.0).view(2, 8)
@@ -232,6 +237,7 @@ def test_numbers_that_are_none_are_a_surprise():
             call(Record())
 
 
+@pytest.mark.once
 def test_one_wrong_row_is_not_hidden_by_the_others():
     expected = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     made = expected.clone()
@@ -246,6 +252,7 @@ def step_that(run):
     return Step("open", "something", "try nothing", run)
 
 
+@pytest.mark.once
 def test_the_report_says_which_step_was_under_way_when_the_board_hung(bench, report):
     seen = []
     first_hour.try_step(
@@ -255,6 +262,7 @@ def test_the_report_says_which_step_was_under_way_when_the_board_hung(bench, rep
     assert seen[0]["verdict"] == "not complete"
 
 
+@pytest.mark.once
 def test_an_error_of_ttnn_is_a_surprise_of_one_line_and_its_traceback_is_in_the_report(bench, report):
     def failing(bench, record):
         raise RuntimeError("TT_FATAL @ /a/b.cpp:1: x\ninfo:\nno room in L1\nbacktrace:\n --- lib")
@@ -264,6 +272,7 @@ def test_an_error_of_ttnn_is_a_surprise_of_one_line_and_its_traceback_is_in_the_
     assert "failing" in "".join(written(report)["steps"][0]["traceback"])
 
 
+@pytest.mark.once
 def test_an_interrupted_step_keeps_what_it_has_compared(bench, report):
     def interrupted(bench, record):
         record.equal("something", torch.ones(2), torch.ones(2))
@@ -275,6 +284,7 @@ def test_an_interrupted_step_keeps_what_it_has_compared(bench, report):
     assert step["result"] == "interrupted" and len(step["comparisons"]) == 1
 
 
+@pytest.mark.once
 @ONLY_MOCK
 def test_after_a_surprise_nothing_else_is_run_and_the_exit_code_is_1(mesh_opener, monkeypatch, tmp_path, capsys):
     def surprising(bench, record):
@@ -292,6 +302,7 @@ def test_after_a_surprise_nothing_else_is_run_and_the_exit_code_is_1(mesh_opener
     assert "surprise in step open: a number: expected 1, came 2: try this\n" in capsys.readouterr().out
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

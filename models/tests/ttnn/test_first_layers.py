@@ -101,6 +101,7 @@ def test_a_round_with_them_equals_its_parts(model, first):
         assert torch.equal(cached(model)[..., : POSITION + k, :], rows)
 
 
+@pytest.mark.key_boards
 @pytest.mark.parametrize("in_one_program", [True, False])
 def test_greedy_text_from_early_exit_equals_plain_greedy_text(model, in_one_program):
     prompt = random_ids(12, seed=1)

@@ -43,7 +43,11 @@ def sometimes_right(weights):
     return Weights(weights.config, noisy)
 
 
-@pytest.fixture(scope="module", params=[always_right, always_wrong, sometimes_right])
+key_boards = pytest.mark.key_boards  # one program, and rounds of a noisy draft end in every way
+KINDS = [pytest.param(always_right, marks=key_boards), pytest.param(always_wrong, marks=key_boards), sometimes_right]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def fused(request, mesh, weights, target, runner):
     """A target and a draft of one kind, with rounds of all LENGTHS."""
     draft = request.param(weights).on(mesh, max_seq_len=CONTEXT, runner=runner)

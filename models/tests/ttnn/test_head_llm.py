@@ -112,6 +112,7 @@ def test_a_prompt_of_one_token_and_a_long_one(values, files):
             assert texts[0] == texts[1]
 
 
+@pytest.mark.key_boards
 def test_a_round_moves_inputs_to_the_device_and_ids_to_the_host_once(values, files, monkeypatch):
     """No hidden state leaves the device: what is read in a round are ids, after the program, in one go."""
     with load(files, num_draft_tokens=4) as llm:

@@ -178,6 +178,7 @@ def slices_at_two_places(mesh) -> tuple[int, list[Kernel], list[Kernel]]:
 
 
 # ------------------------------------------------------------------------------------------------------- the recorder
+@pytest.mark.once
 def test_a_kernel_shows_what_its_program_was_made_for(process):
     narrow, wide = process.run(norms, 64, 96)
     # normalization/layernorm/device/kernels/compute/layernorm.cpp
@@ -198,6 +199,7 @@ def test_a_kernel_shows_what_its_program_was_made_for(process):
     assert not [name for name in reader.defines if name.startswith(("ARCH_", "COMPILE_FOR_"))]
 
 
+@pytest.mark.once
 def test_a_source_is_a_file_of_the_package(process):
     package = Path(cluster.importlib.util.find_spec("ttnn").submodule_search_locations[0])
     (kernels,) = process.run(forwards, "1B", 5)
@@ -206,27 +208,32 @@ def test_a_source_is_a_file_of_the_package(process):
         assert (package / kernel.source).is_file(), kernel
 
 
+@pytest.mark.once
 def test_each_block_has_all_kernels_of_its_programs(process):
     first, other, again = process.run(norms, 64, 96, 64)
     assert first == again != other
     assert process.run(norms, 64) == [first]
 
 
+@pytest.mark.once
 def test_what_a_failing_block_has_run_is_recorded(process):
     assert [process.run(failing_norm)] == process.run(norms, 64)
 
 
+@pytest.mark.once
 def test_an_error_in_the_process_is_raised_here_and_the_process_goes_on(process):
     with pytest.raises(UserError, match="context of 9 tokens"):
         process.run(fail)
     assert process.run(norms, 64)[0]
 
 
+@pytest.mark.once
 def test_kernels_cannot_be_recorded_where_commands_are_not_kept():
     with pytest.raises(RuntimeError, match=r"call recorded\(\) in MockProcess.run\(\)"), recorded(None):
         pass
 
 
+@pytest.mark.once
 def test_an_unknown_board_is_refused_and_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UserError, match="unknown board 'N151'"):
@@ -234,6 +241,7 @@ def test_an_unknown_board_is_refused_and_leaves_nothing(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("kernels-*"))
 
 
+@pytest.mark.once
 def test_the_cache_of_a_process_is_its_own_and_ends_with_it(pytestconfig):
     with MockProcess(pytestconfig.getoption("--board")) as process:
         there = process.run(variables)
@@ -242,6 +250,7 @@ def test_the_cache_of_a_process_is_its_own_and_ends_with_it(pytestconfig):
     assert not root.exists()
 
 
+@pytest.mark.once
 def test_the_stand_in_keeps_its_commands_only_where_it_is_told_to(tmp_path, monkeypatch):
     monkeypatch.delenv(cluster.COMMANDS_VARIABLE, raising=False)
     cluster.environment("N150", tmp_path)
@@ -342,6 +351,7 @@ def test_rows_that_update_one_cache_are_made_to_take_turns(recordings, pytestcon
         assert {kernel.semaphores["in0_seq"] for kernel in readers + writers} == {0}  # one and the same
 
 
+@pytest.mark.once
 def test_rows_of_separate_caches_are_told_apart_from_rows_of_one(process):
     kernels = named(process.run(update_of_separate_caches, 5), *UPDATES)
     assert len(kernels) == 2
@@ -358,6 +368,7 @@ def test_nothing_of_a_position_is_compiled(process, form):
     assert len(first) > 50 and first == second
 
 
+@pytest.mark.once
 def test_a_position_that_is_compiled_shows(process):
     """A slice has its start among the attributes of its program."""
     added, first, second = process.run(slices_at_two_places)

@@ -1,4 +1,7 @@
-"""The front door on a board: the same calls as on a CPU, the same promises."""
+"""The front door on a board: the same calls as on a CPU, the same promises.
+
+It knows nothing of a board but its name: one text is written on each, the rest is shown on one.
+"""
 
 import pytest
 
@@ -36,8 +39,8 @@ def shadowed():
     ("drafter", "asked", "precisions"),
     [
         ("combined", None, ("accuracy", "performance")),  # a target as small as this one
-        ("prompt-lookup", None, ("accuracy", "performance")),
-        ("combined", "lofi", ("lofi", "lofi")),
+        pytest.param("prompt-lookup", None, ("accuracy", "performance"), marks=pytest.mark.once),
+        pytest.param("combined", "lofi", ("lofi", "lofi"), marks=pytest.mark.once),
     ],
 )
 def test_the_same_calls_write_plain_decodings_text(board, shadowed, drafter, asked, precisions):
@@ -57,6 +60,7 @@ def test_the_same_calls_write_plain_decodings_text(board, shadowed, drafter, ask
     assert llm.engine.idle
 
 
+@pytest.mark.once
 def test_a_longer_prompt_is_prepared_before_its_clock_starts(board, shadowed):
     with LLM.load("tiny", device="tt", max_seq_len=256, drafter="model", weight_cache=False) as llm:
         llm.generate(PROMPT, max_new_tokens=3)
@@ -67,6 +71,7 @@ def test_a_longer_prompt_is_prepared_before_its_clock_starts(board, shadowed):
         assert llm.generate(long, max_new_tokens=4).token_ids == plain
 
 
+@pytest.mark.once
 def test_sampled_text_repeats_with_its_seed(board, shadowed):
     options = {"device": "tt", "max_seq_len": 128, "drafter": "model", "greedy": False, "weight_cache": False}
     with LLM.load("tiny", **options) as llm:
@@ -75,6 +80,7 @@ def test_sampled_text_repeats_with_its_seed(board, shadowed):
         assert first == second
 
 
+@pytest.mark.once
 def test_what_a_board_cannot_do_is_refused_in_one_line(board):
     for options, words in (
         ({"dtype": "fp32"}, "dtype has no meaning with device tt: use precision"),
@@ -87,6 +93,7 @@ def test_what_a_board_cannot_do_is_refused_in_one_line(board):
             LLM.load(str(NAMED["tiny"][0]), device="tt", **options)
 
 
+@pytest.mark.once
 def test_texts_at_once_are_what_each_is_alone(board, shadowed):
     """The second starts while the first is under way, and needs programs of its own, whose preparation leaves the
     first one's cache as it is; then two of a list, in step."""
@@ -110,6 +117,7 @@ def test_texts_at_once_are_what_each_is_alone(board, shadowed):
         assert llm.target.model.pages.free_count == llm.target.model.pages.count
 
 
+@pytest.mark.once
 def test_an_error_in_one_text_of_a_list_leaves_the_others_whole(board, shadowed, monkeypatch):
     """One slot: prompts are written one after the other. One is too long, one meets an error in its middle."""
     options = {"device": "tt", "max_seq_len": 128, "drafter": "prompt-lookup", "weight_cache": False}
@@ -137,6 +145,7 @@ def test_an_error_in_one_text_of_a_list_leaves_the_others_whole(board, shadowed,
         assert llm.engine.idle
 
 
+@pytest.mark.once
 def test_texts_share_a_pool_and_the_beginning_of_a_prompt(board, shadowed):
     options = {"device": "tt", "max_seq_len": 256, "drafter": "prompt-lookup", "slots": 3, "weight_cache": False}
     with pytest.raises(UserError, match="pool_size 200 cannot hold one text of max_seq_len 256"):

@@ -48,6 +48,12 @@ KINDS = {  # (drafter, options)
 }
 DRAFTER = {kind: drafter for kind, (drafter, _) in KINDS.items()}
 FUSED = ("fused", "several lengths", "prompts in rows", "combined", "early exit")
+# What is prepared for which drafter is the same on all boards; these have programs, or a mesh, that differ.
+EVERYWHERE = ("fused", "own chip", "tree")
+
+
+def on_boards(kinds):
+    return [kind if kind in EVERYWHERE else pytest.param(kind, marks=pytest.mark.key_boards) for kind in kinds]
 
 
 @pytest.fixture
@@ -227,6 +233,7 @@ def test_more_attention_cores_than_a_verification_leaves_are_refused(board, pair
     assert calls == opened_and_closed
 
 
+@pytest.mark.key_boards
 @pytest.mark.parametrize("role", ["target", "draft"])
 def test_an_error_while_loading_closes_the_board(role, board, pair, calls, opened_and_closed):
     broken = dict(zip(("target", "draft"), pair, strict=True))[role].checkpoint
@@ -237,6 +244,7 @@ def test_an_error_while_loading_closes_the_board(role, board, pair, calls, opene
     assert calls == opened_and_closed
 
 
+@pytest.mark.key_boards
 def test_ctrl_c_while_loading_closes_the_board(board, pair, calls, opened_and_closed):
     def pressed(role, done, total, name):
         if (role, done) == ("draft", 3):
@@ -247,6 +255,7 @@ def test_ctrl_c_while_loading_closes_the_board(board, pair, calls, opened_and_cl
     assert calls == opened_and_closed
 
 
+@pytest.mark.key_boards
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_while_warming_up_closes_the_board(error, board, pair, calls, opened_and_closed, monkeypatch):
     models = load(pair, options_of("fused", board))
@@ -264,6 +273,7 @@ def test_an_error_while_warming_up_closes_the_board(error, board, pair, calls, o
     assert calls == opened_and_closed
 
 
+@pytest.mark.key_boards
 def test_an_error_while_warming_up_is_not_hidden_by_one_while_closing(board, pair, calls, monkeypatch):
     models = load(pair, options_of("fused", board))
     close = ttnn.close_mesh_device
@@ -282,6 +292,7 @@ def test_an_error_while_warming_up_is_not_hidden_by_one_while_closing(board, pai
     assert "close_mesh_device" in calls
 
 
+@pytest.mark.key_boards
 def test_closing_releases_traces_first_and_a_second_time_does_nothing(
     board, pair, calls, opened_and_closed, monkeypatch
 ):
@@ -293,6 +304,7 @@ def test_closing_releases_traces_first_and_a_second_time_does_nothing(
     assert calls == [*opened_and_closed[:at], "release", *opened_and_closed[at:]]
 
 
+@pytest.mark.key_boards
 def test_loading_is_told_tensor_by_tensor(board, pair, calls):
     told = []
     load(pair, options_of("fused", board), progress=lambda *event: told.append(event)).close()
@@ -322,7 +334,7 @@ def guesses(monkeypatch):
     monkeypatch.setattr(Decoder, "_logits_of", logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", on_boards(KINDS))
 def test_after_warming_up_nothing_is_compiled(kind, board, calls, guesses):
     """A kernel that came to the device after traces were captured could lie where their replay writes."""
     options = options_of(kind, board)
@@ -343,7 +355,7 @@ def test_after_warming_up_nothing_is_compiled(kind, board, calls, guesses):
     assert sources == expected.get(DRAFTER[kind], {DRAFTER[kind].partition("-")[0]})
 
 
-@pytest.mark.parametrize("kind", ["fused", "prompts in rows", "combined", "own chip"])
+@pytest.mark.parametrize("kind", on_boards(["fused", "prompts in rows", "combined", "own chip"]))
 def test_both_paths_write_the_targets_own_text(kind, board, calls, values):
     """Trees and early exit have tests of their own."""
     looks_up = kind == "combined"
@@ -361,6 +373,7 @@ def test_both_paths_write_the_targets_own_text(kind, board, calls, values):
     assert any(r.source.startswith("lookup") for r in rounds) == looks_up
 
 
+@pytest.mark.key_boards
 def test_a_draft_that_reads_late_finds_its_programs(board, calls):
     """What it reads then is longer than any prompt; of other sizes than the target, it shares no kernels with it."""
     target, _ = pair_of(board, layers=1)
@@ -402,7 +415,7 @@ def verifying(models, kind):
     return models.target.model.prepare(what, max(models.lengths) + 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", on_boards(KINDS))
 def test_each_path_selects_the_program_that_it_spends_its_time_in(kind, board, calls, monkeypatch):
     selected = []
     monkeypatch.setattr(Runner, "select", lambda self, key: selected.append((self, key)))
@@ -420,6 +433,7 @@ def test_each_path_selects_the_program_that_it_spends_its_time_in(kind, board, c
         assert (models.fused is not None) == (kind in FUSED)
 
 
+@pytest.mark.key_boards
 def test_a_controller_is_given_the_lengths_that_there_are_programs_for(board, pair, calls):
     with contextlib.closing(load(pair, options_of("several lengths", board))) as models:
         lengths = (0, *LENGTHS) if board.chips == 1 or not models.trace else (0, 3)
@@ -432,6 +446,7 @@ def test_a_controller_is_given_the_lengths_that_there_are_programs_for(board, pa
         assert [models.computed_rows(n) for n in (1, 2, 14)] == [1, 16, 16]
 
 
+@pytest.mark.key_boards
 @pytest.mark.parametrize("no_draft", ["no model", "no tokens"])
 def test_without_drafts_both_paths_are_plain_decoding(no_draft, board, pair, calls):
     draft, length = (None, K) if no_draft == "no model" else (pair[1], 0)

@@ -125,8 +125,7 @@ def recording(monkeypatch):
         patch.setattr(rows.RowInputs, "__init__", forbidden)
         nodes = []
         if cluster.is_mock():
-            ttnn.graph.begin_graph_capture(ttnn.graph.RunMode.NO_DISPATCH)
-            stack.callback(lambda: nodes.extend(ttnn.graph.end_graph_capture()))
+            nodes = stack.enter_context(graph.recorded(ttnn.graph.RunMode.NO_DISPATCH))
         yield nodes
 
 
@@ -185,6 +184,7 @@ def test_a_compiled_program_finds_every_kernel(pair):
         assert all(op.cache_hit for op in ops)
 
 
+@pytest.mark.key_boards
 def test_capture_compiles_every_program_before_it_captures_one(pair, monkeypatch):
     """On one chip all become traces; on several none yet."""
     pair.runner.compile()
@@ -199,6 +199,7 @@ def test_capture_compiles_every_program_before_it_captures_one(pair, monkeypatch
     assert list(pair.runner._traces) == ([] if several else pair.keys)
 
 
+@pytest.mark.key_boards
 def test_without_traces_nothing_is_captured(mesh):
     pair = TinyPair(mesh, trace=False)
     pair.runner.capture()
@@ -230,6 +231,7 @@ def test_on_several_chips_only_one_trace_lives_at_a_time(pair, mesh, monkeypatch
         assert pair.runner.keys("capture") == [pair.keys[0], pair.keys[3], pair.keys[0]]
 
 
+@pytest.mark.key_boards
 def test_release_gives_every_trace_back_and_programs_run_again(pair, monkeypatch, released, replays):
     captured_all(pair, monkeypatch)
     traces = [trace for trace, _ in pair.runner._traces.values()]
@@ -287,6 +289,7 @@ def test_what_was_prepared_is_replayed_with_the_inputs_that_it_was_captured_with
     assert pair.runner.noted == []
 
 
+@pytest.mark.key_boards
 def test_more_than_two_tokens_are_read_by_a_forward_before_a_chain(pair, monkeypatch):
     """There are chains after one token and after two; a draft may be further behind."""
     pair.draft.prepare_chain(1, 4)
@@ -297,6 +300,7 @@ def test_more_than_two_tokens_are_read_by_a_forward_before_a_chain(pair, monkeyp
     assert pair.runner.keys("ran") == [read, pair.draft.prepare_chain(1, 4)] * 3
 
 
+@pytest.mark.key_boards
 def test_the_smallest_program_with_room_runs_but_a_trace_before_others(pair, monkeypatch, replays):
     """On several chips one trace has to serve all that it has rows for."""
     programs = {rows: pair.target.prepare("logits", rows) for rows in (1, 2, 8)}
@@ -317,6 +321,7 @@ def test_the_smallest_program_with_room_runs_but_a_trace_before_others(pair, mon
     assert [pair.target.computed_rows("logits", n) for n in (1, 5, 6, 9)] == [5, 5, 8, 16]
 
 
+@pytest.mark.key_boards
 def test_the_same_key_is_registered_once(pair):
     ran = []
     pair.runner.add("mine", lambda: ran.append(1))
@@ -327,6 +332,7 @@ def test_the_same_key_is_registered_once(pair):
     assert "another" not in pair.runner
 
 
+@pytest.mark.key_boards
 def test_preparing_again_makes_no_second_program_and_no_second_input(pair, monkeypatch):
     monkeypatch.setattr(rows.RowInputs, "__init__", lambda *args: pytest.fail("an input made twice"))
     count = len(pair.runner._bodies)
@@ -348,11 +354,13 @@ def test_preparing_again_makes_no_second_program_and_no_second_input(pair, monke
     assert len(pair.runner._bodies) == count
 
 
+@pytest.mark.key_boards
 def test_models_that_share_a_runner_have_keys_of_their_own(pair):
     assert pair.draft.prepare("ids", 1) != pair.target.prepare("ids", 1)
     assert pair.target.prepare("logits", 1) != pair.target.prepare("ids", 1)
 
 
+@pytest.mark.key_boards
 def test_a_program_added_after_the_capture_ends_all_traces(pair, monkeypatch, released, replays):
     """What it brings along would lie in memory that replays use."""
     captured_all(pair, monkeypatch)
@@ -364,6 +372,7 @@ def test_a_program_added_after_the_capture_ends_all_traces(pair, monkeypatch, re
     assert replays == []
 
 
+@pytest.mark.key_boards
 def test_a_program_that_fails_in_a_capture_leaves_no_capture_open(mesh, monkeypatch):
     runner = Runner(mesh, trace=True)
     ended, released = [], []

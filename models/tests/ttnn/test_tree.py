@@ -198,6 +198,7 @@ def written(target, draft, prompt, *, nodes, levels, sampling=None, **options):
     return [token.id for token in tokens], stats
 
 
+@pytest.mark.key_boards
 def test_greedy_text_from_trees_equals_plain_greedy_text(drafting):
     prompt = random_ids(14, seed=2)
     ids, stats = written(*drafting, prompt, nodes=15, levels=4, max_new_tokens=14)
@@ -207,6 +208,7 @@ def test_greedy_text_from_trees_equals_plain_greedy_text(drafting):
     assert any(list(rows) != list(range(len(rows))) for rows in kept)  # off the first chain: fed again
 
 
+@pytest.mark.key_boards
 def test_trees_go_on_to_the_end_of_the_context(drafting):
     prompt = random_ids(118, seed=4)
     ids, stats = written(*drafting, prompt, nodes=9, levels=4, max_new_tokens=50)
@@ -214,6 +216,7 @@ def test_trees_go_on_to_the_end_of_the_context(drafting):
     assert (len(ids), stats.finish_reason) == (10, "context")
 
 
+@pytest.mark.key_boards
 def test_sampled_text_from_trees_repeats_with_its_seed(drafting):
     def text(seed):
         sampling = SamplingParams(temperature=0.8, top_k=20, seed=seed)

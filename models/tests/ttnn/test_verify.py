@@ -114,12 +114,14 @@ def test_going_back_is_as_if_one_had_never_gone_ahead(model):
 
 
 # ---------------------------------------------------------------------------------------------------- whole texts
+# That rows are equal was shown above, on every board; the loop over them is the same on all.
 def drafts(mesh, weights, noise):
     """The target's own weights with that much noise."""
     noisy = {name: tensor.bfloat16() for name, tensor in perturbed(weights, noise, seed=5).items()}
     return Weights(weights.config, noisy).on(mesh)
 
 
+@pytest.mark.key_boards
 def test_speculative_greedy_text_equals_plain_greedy_text(mesh, weights):
     target = weights.on(mesh)
     rounds = []
@@ -135,6 +137,7 @@ def test_speculative_greedy_text_equals_plain_greedy_text(mesh, weights):
     assert len(set(expected)) > 4
 
 
+@pytest.mark.key_boards
 def test_speculation_goes_on_to_the_end_of_the_context(mesh, weights):
     target, draft = weights.on(mesh, max_seq_len=128), weights.on(mesh, max_seq_len=128)
     prompt = random_ids(118, seed=12)
@@ -145,6 +148,7 @@ def test_speculation_goes_on_to_the_end_of_the_context(mesh, weights):
     assert stats.finish_reason == "context"
 
 
+@pytest.mark.key_boards
 def test_sequential_verification_writes_the_same_text(mesh, weights):
     target, draft = weights.on(mesh), drafts(mesh, weights, 0.03)
     prompt = random_ids(9, seed=13)
@@ -152,6 +156,7 @@ def test_sequential_verification_writes_the_same_text(mesh, weights):
     assert speculate(target, draft, prompt, 3, max_new_tokens=8, verification="sequential")[0] == expected
 
 
+@pytest.mark.key_boards
 def test_sampled_text_keeps_to_the_vocabulary_and_repeats_with_its_seed(mesh, weights):
     target, draft = weights.on(mesh), drafts(mesh, weights, 0.02)
     prompt = random_ids(9, seed=14)
@@ -182,10 +187,11 @@ def embedded(mesh):
 PROMPTS = ("def main(argv):\n    ", "import os\nimport sys\n\nclass Reader:\n    def __init__(self", "# Return the ")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("k", "prompt"), zip((4, 1, 8), PROMPTS, strict=True))
-def test_the_embedded_pair_writes_the_targets_own_greedy_text(embedded, pytestconfig, k, prompt):
+def test_the_embedded_pair_writes_the_targets_own_greedy_text(embedded, k, prompt):
     target, draft, tokenizer = embedded
-    count = 32 if pytestconfig.getoption("--board") == "N150" and k == 4 else 10
+    count = 32 if k == 4 else 10
     tokens = tokenizer.encode(prompt)
     expected = plain(target, tokens, max_new_tokens=count)
     ids, origins, stats = speculate(target, draft, tokens, k, max_new_tokens=count)
@@ -195,6 +201,7 @@ def test_the_embedded_pair_writes_the_targets_own_greedy_text(embedded, pytestco
     assert "drafted" in origins
 
 
+@pytest.mark.once
 def test_the_embedded_pair_samples(embedded):
     target, draft, tokenizer = embedded
     sampling = SamplingParams(temperature=1.0, seed=3)
