@@ -40,7 +40,7 @@ def head_config(target):
 def store(target, tmp_path_factory):
     """Answers of a random Llama to 60 prompts."""
     config, tensors = target
-    model = TorchLlama(config, tensors, dtype="fp32", max_seq_len=64, batch=4)
+    model = TorchLlama(config, tensors, dtype="fp32", max_seq_len=64, slots=4)
     draw = torch.Generator().manual_seed(4)
     prompts = [torch.randint(2, 128, (3 + i % 5,), generator=draw).tolist() for i in range(60)]
     answers = list(write_answers(model, prompts, range(60), AnswerOptions(TAPS, max_new_tokens=14)))
@@ -77,7 +77,7 @@ def test_answers_written_side_by_side_equal_answers_written_alone(target):
     """Ids and hidden states in fp32, greedy: whoever stands beside them, and whoever stood there before."""
     config, tensors = target
     options = AnswerOptions(TAPS, max_new_tokens=12, greedy_share=1.0)
-    together = TorchLlama(config, tensors, dtype="fp32", max_seq_len=64, batch=4)
+    together = TorchLlama(config, tensors, dtype="fp32", max_seq_len=64, slots=4)
     answers = {a.number: a for a in write_answers(together, PROMPTS, range(len(PROMPTS)), options)}
     assert sorted(answers) == list(range(len(PROMPTS)))
     for number, prompt in enumerate(PROMPTS):
@@ -95,13 +95,13 @@ def test_answers_written_side_by_side_equal_answers_written_alone(target):
 
 def test_an_answer_ends_at_a_stop_id_and_at_its_limit(target):
     config, tensors = target
-    free = TorchLlama(config, tensors, dtype="fp32", max_seq_len=64, batch=2)
+    free = TorchLlama(config, tensors, dtype="fp32", max_seq_len=64, slots=2)
     options = AnswerOptions(TAPS, max_new_tokens=10, greedy_share=1.0)
     before = {a.number: a.ids.tolist() for a in write_answers(free, PROMPTS, range(6), options)}
     assert all(len(ids) == len(PROMPTS[number]) + 10 or ids[-1] == 1 for number, ids in before.items())
     stop = before[2][len(PROMPTS[2]) + 3]
     stopping = dataclasses.replace(config, eos_token_ids=(stop,))
-    model = TorchLlama(stopping, tensors, dtype="fp32", max_seq_len=64, batch=2)
+    model = TorchLlama(stopping, tensors, dtype="fp32", max_seq_len=64, slots=2)
     after = {a.number: a.ids.tolist() for a in write_answers(model, PROMPTS, range(6), options)}
     assert after[2] == before[2][: before[2].index(stop, len(PROMPTS[2])) + 1]
 
@@ -111,7 +111,7 @@ def test_sampled_answers_depend_on_their_number_not_on_the_batch(target):
     options = AnswerOptions(TAPS, max_new_tokens=9, greedy_share=0.0, temperature=1.0)
     found = []
     for batch, order in ((2, range(6)), (3, [5, 4, 3, 2, 1, 0])):
-        model = TorchLlama(config, tensors, dtype="fp32", max_seq_len=64, batch=batch)
+        model = TorchLlama(config, tensors, dtype="fp32", max_seq_len=64, slots=batch)
         found.append({a.number: a.ids.tolist() for a in write_answers(model, PROMPTS, order, options)})
     assert found[0] == found[1]
     greedy = AnswerOptions(TAPS, max_new_tokens=9, greedy_share=1.0)

@@ -1,19 +1,21 @@
 """The target answers the prompts, many at a time, and its hidden states are kept with the answers.
 
-A place in the batch takes the next prompt as soon as its answer ends, so that every forward has all its rows. An answer
-is a function of its prompt, its number and the seed alone, up to the last bits that depend on the batch's size.
+A slot takes the next prompt as soon as its answer ends, and reads it in the forward in which the others go on. An
+answer is a function of its prompt, its number and the seed alone, where rows do not depend on those beside them; else
+up to the last bits.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
+from models.speculative.model import Rows, Want
 from models.torch_llama.model import TorchLlama
 
 
@@ -83,70 +85,58 @@ def write_answers(
 ) -> Iterator[Answer]:
     """Answer the prompts with these numbers, in their order, and yield the answers as they end.
 
-    model: made with a `batch`, the number of answers that are written side by side. more: asked with the tokens written
-    since it was last asked; when it says no, the writing stops and unfinished answers are lost.
+    model: its slots are the answers that are written side by side. more: asked with the tokens that are about to be
+    written; when it says no, the writing stops and unfinished answers are lost.
     """
     writer = _Writer(model, options)
     waiting = iter(numbers)
-    places: list[_Open | None] = [None] * model.batch
-    while True:
-        for place, current in enumerate(places):
-            while current is None:
-                number = next(waiting, None)
-                if number is None:
-                    break
-                current = writer.begin(place, number, prompts[number])
-                if writer.ended(current):
-                    yield current.closed()
-                    current = None
-            places[place] = current
-        busy = [place for place, current in enumerate(places) if current]
-        if not busy or not more(len(busy)):
-            return
-        writer.step(places)
-        for place in busy:
-            current = places[place]
-            assert current is not None
-            if writer.ended(current):
-                yield current.closed()
-                places[place] = None
+    under_way: dict[int, _Open] = {}  # by slot
+    try:
+        while True:
+            for slot in range(model.slots):
+                if slot not in under_way and (number := next(waiting, None)) is not None:
+                    under_way[slot] = writer.begin(slot, number, prompts[number])
+            if not under_way or not more(len(under_way)):
+                return
+            writer.step(under_way)
+            for slot in [slot for slot, current in under_way.items() if writer.ended(current)]:
+                yield under_way.pop(slot).closed()
+    finally:
+        for slot in range(model.slots):
+            model.free(slot)
 
 
 class _Writer:
-    """A batched model, and how it goes on."""
+    """A model, and how it goes on."""
 
     def __init__(self, model: TorchLlama, options: AnswerOptions) -> None:
         self.model, self.options = model, options
         self.taps = (*options.taps, len(model.layers))
 
-    @torch.inference_mode()
-    def begin(self, place: int, number: int, prompt: Sequence[int]) -> _Open:
-        """Read a prompt into one place of the batch, and choose the first token."""
+    def begin(self, slot: int, number: int, prompt: Sequence[int]) -> _Open:
+        """A prompt for a slot, which reads it in the next step."""
         greedy = self.options.is_greedy(number)
         draw = random.Random(f"{self.options.seed}/{number}/draws")
         draws = [] if greedy else [draw.random() for _ in range(self.options.max_new_tokens)]
-        current = _Open(number, len(prompt), greedy, list(prompt), draws)
-        single = self.model.sequence(place)
-        with single.tap(self.taps) as kept:
-            logits = single.prefill(current.ids)
-        current.states.append(self._joined(kept))
-        current.ids.append(self._choose(logits[None], [current])[0])
-        return current
+        self.model.reserve(slot, (), min(len(prompt) + self.options.max_new_tokens, self.model.max_seq_len))
+        return _Open(number, len(prompt), greedy, list(prompt), draws)
 
     @torch.inference_mode()
-    def step(self, places: Sequence[_Open | None]) -> None:
-        """One more token for every answer; empty places go along at position 0."""
-        device = self.model.device
-        tokens = torch.tensor([[current.ids[-1] if current else 0] for current in places], device=device)
-        positions = [len(current.ids) - 1 if current else 0 for current in places]
-        with self.model.tap(self.taps) as kept:
-            logits = self.model.forward(tokens, positions)[:, -1]
-        states = self._joined(kept)
-        ids = self._choose(logits, places)
-        for place, current in enumerate(places):
-            if current:
-                current.states.append(states[place : place + 1])
-                current.ids.append(ids[place])
+    def step(self, under_way: Mapping[int, _Open]) -> None:
+        """One more token for every answer."""
+        fed = [len(current.ids) - 1 if current.states else 0 for current in under_way.values()]
+        rows = [
+            Rows(slot, current.ids[start:], start, last=True)
+            for (slot, current), start in zip(under_way.items(), fed, strict=True)
+        ]
+        step = self.model.extend(rows, Want(logits=True, taps=self.taps))
+        answers = list(under_way.values())
+        ids = self._choose(torch.cat([step.logits(i) for i in range(len(answers))]), answers)
+        features = [step.features(i) for i in range(len(answers))]
+        states = self._scored(torch.cat(features)).split([len(each) for each in features])
+        for current, state, chosen in zip(answers, states, ids, strict=True):
+            current.states.append(state)
+            current.ids.append(chosen)
 
     def ended(self, current: _Open) -> bool:
         """Whether an answer is whole: its end was said, or there is no room for more."""
@@ -154,24 +144,24 @@ class _Writer:
         full = len(current.ids) - current.prompt >= self.options.max_new_tokens
         return current.ids[-1] in stop or full or len(current.ids) >= self.model.max_seq_len
 
-    def _joined(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[n, (taps + 1) H]: the tapped states as they are, the last one after the final norm."""
-        *tapped, last = kept
-        config = self.model.config
-        scored = F.rms_norm(last, (config.hidden_size,), self.model.norm, config.rms_norm_eps)
-        return torch.cat((*tapped, scored), dim=-1).to("cpu", torch.bfloat16)
+    def _scored(self, features: torch.Tensor) -> torch.Tensor:
+        """[n, (taps + 1) H] as they are but for the last layer's, which are normed."""
+        config, width = self.model.config, self.model.config.hidden_size
+        tapped, last = features[:, :-width], features[:, -width:]
+        scored = F.rms_norm(last.to(self.model.norm.dtype), (width,), self.model.norm, config.rms_norm_eps)
+        return torch.cat((tapped, scored.to(tapped.dtype)), dim=-1).to("cpu", torch.bfloat16)
 
-    def _choose(self, logits: torch.Tensor, places: Sequence[_Open | None]) -> list[int]:
-        """The next id of every place. logits: [B, V]."""
+    def _choose(self, logits: torch.Tensor, answers: Sequence[_Open]) -> list[int]:
+        """The next id of every answer. logits: [n, V]."""
         ids = logits.argmax(-1).tolist()
-        sampled = [place for place, current in enumerate(places) if current and not current.greedy]
+        sampled = [i for i, answer in enumerate(answers) if not answer.greedy]
         if sampled:
-            open_ones = [places[place] for place in sampled]
-            drawn = torch.tensor([[o.draws[len(o.ids) - o.prompt]] for o in open_ones if o], device=logits.device)
+            draws = [answers[i].draws[len(answers[i].ids) - answers[i].prompt] for i in sampled]
+            drawn = torch.tensor(draws, device=logits.device)[:, None]
             sums = (logits[sampled].float() / self.options.temperature).softmax(-1).cumsum(-1)
             picks = torch.searchsorted(sums, drawn * sums[:, -1:], right=True)[:, 0].clamp_max(logits.shape[1] - 1)
-            for place, pick in zip(sampled, picks.tolist(), strict=True):
-                ids[place] = pick
+            for i, pick in zip(sampled, picks.tolist(), strict=True):
+                ids[i] = pick
         return ids
 
 

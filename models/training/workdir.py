@@ -115,7 +115,7 @@ class WorkDirectory:
     ) -> None:
         """Let the target answer prompts that have no answer yet, until all have one or the time is over.
 
-        model: with a `batch`, and `room()` positions. part: (i, n): only prompts whose number is i modulo n, for
+        model: with slots of `room()` positions. part: (i, n): only prompts whose number is i modulo n, for
         several processes on one directory. most_bytes: the shards may take together; progress: told new tokens and
         finished answers.
         """
