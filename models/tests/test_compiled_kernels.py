@@ -87,7 +87,7 @@ class Model:
             made.append(Part(table, position, len(x), len(x), tuple(tree) or None))
         x = torch.cat([part[0] for part in parts])
         stop = self.config.num_hidden_layers if stop is None else stop
-        return self.network.logits(self.network.run(x, self.network.plan(made), first, stop))[1]
+        return self.network.logits(self.network.run(x, self.network.plan(made), first, stop)[0])[1]
 
     def formulas(self, x, seen, stands):
         """Logits of rows that stand at these positions and see these rows [n, n]."""
@@ -196,7 +196,7 @@ def test_layers_one_by_one_are_all_layers(odd):
     table.changed()
     plan = odd.network.plan([Part(table, 0, 5, 5)])
     for layer in range(odd.config.num_hidden_layers):
-        x = odd.network.run(x, plan, layer, layer + 1)
+        x, _ = odd.network.run(x, plan, layer, layer + 1)
     assert torch.equal(odd.network.logits(x)[1], together)
 
 

@@ -41,8 +41,13 @@ class Network(Protocol):
         """
         ...
 
-    def run(self, x: torch.Tensor, plan: Any, first: int, stop: int) -> torch.Tensor:
-        """Hidden states [n, H] behind layers first..stop-1, of those before; writes the rows' keys and values."""
+    def run(
+        self, x: torch.Tensor, plan: Any, first: int, stop: int, taps: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Hidden states [n, H] behind layers first..stop-1, of those before; writes the rows' keys and values.
+
+        taps: rising numbers between first and stop: the states after so many layers are given too.
+        """
         ...
 
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +158,9 @@ class TorchLayers:
         """As of `Network`."""
         return self.attention.together(parts) if fixed is None else self.attention.alone(parts[0], fixed)
 
-    def run(self, x: torch.Tensor, plan: Plan, first: int, stop: int) -> torch.Tensor:
+    def run(
+        self, x: torch.Tensor, plan: Plan, first: int, stop: int, taps: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As of `Network`; rows [R, H] may be more than are planned to be written: padding, whose results mean
         nothing."""
         config, attention = self.config, self.attention
@@ -161,8 +168,9 @@ class TorchLayers:
         rotated, q_width, rows = heads + kv_heads, heads * dim, len(x)
         cos, sin = self.cos[plan.stands], self.sin[plan.stands]  # [R, 1, D]
         eps, shape, half = config.rms_norm_eps, (config.hidden_size,), dim // 2
+        kept: list[torch.Tensor] = []
 
-        for layer in self.layers[first:stop]:
+        for done, layer in enumerate(self.layers[first:stop], first + 1):
             qkv = layer.qkv(F.rms_norm(x, shape, layer.attention_norm, eps))
             qk = qkv[:, : rotated * dim].view(rows, rotated, dim)
             swapped = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
@@ -171,7 +179,9 @@ class TorchLayers:
             x = x + layer.output(attention.attend(layer.kv, qkv[:, :q_width], plan))
             gate, up = layer.gate_up(F.rms_norm(x, shape, layer.mlp_norm, eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
-        return x
+            if done in taps:
+                kept.append(x)
+        return x, kept
 
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of `Network`."""

@@ -604,13 +604,13 @@ class TorchLlama(SlotBySlot):
         last = len(self.layers) if stop is None else stop
         if x is None:
             x = self.embedding[ids].to(self.network.dtype)  # [R, H]
-        done = first
-        for end in sorted({first, *(count for count in taps if first < count < last), last}):
-            if end > done:
-                x, done = self.network.run(x, plan, done, end), end
-            for count, states in zip(taps, kept, strict=True):
-                if count == end:
-                    states.append(x[:used].to(self.dtype))
+        known, between = {first: x}, tuple(sorted({count for count in taps if first < count < last}))
+        if first < last:
+            x, tapped = self.network.run(x, plan, first, last, between)
+            known |= dict(zip(between, tapped, strict=True)) | {last: x}
+        for count, states in zip(taps, kept, strict=True):
+            if count in known:
+                states.append(known[count][:used].to(self.dtype))
         return x
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,7 @@ def layer_fields(stored: Stored) -> Fields:
     tiles: [m, 4] rows that attention takes together: first, behind the last, where their sequence's blocks begin, the
         position of a tree's row 0, from which on `seen` counts; else beyond all. blocks: of the pool.
     item_heads: query heads of a group that one thread takes together. ones: [16].
+    taps: for each layer, the address [n, padded H] of where residuals before it are to be kept, or 0.
     normed, qkv, attended, gated: [n, ..], for results in between. scratch: [threads, scratch_step].
     chunk, row_chunk: rows of an item of a product, and of what has to do with single rows.
     last_items, panel_items: of the final norm and of the head, as of `head_fields`: 0, or with one layer behind it.
@@ -60,7 +61,7 @@ def layer_fields(stored: Stored) -> Fields:
     whole += "last_items panel_items"
     floats = "x tokens norms cos sin ones normed qkv attended gated scratch norm scored logits"
     fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT, "scale": FLOAT}
-    fields |= dict.fromkeys(floats.split(), F32) | dict.fromkeys("stands places ends tiles blocks".split(), WORD)
+    fields |= dict.fromkeys(floats.split(), F32) | dict.fromkeys("stands places ends tiles blocks taps".split(), WORD)
     return fields | {"seen": BYTE, "weights": stored, "pool": pool_form(stored), "matrix": stored}
 
 
@@ -262,9 +263,11 @@ class Layers:
 
     def _begin(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         step, joined = padded(job.hidden), job.wide.differs(job.hidden)
-        norms = job.norms + (job.first + turn) * 2 * step
+        norms, tap = job.norms + (job.first + turn) * 2 * step, job.taps[job.first + turn]
         with self._rows(code, job, item) as row:
             x = job.x + row * step
+            with code.when(tap.differs(0)), code.loop(0, step, LANES) as i:
+                (code.place(tap, F32) + row * step).put(i, x.vector(i))
             with code.when(~joined):
                 norm_row(code, job, x, norms, job.normed + row * step)
             with code.when(joined):

@@ -146,7 +146,7 @@ class InPanels:
         self._weights, self._norms, self._norm = weights, norms, _wide(self.norm)
         self._ones = torch.ones(LANES)
         self._cos, self._sin = cos[:, : dim // 2].contiguous(), sin[:, dim // 2 :].contiguous()
-        self._pool = cache.pool
+        self._pool, self._no_taps = cache.pool, np.zeros(count, np.int64)
         stored = STORED[weights.dtype]
         last: dict[str, float] = {
             "hidden": hidden,
@@ -172,6 +172,7 @@ class InPanels:
             "ones": self._ones.data_ptr(),
             "weights": weights.data_ptr(),
             "pool": cache.pool.data_ptr(),
+            "taps": self._no_taps.ctypes.data,
         }
         code, last["scratch_step"] = load_layers(stored), PANEL * WIDENED
         self._layers_job = Prepared(code, "layers", layer_fields(stored), constants)
@@ -319,9 +320,17 @@ class CompiledLayers(InPanels):
 
         super().__init__(config, layers(), take("model.norm.weight"), head, cache, positions, int8)
 
-    def run(self, x: torch.Tensor, plan: Rows, first: int, stop: int) -> torch.Tensor:
+    def run(
+        self, x: torch.Tensor, plan: Rows, first: int, stop: int, taps: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As of `layers.Network`."""
-        return self._run(in_panels(x), plan, first, stop)[:, : x.shape[1]]
+        x, hidden = in_panels(x), x.shape[1]
+        if not taps:
+            return self._run(x, plan, first, stop)[:, :hidden], []
+        kept, words = torch.empty(len(taps), *x.shape), self._no_taps.copy()
+        words[list(taps)] = [states.data_ptr() for states in kept]
+        self._run(x, plan, first, stop, {"taps": words.ctypes.data})
+        return x[:, :hidden], [states[:, :hidden] for states in kept]
 
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of `layers.Network`."""
