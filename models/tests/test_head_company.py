@@ -39,9 +39,9 @@ def forwards(monkeypatch):
     """Of each forward of a head: (slot, cache position of the first row, rows) of each sequence."""
     noted, compute = [], TorchHead._rows
 
-    def seen(self, shares):
+    def seen(self, shares, scored):
         noted.append([(share.head._slot, share.start, len(share.tokens)) for share in shares])
-        return compute(self, shares)
+        return compute(self, shares, scored)
 
     monkeypatch.setattr(TorchHead, "_rows", seen)
     return noted
@@ -247,10 +247,10 @@ def test_the_time_of_reading_is_counted_once(company, monkeypatch):
     """As reading, shared out by rows, and not as drafting."""
     compute, reading_s = TorchHead._rows, 0.4
 
-    def slow(self, shares):
+    def slow(self, shares, scored):
         if any(len(share.tokens) > 32 for share in shares):
             time.sleep(reading_s)
-        return compute(self, shares)
+        return compute(self, shares, scored)
 
     monkeypatch.setattr(TorchHead, "_rows", slow)
     engine, drafter = Engine(company.target), company.drafter("head")
@@ -306,10 +306,10 @@ def test_a_reading_that_fails_is_its_own_sequences(company, monkeypatch):
         engine.step()
     compute, bad = TorchHead._rows, sequences[1]
 
-    def failing(self, shares):
+    def failing(self, shares, scored):
         if any(share.head._slot == bad.slot and share.start + len(share.tokens) > 290 for share in shares):
             raise ValueError("broken")
-        return compute(self, shares)
+        return compute(self, shares, scored)
 
     monkeypatch.setattr(TorchHead, "_rows", failing)
     engine.step()
