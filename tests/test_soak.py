@@ -42,12 +42,14 @@ def test_a_short_soak_finds_no_wrong_token(soak, tmp_path, capsys, one_thread):
 
 
 def test_a_wrong_token_is_found(soak, tmp_path, monkeypatch, one_thread):
-    """A verification that takes every drafted token for accepted."""
+    """A verification that takes every drafted token for accepted. Compiled layers write enough texts in a few seconds."""
+    from models import loading
     from models.speculative import verify
 
+    monkeypatch.setattr(loading, "compiles", lambda *_: True)
     monkeypatch.setattr(verify, "accept_greedy", lambda drafted, ids: (len(drafted), list(ids)[-1]))
     file = tmp_path / "soak.json"
-    argv = [*SMALL, "--minutes", "0.05", "--slots", "2", "--json", str(file)]
+    argv = [*SMALL, "--minutes", "0.1", "--slots", "2", "--json", str(file)]
     assert soak.command(argv) == 1
     assert json.loads(file.read_text())["counts"]["wrong"] > 0
 
