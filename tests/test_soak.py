@@ -42,7 +42,7 @@ def test_a_short_soak_finds_no_wrong_token(soak, tmp_path, capsys, one_thread):
 
 
 def test_a_wrong_token_is_found(soak, tmp_path, monkeypatch, one_thread):
-    """A verification that takes every drafted token for accepted. Compiled layers write enough texts in a few seconds."""
+    """A verification that takes every drafted token for accepted; compiled layers write many texts in a few seconds."""
     from models import loading
     from models.speculative import verify
 
