@@ -231,8 +231,8 @@ def open_pair(options: EngineOptions) -> OpenedPair:
 
 
 def _compiled_draft_dtype(draft: OpenedDraft, dtype: str) -> str:
-    """What a draft beside a compiled target is computed in by default: int8, which halves the time of a step and next
-    to never changes a draft, where its layers can be compiled too."""
+    """What a draft beside a compiled target is computed in by default: int8 where its layers can be compiled too. A
+    step is little but reading weights, and SmolLM2's head has as many drafts accepted in int8 as in bf16."""
     config = draft.checkpoint.config
     layers = config.layer if isinstance(config, HeadConfig) else config
     return dtype if not_compiled(layers, torch.device("cpu")) else "int8"
