@@ -1,10 +1,13 @@
 """The compiled layer of a draft head against the one in torch operations, and its rows in any company."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("llvmlite")
 
+from models import loading
 from models.errors import UserError
 from models.llm import LLM
 from models.speculative.model import LOGITS, Rows
@@ -95,11 +98,14 @@ def test_rows_are_the_same_in_any_company(dtype, quantize):
         assert torch.equal(torch.cat([step.logits(i) for step in (last, drafted, tree)]), expected)
 
 
-def test_a_head_that_cannot_be_compiled_is_refused_and_runs_in_torch_beside_a_compiled_target():
+def test_a_head_that_cannot_be_compiled_is_refused_and_has_the_targets_dtype_by_default():
     target = tiny_config(head_dim=24)
     config = head_config(target, 60)
     with pytest.raises(UserError, match="heads of whole vectors of 16 numbers, not of 24"):
         TorchHead(config, random_head_tensors(config, 1), torch.zeros(target.vocab_size, 64), compiled=True)
+    for layer, dtype in ((config, "bf16"), (head_config(tiny_config(head_dim=32), 60), "int8")):
+        opened = SimpleNamespace(checkpoint=SimpleNamespace(config=layer))
+        assert loading._compiled_draft_dtype(opened, "bf16") == dtype
 
 
 @pytest.mark.parametrize("drafter", ["model", "head"])

@@ -34,7 +34,7 @@ class Stored:
     """How numbers lie in memory: 16 or 32 bits of a float, 8 bits that are parts of a scale, or a whole number of 8 or
     64 bits.
 
-    scaled: numbers are to be multiplied by scales, which lie elsewhere.
+    scaled: numbers are to be multiplied by scales, which lie in front of them (see `products`).
     """
 
     def __init__(self, name: str, type: ir.Type, size: int, scaled: bool = False) -> None:
