@@ -63,6 +63,9 @@ def all_lengths(monkeypatch):
         def pays(self, *args):
             return True
 
+        def pays_from(self, *args):
+            return 0.0
+
         def update(self, round):
             super().update(round)
             self.rounds += 1

@@ -2,7 +2,7 @@
 
 `LanguageModel` is what every target and every draft model fulfils: one call, `extend`, computes rows of any number of
 sequences. `SequenceModel` is one slot of it, seen as a model of one sequence: what drafters work with. What only some
-networks can do has protocols of its own: `Chains`, `Trees`, `EarlyExit`, `Tapped`, `DraftHead`, `Paged`,
+networks can do has protocols of its own: `Chains`, `ChainsWhile`, `Trees`, `EarlyExit`, `Tapped`, `DraftHead`, `Paged`,
 `FusedRounds`.
 
 Addresses are absolute: a call that is given n tokens and a position writes the cache at position .. position+n-1 and
@@ -183,6 +183,30 @@ class Chains(Protocol):
 
     def draft_greedy(self, tokens: Sequence[int], position: int, k: int) -> list[int]:
         """Feed m >= 1 tokens, then each id found in turn: the k >= 1 greedy ids that follow, by m + k-1 positions."""
+        ...
+
+
+class Chain(NamedTuple):
+    """Tokens chosen greedily, one after the other.
+
+    chances: the model's own probability of each token and all before it; no number (NaN) for a last one that was chosen
+    by logits that are not finite.
+    """
+
+    ids: list[int]
+    chances: list[float]
+
+
+@runtime_checkable
+class ChainsWhile(Protocol):
+    """A model that may chain greedy steps, and stop by its own probabilities, without the host."""
+
+    def draft_while(self, tokens: Sequence[int], position: int, least: Sequence[float]) -> Chain | None:
+        """Feed m >= 1 tokens, then each id found in turn, to at most as many ids as there are numbers in `least`.
+
+        It ends behind id i if the chance of the text up to there is below least[i]. None where the model does not do
+        this: it is then asked step by step.
+        """
         ...
 
 

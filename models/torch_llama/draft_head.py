@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from models.errors import UserError
 from models.llama.head_config import HeadConfig
-from models.speculative.model import IDS, LOGITS, Rows, SlotBySlot, Step, Want
+from models.speculative.model import IDS, LOGITS, Chain, Rows, SlotBySlot, Step, Want
 from models.speculative.tree import tree_levels
 from models.torch_llama.attention import Part
 from models.torch_llama.choice import argmax
-from models.torch_llama.compiled import LANES, not_compiled
-from models.torch_llama.head_layers import HeadNetwork, TorchHeadLayer
+from models.torch_llama.compiled import LANES, not_compiled, readable
+from models.torch_llama.head_layers import ChainedHead, HeadNetwork, TorchHeadLayer
 from models.torch_llama.joint import passes
 from models.torch_llama.kv_cache import KV_BLOCK, KVCache, block_end
 from models.torch_llama.linear import Int8Linear, Linear, PackedLinear, PlainLinear, int8_works, packing_works
@@ -149,6 +149,7 @@ class TorchHead(SlotBySlot):
         self.embedding = tensors.get("embed_tokens.weight", embedding)
         if self.device.type != "cpu":
             self.embedding = self.embedding.to(device=self.device, dtype=dtype)
+        self._chains = self.compiled and readable(self.embedding)
         self.target_ids: torch.Tensor | None = None
         if config.reduced:
             self.target_ids = (torch.arange(config.draft_vocab_size) + tensors["d2t"].long()).to(self.device)
@@ -297,6 +298,23 @@ class TorchHead(SlotBySlot):
             share.head._drop(share)
         return Step(results, choosers=[self._choose] * len(rows) if want.logits else ())
 
+    @torch.inference_mode()
+    def draft_while(self, tokens: Sequence[int] | torch.Tensor, position: int, least: Sequence[float]) -> Chain | None:
+        """As of `speculative.model.ChainsWhile`: in compiled layers, by one call of their code."""
+        if not self._chains:
+            return None
+        network = cast("ChainedHead", self.network)
+        self._check(len(tokens) + len(least) - 1, position)
+        share = self._share(tokens, position)
+        n, start = len(tokens), share.start
+        part = Part(self.cache.write(self._slot, start, start + n + len(least) - 1), start, n, n, None)
+        rows, states = self.embedding[self._ids_of([share])], self._before([share])
+        chain, passed = network.chain(rows, states, part, least, self.embedding, self.target_ids)
+        self._outputs, self._last = passed, share.position + len(chain.ids) - 1
+        self._note([share])
+        self._drop(share)
+        return chain
+
     def _choose(self, logits: torch.Tensor) -> list[int]:
         return self._ids(argmax(logits)).tolist()
 
@@ -334,6 +352,8 @@ class TorchHead(SlotBySlot):
     @torch.inference_mode()
     def draft_greedy(self, tokens: Sequence[int], position: int, k: int) -> list[int]:
         """Feed tokens at position.., then each id found in turn: k greedy ids. They stay on the device until then."""
+        if (chain := self.draft_while(tokens, position, [0.0] * k)) is not None and len(chain.ids) == k:
+            return chain.ids
         found = [self._ids(argmax(self._scored(tokens, position)[-1:]))]
         position += len(tokens)
         for step in range(k - 1):

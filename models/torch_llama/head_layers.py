@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from models.llama.head_config import HeadConfig
 from models.llama.rope import rope_tables
+from models.speculative.model import Chain
 from models.torch_llama.attention import Attention, Part
 from models.torch_llama.invariance import MANY, odd_matrices, seeded_noise
 from models.torch_llama.kv_cache import KVCache
@@ -46,6 +47,26 @@ class HeadNetwork(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [n, V_d] of states [n, H] that rows have passed on."""
+        ...
+
+
+class ChainedHead(Protocol):
+    """A head's network that drafts a chain by itself."""
+
+    def chain(
+        self,
+        tokens: torch.Tensor,
+        states: torch.Tensor,
+        part: Part,
+        least: Sequence[float],
+        table: torch.Tensor,
+        ids: torch.Tensor | None,
+    ) -> tuple[Chain, torch.Tensor]:
+        """What was drafted behind the last of some rows of a text, and the state [1, H] that its last row passes on.
+
+        tokens, states, part: of the rows that it begins with, as of `HeadNetwork.run`. least, table: as of
+        `layers.Chained`. ids: the text's id [V_d] of each that is drafted; None: the same.
+        """
         ...
 
 

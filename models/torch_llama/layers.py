@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from models.llama.config import LlamaConfig
 from models.llama.rope import rope_tables
+from models.speculative.model import Chain
 from models.torch_llama.attention import Attention, Part, Plan
 from models.torch_llama.invariance import odd_alone
 from models.torch_llama.kv_cache import KVCache
@@ -52,6 +53,19 @@ class Network(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden states [n, H] behind the final norm, the logits [n, V] computed from them)"""
+        ...
+
+
+class Chained(Protocol):
+    """A network that drafts a chain by itself."""
+
+    def chain(self, x: torch.Tensor, part: Part, least: Sequence[float], table: torch.Tensor) -> Chain:
+        """Greedy ids behind the last of some rows of one sequence, each fed in turn; writes the keys and values of all
+        rows but the last id's.
+
+        x: the rows' embeddings [n, H]. part: where they stand; the positions behind them must be there too. least: as
+        of `speculative.model.ChainsWhile`. table: embeddings [V, H] of all ids.
+        """
         ...
 
 

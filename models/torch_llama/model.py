@@ -20,22 +20,22 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from models.errors import UserError
 from models.llama.config import LlamaConfig
-from models.speculative.model import IDS, LOGITS, Chooser, Limits, Rows, SlotBySlot, Step, Want, _computed
+from models.speculative.model import IDS, LOGITS, Chain, Chooser, Limits, Rows, SlotBySlot, Step, Want, _computed
 from models.speculative.tree import tree_levels
 from models.torch_llama.attention import Part, fold_of, whole
 from models.torch_llama.choice import Head
-from models.torch_llama.compiled import LANES, not_compiled
+from models.torch_llama.compiled import LANES, not_compiled, readable
 from models.torch_llama.first_layers import FirstLayers, chained_greedy
 from models.torch_llama.joint import Piece, passes
 from models.torch_llama.kv_cache import KV_BLOCK, KVCache, block_end
-from models.torch_llama.layers import Network, TorchLayers
+from models.torch_llama.layers import Chained, Network, TorchLayers
 from models.torch_llama.linear import Int8Linear, Linear, PackedLinear, PlainLinear, int8_works, packing_works
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ class TorchLlama(SlotBySlot):
         def head() -> torch.Tensor:
             return take("lm_head.weight") if stored is None else stored.to(device=self.device, dtype=self.dtype)
 
+        self._chains = self.compiled and self.batch == 1 and readable(self.embedding)
         self.fold = fold_of(config, self.batch)
         self.network: Network
         if self.compiled:
@@ -498,7 +499,24 @@ class TorchLlama(SlotBySlot):
 
         The ids stay on the device until all are there. The cache then holds position..position+m+k-2.
         """
+        if (chain := self.draft_while(tokens, position, [0.0] * k)) is not None and len(chain.ids) == k:
+            return chain.ids
         return chained_greedy(self.forward, tokens, position, k)
+
+    @torch.inference_mode()
+    def draft_while(self, tokens: Tokens, position: int, least: Sequence[float]) -> Chain | None:
+        """As of `speculative.model.ChainsWhile`: in compiled layers, by one call of their code."""
+        if not self._chains or self._taps:
+            return None
+        network = cast("Chained", self.network)
+        ids = self._ids(tokens)[0]
+        n = len(ids)
+        self._check(n + len(least) - 1, [position])
+        self._early = None
+        table = self.cache.write(self._slot, position, position + n + len(least) - 1)
+        chain = network.chain(self.embedding[ids], Part(table, position, n, n, None), least, self.embedding)
+        self.cache.note(self._slot, position, [*ids.tolist(), *chain.ids[:-1]])
+        return chain
 
     @torch.inference_mode()
     def keep(self, position: int, rows: Sequence[int]) -> int:

@@ -93,6 +93,10 @@ class Trust:
         """How likely a token is accepted to which the draft gives this probability."""
         return path_prob**self.power
 
+    def path_prob(self, chance: float) -> float:
+        """The probability that a draft gives a token which is accepted with this chance."""
+        return max(0.0, chance) ** (1 / self.power)
+
     def _fitting(self) -> float:
         """Between the powers that expect a little more and a little less than was accepted, in proportion."""
         above = next((i for i, expected in enumerate(self._expected) if expected <= self._accepted), len(self.POWERS))

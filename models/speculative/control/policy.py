@@ -12,7 +12,8 @@ slots fill.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from models.errors import UserError
@@ -46,6 +47,11 @@ class DraftPolicy(Protocol):
         """Whether a further token of a draft is worth its time: see `drafters.Limit`."""
         ...
 
+    @property
+    def pays_from(self) -> Callable[[str, int, int], float] | None:
+        """(source, steps, rows) -> the path probability from which a further token is worth its time, if it is so."""
+        ...
+
     def read(self, source: str, seconds: float) -> None:
         """What drafts has read the prompt, or what was emitted since it last drafted, in that time."""
         ...
@@ -68,6 +74,7 @@ class FixedDraftLength:
 
     fits_forward = False
     pays = staticmethod(always)
+    pays_from = None
 
     def __init__(self, k: int = 4) -> None:
         if not 0 <= k <= MAX_DRAFT_LENGTH:
@@ -173,6 +180,10 @@ class AutoDraftLength:
         """As of the text begun last."""
         return self.latest.pays(source, path_prob, steps, rows)
 
+    def pays_from(self, source: str, steps: int, rows: int) -> float:
+        """As of the text begun last."""
+        return self.latest.pays_from(source, steps, rows)
+
     def read(self, source: str, seconds: float) -> None:
         """As of the text begun last."""
         self.latest.read(source, seconds)
@@ -215,6 +226,10 @@ class AutoDraftLength:
     def trust_in(self, source: str, path_prob: float) -> float:
         """How likely a token is accepted to which a draft gives this probability."""
         return self.trust[source].chance(path_prob) if source in self.trust else path_prob
+
+    def path_prob_of(self, source: str, chance: float) -> float:
+        """What probability a draft gives a token that is accepted with this chance, not below 0."""
+        return self.trust[source].path_prob(chance) if source in self.trust else chance
 
     def round_s(self, source: str, k: int, sequences: int = 1, context: int = 0) -> float:
         """One sequence's share of a round that drafts k tokens, or k levels, from this source for so many sequences."""
@@ -319,15 +334,19 @@ class AutoPolicy:
 
     def pays(self, source: str, path_prob: float, steps: int, rows: int) -> bool:
         """Whether a further token of a draft is worth its time: see `drafters.Limit`."""
+        return path_prob >= self.pays_from(source, steps, rows)
+
+    def pays_from(self, source: str, steps: int, rows: int) -> float:
+        """The path probability from which a further token of a draft is worth its time."""
         if self._probing:
-            return True
+            return 0.0
         outlook, verify_s, n = self.outlook(source), self.run.costs.verify_s, self._sequences
         seconds = (verify_s(n * rows, self._context) - verify_s(n * (rows - 1), self._context)) / n
-        gained = self.run.trust_in(source, path_prob)
+        chance = 1.0
         if steps:
             seconds += steps * outlook.step_s
-            gained *= outlook.next_chance
-        return gained >= seconds * outlook.best
+            chance = outlook.next_chance
+        return self.run.path_prob_of(source, seconds * outlook.best / chance) if chance else math.inf
 
     def read(self, source: str, seconds: float) -> None:
         """A draft model has read the prompt, or what was emitted since it last drafted, in that time."""

@@ -31,6 +31,7 @@ class Limit:
     to verify a token as row `rows` (counted from 1, the text's last token being row 1), where `path_prob` is the
     draft's probability of the token and all before it; with steps = 1 the token is still to be drafted, by one more
     step, and it is that of those before it. Not `priced`: everything does, and probabilities need not be found out.
+    `pays_from(source, steps, rows)`: the path probability from which `pays` says so; None: it can only be asked.
     `rows`: drafted tokens that the verification has room for; a tree may have more of them than levels.
     """
 
@@ -39,9 +40,10 @@ class Limit:
         length: Callable[[str], int],
         pays: Callable[[str, float, int, int], bool] = always,
         rows: int = MAX_DRAFT_LENGTH,
+        pays_from: Callable[[str, int, int], float] | None = None,
     ) -> None:
         self._length = length
-        self.pays = pays
+        self.pays, self.pays_from = pays, pays_from
         self.priced = pays is not always
         self.rows = rows
 
@@ -147,7 +149,7 @@ class Budget(NamedTuple):
             sequence.wanted = policy.draft_length(source)
             return min(sequence.wanted, sequence.remaining - 1, rows)
 
-        return Limit(length, policy.pays, rows)
+        return Limit(length, policy.pays, rows, policy.pays_from)
 
 
 def check_draft(draft: Draft, sequence: Sequence, budget: Budget) -> None:

@@ -10,7 +10,7 @@ import torch
 from models.speculative.acceptance import distribution, is_distribution, sample
 from models.speculative.drafters import Draft, Limit
 from models.speculative.drafters.in_step import Answer, Ask, Reads, Steps, alone, answer_of
-from models.speculative.model import DraftHead, DraftModel, FusedRounds
+from models.speculative.model import ChainsWhile, DraftHead, DraftModel, FusedRounds
 from models.speculative.sampling import SamplingParams
 
 
@@ -56,6 +56,7 @@ class ModelDrafter:
         self._generator = sampling.generator("draft")
         self._confident = confident
         self._broken = False  # the model's logits were not finite
+        self._chain = model.draft_while if isinstance(model, ChainsWhile) else None
         self._rounds = rounds if rounds is not None and rounds.draft_lengths else None
         self._target_ids: torch.Tensor | None = None  # of the model's ids, where it drafts a part of the vocabulary
         if isinstance(model, DraftHead):
@@ -79,6 +80,8 @@ class ModelDrafter:
         if self._rounds is not None and len(tokens) > 1:
             return self._fused(self._rounds, tokens, k, prefill_s)
         position, pending = self.cached, tokens[self.cached :]
+        if self.sampling.greedy and not company and (draft := self._chained(tokens, k, prefill_s, limit)):
+            return draft
         if self.sampling.greedy and not company and not (self._confident and limit.priced):
             self.fed(tokens, k)
             return Draft(self.model.draft_greedy(pending, position, k), None, prefill_s, source=self.source)
@@ -136,6 +139,28 @@ class ModelDrafter:
         self.read_before_round(tokens)
         self.fed(tokens, k)
         return Draft([], None, prefill_s, self.source, fused=(rounds, k))
+
+    def _chained(self, tokens: list[int], k: int, prefill_s: float, limit: Limit) -> Draft | None:
+        """A draft by one call of the model, if it can do that: as step by step."""
+        priced = self._confident and limit.priced
+        if self._chain is None or (priced and limit.pays_from is None):
+            return None
+        taken, least = [0.0] * k, [0.0] * k  # path probabilities from which a token is drafted, and a next one begun
+        if priced and limit.pays_from is not None:
+            for i in range(k):
+                taken[i] = limit.pays_from(self.source, 0, i + 2) if i else 0.0
+                least[i] = max(taken[i], limit.pays_from(self.source, 1, i + 3) if i + 1 < k else 0.0)
+        chain = self._chain(tokens[self.cached :], self.cached, least)
+        if chain is None:
+            return None
+        ids, chances = chain
+        self.fed(tokens, len(ids))
+        self._broken = not math.isfinite(chances[-1])
+        if self._broken:
+            ids, chances = ids[:-1], chances[:-1]
+        elif chances[-1] < taken[len(ids) - 1]:
+            ids = ids[:-1]
+        return Draft(ids, None, prefill_s, source=self.source, path_probs=chances if priced else ())
 
     def _step_by_step(
         self, tokens: list[int], pending: list[int], position: int, k: int, prefill_s: float, limit: Limit

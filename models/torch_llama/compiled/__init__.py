@@ -16,6 +16,11 @@ from models.llama.config import LlamaConfig
 LANES = 16  # numbers of a vector: so many positions' keys are stored together
 
 
+def readable(table: torch.Tensor) -> bool:
+    """Whether compiled layers can look up embeddings [V, H] by themselves."""
+    return table.is_contiguous() and table.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
 def not_compiled(config: LlamaConfig, device: torch.device) -> str:
     """Why the layers of a model cannot be compiled, to follow "compiled layers"; "" where they can."""
     if device.type != "cpu":

@@ -175,6 +175,10 @@ class Value:
         """A whole number as fp32."""
         return Value(self.code, self.code.ir.sitofp(self.raw, FLOAT))
 
+    def as_whole(self) -> Value:
+        """A number that is a whole one, as such."""
+        return Value(self.code, self.code.ir.fptosi(self.raw, INT))
+
 
 class Variable:
     """A value that changes: a register, or several."""

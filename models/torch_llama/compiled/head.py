@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models.llama.head_config import HeadConfig
+from models.speculative.model import Chain
 from models.torch_llama.attention import Part
 from models.torch_llama.compiled.linear import CompiledLinear
 from models.torch_llama.compiled.network import InPanels, Take, attention_and_mlp, in_panels, padded
@@ -49,6 +50,20 @@ class CompiledHead(InPanels):
     def bytes(self) -> int:
         """Memory of the weights."""
         return super().bytes + self.fuse.bytes
+
+    def chain(
+        self,
+        tokens: torch.Tensor,
+        states: torch.Tensor,
+        part: Part,
+        least: Sequence[float],
+        table: torch.Tensor,
+        ids: torch.Tensor | None,
+    ) -> tuple[Chain, torch.Tensor]:
+        """As of `head_layers.ChainedHead`."""
+        rows = in_panels(tokens)
+        more = {**self._normed, "tokens": rows.data_ptr(), "hands_on": int(self._norm_output)}
+        return self._chain(in_panels(states), part, least, table, ids, more)
 
     def run(
         self, tokens: torch.Tensor, states: torch.Tensor, parts: Sequence[Part], scored: bool

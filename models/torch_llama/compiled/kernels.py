@@ -23,7 +23,21 @@ from pathlib import Path
 from types import SimpleNamespace as Job
 from typing import Any
 
-from models.torch_llama.compiled.builder import BYTE, F32, FLOAT, INT, LANES, WORD, Code, Module, Place, Stored, Value
+from models.torch_llama.compiled.builder import (
+    BF16,
+    BYTE,
+    F16,
+    F32,
+    FLOAT,
+    INT,
+    LANES,
+    WORD,
+    Code,
+    Module,
+    Place,
+    Stored,
+    Value,
+)
 from models.torch_llama.compiled.machine_code import Machine, load
 from models.torch_llama.compiled.products import PANEL, WIDENED, Products, before
 from models.torch_llama.compiled.threads import CALLS, JOB_CALL, Fields, add_calls, add_job
@@ -37,10 +51,10 @@ def pool_form(stored: Stored) -> Stored:
     return F32 if stored.scaled else stored
 
 
-def layer_fields(stored: Stored) -> Fields:
-    """What the job of some layers consists of.
+def fields_of(stored: Stored) -> Fields:
+    """What a job consists of: layers, what comes behind them, or both.
 
-    x: residuals [n, padded H]; they are changed. layers: so many from `first` on. norms: [layers, 2, padded H].
+    x: residuals [n, padded H]; they are changed. rounds: layers, from `first` on. norms: [layers, 2, padded H].
     wide: numbers that queries, keys and values are made of: H, or of a draft head's layer padded H + H. Then `tokens`
         [n, padded H] are normed by the third of its norms, and stand in front of the normed x; where `normed_residual`
         is not 0, residuals begin with the normed x.
@@ -48,29 +62,34 @@ def layer_fields(stored: Stored) -> Fields:
     pool: [layers, 2 KV P D], a layer's numbers being pool_step, a head's `size`. cos, sin: [S, D / 2].
     stands, places, ends: [n] of each row, its position, its place in the pool, how many positions it may see.
     seen: [n, seen_step] of rows of trees, which of the positions from the tree's first on they see.
-    tiles: [m, 4] rows that attention takes together: first, behind the last, where their sequence's blocks begin, the
-        position of a tree's row 0, from which on `seen` counts; else beyond all. blocks: of the pool.
+    tiles: [tile_count, 4] rows that attention takes together: first, behind the last, where their sequence's blocks
+        begin, the position of a tree's row 0, from which on `seen` counts; else beyond all. blocks: of the pool.
     item_heads: query heads of a group that one thread takes together. ones: [16].
     taps: for each layer, the address [n, padded H] of where residuals before it are to be kept, or 0.
     normed, qkv, attended, gated: [n, ..], for results in between. scratch: [threads, scratch_step].
     chunk, row_chunk: rows of an item of a product, and of what has to do with single rows.
-    last_items, panel_items: of the final norm and of the head, as of `head_fields`: 0, or with one layer behind it.
+
+    Behind the layers: `scored` [n, padded H] are residuals behind the final norm, `logits` [n, padded V] their products
+    with the matrix [panels of V]. last_alone: where it is not 0, of the last row alone.
+
+    A chain (choose_items 1) drafts a token in each of its steps: all n rows in the first one, in each of the others one
+    row for the token chosen before; its position and its place follow those of the n rows. What a step chose is in
+    ids [steps + 1], whose last number is how many there are; chances [steps + 1] are those of the text up to there, the
+    first one of what the chain begins with. It stops behind a token whose chance is below the one in `least` [steps].
+        table: embeddings [vocabulary of the text, H], in bf16, fp16 or fp32 by `form`. map: the text's id of each id,
+        or 0. lanes: 0, 1, .. 15. hands_on: whether the next row joins states behind the final norm, not before.
     """
-    whole = "n hidden wide heads kv dim inner size first layers weight_step pool_step seen_step item_heads panels "
-    whole += "scratch_step normed_residual chunk row_chunk row_items qkv_items attend_items hidden_items inner_items "
-    whole += "last_items panel_items"
-    floats = "x tokens norms cos sin ones normed qkv attended gated scratch norm scored logits"
+    whole = "n hidden wide heads kv dim inner size first rounds steps weight_step pool_step seen_step item_heads "
+    whole += "tile_count panels vocabulary scratch_step normed_residual last_alone hands_on form map table chunk "
+    whole += "row_chunk row_items qkv_items attend_items hidden_items inner_items last_items panel_items choose_items"
+    floats = "x tokens norms cos sin ones lanes normed qkv attended gated scratch norm scored logits chances least"
     fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT, "scale": FLOAT}
-    fields |= dict.fromkeys(floats.split(), F32) | dict.fromkeys("stands places ends tiles blocks taps".split(), WORD)
+    words = "stands places ends tiles blocks taps ids"
+    fields |= dict.fromkeys(floats.split(), F32) | dict.fromkeys(words.split(), WORD)
     return fields | {"seen": BYTE, "weights": stored, "pool": pool_form(stored), "matrix": stored}
 
 
-def head_fields(stored: Stored) -> Fields:
-    """What the job of the final norm and the head consists of: residuals x [n, padded H], `scored` behind the norm,
-    matrix [panels of V], logits [n, padded V]."""
-    whole = "n hidden panels chunk row_chunk scratch_step row_items panel_items"
-    fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT}
-    return fields | dict.fromkeys("x norm scored logits scratch".split(), F32) | {"matrix": stored}
+FORMS = (BF16, F16, F32)  # of embeddings, by number
 
 
 # -------------------------------------------------------------------------------------------------------- functions
@@ -116,8 +135,8 @@ def norm_row(code: Code, job: Job, x: Place, weight: Place, out: Place) -> None:
 # ---------------------------------------------------------------------------------------------------- parts of layers
 def rotate_row(code: Code, job: Job, row: Value, line: Place, pool: Place) -> None:
     """Rotate a row's queries, and write its rotated keys and its values to one layer's pool."""
-    half = job.dim // 2
-    angle, place, whole = job.stands[row] * half, job.places[row], half // LANES * LANES
+    half, at = job.dim // 2, job.row_at + row
+    angle, place, whole = job.stands[at] * half, job.places[at], half // LANES * LANES
 
     def turn(read: Callable[[Place, Value], Value], head: Place, i: Value) -> None:
         a, b, cos, sin = read(head, i), read(head, half + i), read(job.cos, angle + i), read(job.sin, angle + i)
@@ -149,7 +168,7 @@ def attend(code: Code, job: Job, products: Products, tile: Place, head: Value, p
     first, last, blocks, root = tile[0], tile[1], job.blocks + tile[2], tile[3]
     dim, heads, pair = job.dim, job.item_heads, head // (job.heads // job.kv)
     step, out_step = padded((job.heads + job.kv * 2) * dim), padded(job.heads * dim)
-    m, length = (last - first) * heads, job.ends[last - 1]
+    m, length = (last - first) * heads, job.ends[job.row_at + last - 1]
     count = (length + (BLOCK - 1)) // BLOCK
     room = count * BLOCK
     queries, found, totals = scratch, scratch + m * dim, scratch + m * dim * 2
@@ -167,7 +186,7 @@ def attend(code: Code, job: Job, products: Products, tile: Place, head: Value, p
 
     with code.loop(0, m) as j:
         row, line = first + j // heads, scores + j * room
-        end, seen = job.ends[row], job.seen + row * job.seen_step
+        end, seen = job.ends[job.row_at + row], job.seen + row * job.seen_step
         with code.loop(root, end) as p, code.when(seen[p - root].equals(0)):
             line.put(p, code.number(NOT_SEEN))
         best = code.variable(code.spread(NOT_SEEN))
@@ -209,7 +228,11 @@ def gate_row(code: Code, pair: Place, out: Place) -> None:
 # ------------------------------------------------------------------------------------------------------ whole layers
 class Layers:
     """The code of layers and of the head, for weights that are stored in one form. Its methods are the phases: they
-    make the code of one item."""
+    make the code of one item.
+
+    Where they find in a job the rows of their step: `rows`, and `row_at`, `tile_at`, `tiles_here`: where those of the
+    arrays begin that have numbers for the rows of all steps, and how many tiles there are.
+    """
 
     def __init__(self, stored: Stored, machine: Machine) -> None:
         self.module, self.before = Module(f"layers_{stored.name}", machine.triple), before(stored)
@@ -224,25 +247,32 @@ class Layers:
             ("row_items", self._norm_again),
             ("inner_items", self._gate),
             ("hidden_items", self._down),
-            ("last_items", self._last_norm),
-            ("panel_items", self._logits),
         ]
-        add_job(self.module, "layers", layer_fields(stored), lambda code, job: job.layers, phases)
-        head = [("row_items", self._last_norm), ("panel_items", self._logits)]
-        add_job(self.module, "head", head_fields(stored), lambda code, job: code.whole(1), head)
+        behind = [("last_items", self._last_norm), ("panel_items", self._logits), ("choose_items", self._choose)]
+        add_job(self.module, "layers", fields_of(stored), phases, behind, self._step)
         add_calls(self.module)
 
     @staticmethod
-    def _rows(code: Code, job: Job, item: Value) -> Any:
-        """The loop over an item's rows, for what has to do with single rows."""
-        first = item * job.row_chunk
-        return code.loop(first, code.least(first + job.row_chunk, job.n))
+    def _step(code: Code, job: Job, step: Value) -> None:
+        later, one, none = step > 0, code.whole(1), code.whole(0)
+        job.step = step
+        job.rows = code.select(later, one, job.n)
+        job.row_at = code.select(later, job.n + step - 1, none)
+        job.tile_at = code.select(later, job.tile_count + step - 1, none)
+        job.tiles_here = code.select(later, one, job.tile_count)
+        job.skipped = code.select(job.last_alone.differs(0), job.rows - 1, none)  # rows whose logits are not wanted
 
     @staticmethod
-    def _panel(code: Code, job: Job, item: Value, panels: Value) -> tuple[Value, Value, Value]:
+    def _each(code: Code, job: Job, item: Value, rows: Value) -> Any:
+        """The loop over an item's rows, for what has to do with single rows."""
+        first = item * job.row_chunk
+        return code.loop(first, code.least(first + job.row_chunk, rows))
+
+    @staticmethod
+    def _panel(code: Code, job: Job, item: Value, panels: Value, rows: Value) -> tuple[Value, Value, Value]:
         """(panel, first row, rows) of an item of a product with so many panels."""
         row = item // panels * job.chunk
-        return item % panels, row, code.least(job.n - row, job.chunk)
+        return item % panels, row, code.least(rows - row, job.chunk)
 
     def _matrices(self, job: Job, turn: Value) -> tuple[Place, Place, Place, Place]:
         """The panels of one layer: queries, keys and values; output; gate and "up"; down."""
@@ -252,19 +282,29 @@ class Layers:
         return qkv, output, gate, gate + padded(job.inner) * (job.hidden + self.before) * 2
 
     def _multiply(
-        self, code: Code, job: Job, item: Value, thread: Value, x: Place, depth: Value, w: Place, y: Place, width: Value
+        self,
+        code: Code,
+        job: Job,
+        item: Value,
+        thread: Value,
+        x: Place,
+        depth: Value,
+        w: Place,
+        y: Place,
+        width: Value,
+        rows: Value | None = None,
     ) -> None:
-        """An item of rows x times w: into y, or added to it where it is the residuals."""
+        """An item of rows x times w: into y, or added to it where it is the residuals. rows: if not all of the step."""
         x_step, y_step = padded(depth), padded(width)
-        panel, row, rows = self._panel(code, job, item, y_step // PANEL)
+        panel, row, count = self._panel(code, job, item, y_step // PANEL, rows or job.rows)
         line, scratch = y + (row * y_step + panel * PANEL), job.scratch + thread * job.scratch_step
         add, w = int(y is job.x), w + panel * PANEL * (depth + self.before)
-        self.product(code, x + row * x_step, x_step, rows, w, line, y_step, depth, add, scratch)
+        self.product(code, x + row * x_step, x_step, count, w, line, y_step, depth, add, scratch)
 
     def _begin(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         step, joined = padded(job.hidden), job.wide.differs(job.hidden)
         norms, tap = job.norms + (job.first + turn) * 2 * step, job.taps[job.first + turn]
-        with self._rows(code, job, item) as row:
+        with self._each(code, job, item, job.rows) as row:
             x = job.x + row * step
             with code.when(tap.differs(0)), code.loop(0, step, LANES) as i:
                 (code.place(tap, F32) + row * step).put(i, x.vector(i))
@@ -279,7 +319,7 @@ class Layers:
 
     def _norm_again(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         step = padded(job.hidden)
-        with self._rows(code, job, item) as row:
+        with self._each(code, job, item, job.rows) as row:
             weight = job.norms + ((job.first + turn) * 2 + 1) * step
             norm_row(code, job, job.x + row * step, weight, job.normed + row * step)
 
@@ -289,14 +329,16 @@ class Layers:
 
     def _rotate(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         step, pool = padded((job.heads + job.kv * 2) * job.dim), job.pool + (job.first + turn) * job.pool_step
-        with self._rows(code, job, item) as row:
+        with self._each(code, job, item, job.rows) as row:
             rotate_row(code, job, row, job.qkv + row * step, pool)
 
     def _attend(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         splits = job.heads // job.item_heads
-        tile, head = job.tiles + item // splits * 4, item % splits * job.item_heads
+        number, head = item // splits, item % splits * job.item_heads
         pool, scratch = job.pool + (job.first + turn) * job.pool_step, job.scratch + thread * job.scratch_step
-        attend(code, job, self.products, tile, head, pool, scratch)
+        with code.when(number < job.tiles_here):
+            tile = job.tiles + (job.tile_at + number) * 4
+            attend(code, job, self.products, tile, head, pool, scratch)
 
     def _output(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         w, depth = self._matrices(job, turn)[1], job.heads * job.dim
@@ -304,7 +346,7 @@ class Layers:
 
     def _gate(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         step, out_step = padded(job.hidden), padded(job.inner)
-        panel, row, rows = self._panel(code, job, item, out_step // PANEL)
+        panel, row, rows = self._panel(code, job, item, out_step // PANEL, job.rows)
         w, scratch = self._matrices(job, turn)[2], job.scratch + thread * job.scratch_step
         pairs, x = scratch + WIDENED * PANEL, job.normed + row * step
         for which in range(2):
@@ -319,15 +361,63 @@ class Layers:
 
     def _last_norm(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
         step = padded(job.hidden)
-        with self._rows(code, job, item) as row:
-            norm_row(code, job, job.x + row * step, job.norm, job.scored + row * step)
+        with self._each(code, job, item, job.rows - job.skipped) as row:
+            norm_row(code, job, job.x + (job.skipped + row) * step, job.norm, job.scored + row * step)
 
     def _logits(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
-        width = job.panels * PANEL
-        self._multiply(code, job, item, thread, job.scored, job.hidden, job.matrix, job.logits, width)
+        width, rows = job.panels * PANEL, job.rows - job.skipped
+        self._multiply(code, job, item, thread, job.scored, job.hidden, job.matrix, job.logits, width, rows)
+
+    def _choose(self, code: Code, job: Job, turn: Value, item: Value, thread: Value) -> None:
+        size, step = job.vocabulary, job.step
+        best = code.variable(code.spread(NOT_SEEN))
+        with code.loop(0, size, LANES) as i:
+            score = code.select(code.below(size - i), job.logits.vector(i), NOT_SEEN)
+            best.value = larger(score, best.value)
+        greatest, lanes = code.fold(best.value, larger), job.lanes.vector(0)
+        total, lowest = code.variable(code.spread(0.0)), code.variable(code.spread(float(_BEYOND)))
+        with code.loop(0, size, LANES) as i:
+            score, known = job.logits.vector(i), code.below(size - i)
+            share = code.select(known, exponential(code, score - greatest), 0.0)
+            total.value = total.value + share
+            place = code.select(known & score.equals(greatest), lanes + i.as_float(), float(_BEYOND))
+            lowest.value = code.select(place < lowest.value, place, lowest.value)
+        chosen = code.fold(lowest.value, lambda a, b: code.select(a < b, a, b)).as_whole()
+        chance = job.chances[step] / code.fold(total.value, lambda a, b: a + b)
+        job.chances.put(step + 1, chance)
+        told = code.variable(chosen)
+        goes_on = (chance >= job.least[step]) & (step + 1 < job.steps)  # not, if it is no number
+        with code.when((chance >= 0.0) & job.map.differs(0)):
+            told.value = code.place(job.map, WORD)[chosen]
+        job.ids.put(step, told.value)
+        job.ids.put(job.steps, step + 1)
+        with code.when(~goes_on):
+            job.stop()
+        with code.when(goes_on):
+            self._next_row(code, job, told.value)
+
+    @staticmethod
+    def _next_row(code: Code, job: Job, token: Value) -> None:
+        """Make the row of a token that was chosen the first one."""
+        step, whole, joined = padded(job.hidden), job.hidden // LANES * LANES, job.wide.differs(job.hidden)
+        with code.when(joined), code.loop(0, step, LANES) as i:
+            with code.when(job.hands_on.differs(0)):
+                job.x.put(i, job.scored.vector(i))
+            with code.when(job.hands_on.equals(0)):
+                job.x.put(i, (job.x + (job.rows - 1) * step).vector(i))
+        for number, form in enumerate(FORMS):
+            embedding = code.place(job.table, form) + token * job.hidden
+            for is_joined, to in ((joined, job.tokens), (~joined, job.x)):
+                with code.when(is_joined & job.form.equals(number)):
+                    with code.loop(0, whole, LANES) as i:
+                        to.put(i, embedding.vector(i))
+                    with code.loop(whole, job.hidden) as i:
+                        to.put(i, embedding[i])
 
 
-FUNCTIONS = {"layers": JOB_CALL, "head": JOB_CALL} | CALLS
+_BEYOND = 2**24  # more ids than there are; whole numbers up to it are exact in fp32
+
+FUNCTIONS = {"layers": JOB_CALL} | CALLS
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*.py")))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from models.torch_llama.compiled.kernels import head_fields, load_layers
+from models.torch_llama.compiled.kernels import fields_of, load_layers
 from models.torch_llama.compiled.network import STORED, in_panels, padded, panels, shared_out
 from models.torch_llama.compiled.products import PANEL, WIDENED
 from models.torch_llama.compiled.threads import Prepared
@@ -23,8 +23,8 @@ class CompiledLinear:
         self.bytes, self.form = self._panels.nbytes, PANEL
         stored = STORED[self._panels.dtype]
         constants = {"hidden": self.width, "panels": padded(self.out) // PANEL, "matrix": self._panels.data_ptr()}
-        constants |= {"scratch_step": PANEL * WIDENED}
-        self._job = Prepared(load_layers(stored), "head", head_fields(stored), constants)  # no row is normed
+        constants |= {"scratch_step": PANEL * WIDENED, "steps": 1}
+        self._job = Prepared(load_layers(stored), "layers", fields_of(stored), constants)  # nothing but products
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rows [n, in] -> [n, out], both fp32."""
@@ -35,7 +35,6 @@ class CompiledLinear:
         chunks = changes.pop("chunks")
         changes |= {
             "n": n,
-            "row_items": 0,
             "panel_items": result.shape[1] // PANEL * chunks,
             "scored": rows.data_ptr(),
             "logits": result.data_ptr(),

@@ -11,11 +11,12 @@ import torch
 
 from models.llama.config import LlamaConfig
 from models.llama.rope import rope_tables
+from models.speculative.model import Chain
 from models.speculative.tree import tree_depths
 from models.torch_llama.attention import Part
 from models.torch_llama.compiled import LANES
 from models.torch_llama.compiled.builder import BF16, F16, F32, INT8
-from models.torch_llama.compiled.kernels import head_fields, layer_fields, load_layers
+from models.torch_llama.compiled.kernels import FORMS, fields_of, load_layers
 from models.torch_llama.compiled.products import PANEL, TILE_ROWS, WIDENED, before
 from models.torch_llama.compiled.threads import Prepared
 from models.torch_llama.compiled.threads import pool as threads_pool
@@ -28,6 +29,7 @@ _CHUNK = 66  # rows of a product that one thread takes together, at most
 _TILE_ROWS = 12  # rows times query heads that attention takes together
 _NO_TREE = np.iinfo(np.int64).max
 _NOTHING: Mapping[str, int] = {}
+_FORMS = {torch.bfloat16: FORMS.index(BF16), torch.float16: FORMS.index(F16), torch.float32: FORMS.index(F32)}
 
 
 def _up(number: int, whole: int) -> int:
@@ -70,7 +72,7 @@ def _wide(weight: torch.Tensor) -> torch.Tensor:
 class Rows(NamedTuple):
     """What all layers of a forward have in common.
 
-    longest: positions that the last of its rows see. fields: of the job, see `kernels.layer_fields`. held: what the
+    longest: positions that the last of its rows see. fields: of the job, see `kernels.fields_of`. held: what the
     addresses among them point to.
     """
 
@@ -144,19 +146,18 @@ class InPanels:
         cos, sin = rope_tables(config, positions)
         self.norm = norm.float()
         self._weights, self._norms, self._norm = weights, norms, _wide(self.norm)
-        self._ones = torch.ones(LANES)
+        self._ones, self._lanes = torch.ones(LANES), torch.arange(float(LANES))
         self._cos, self._sin = cos[:, : dim // 2].contiguous(), sin[:, dim // 2 :].contiguous()
         self._pool, self._no_taps = cache.pool, np.zeros(count, np.int64)
         stored = STORED[weights.dtype]
-        last: dict[str, float] = {
+        constants: dict[str, float] = {
             "hidden": hidden,
             "panels": padded(self.vocab_size) // PANEL,
+            "vocabulary": self.vocab_size,
             "eps": config.rms_norm_eps,
             "norm": self._norm.data_ptr(),
             "matrix": self._head.data_ptr(),
-        }
-        constants: dict[str, float] = {
-            **last,
+            "steps": 1,
             "wide": wide or hidden,
             "heads": config.num_attention_heads,
             "kv": config.num_key_value_heads,
@@ -170,14 +171,14 @@ class InPanels:
             "cos": self._cos.data_ptr(),
             "sin": self._sin.data_ptr(),
             "ones": self._ones.data_ptr(),
+            "lanes": self._lanes.data_ptr(),
             "weights": weights.data_ptr(),
             "pool": cache.pool.data_ptr(),
             "taps": self._no_taps.ctypes.data,
         }
-        code, last["scratch_step"] = load_layers(stored), PANEL * WIDENED
-        self._layers_job = Prepared(code, "layers", layer_fields(stored), constants)
-        self._head_job = Prepared(code, "head", head_fields(stored), last)
+        self._job = Prepared(load_layers(stored), "layers", fields_of(stored), constants)
         self._between = _widths(config, wide or hidden)
+        self._tile_rows = max(1, _TILE_ROWS * config.num_key_value_heads // config.num_attention_heads)
         self._counts: dict[int, dict[str, int]] = {}
 
     @property
@@ -187,19 +188,18 @@ class InPanels:
 
     def plan(self, parts: Sequence[Part], fixed: bool | None = None) -> Rows:
         """As of `layers.Network`."""
-        config = self.config
         if len(parts) == 1 and parts[0].rows == 1 and parts[0].tree is None:
             table, position = parts[0][:2]
             one = [position, table.at(position), position + 1, 0, 1, 0, _NO_TREE]
             one += table.blocks[: blocks_of(position + 1)]
-            return _rows(1, 1, position + 1, np.array(one, np.int64), None)
+            return _rows(1, 1, position + 1, np.array(one, np.int64))
         n = sum(part.used for part in parts)
         stands, places, ends = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
         widest = max(len(part.tree[1]) if part.tree else 0 for part in parts)
         seen = np.zeros((n, widest), np.uint8) if widest else None
         tiles: list[int] = []
         blocks: list[int] = []
-        row, most = 0, max(1, _TILE_ROWS * config.num_key_value_heads // config.num_attention_heads)
+        row, most = 0, self._tile_rows
         for table, position, _, rows, tree in parts:
             end = position + rows
             ends[row : row + rows] = np.arange(position + 1, end + 1)
@@ -221,6 +221,65 @@ class InPanels:
         words = np.concatenate((stands, places, ends, np.array(tiles + blocks, np.int64)))
         return _rows(n, len(tiles) // 4, int(ends.max()), words, seen)
 
+    def _chain_plan(self, part: Part, steps: int) -> Rows:
+        """As `plan`, for a chain that begins with rows of one sequence: those of its later steps follow them."""
+        table, position, _, n, _ = part
+        stands = np.arange(position, position + n + steps - 1)
+        places = np.empty_like(stands)
+        for offset, place, length in table.spans(position, position + len(stands)):
+            places[offset : offset + length] = np.arange(place, place + length)
+        most = self._tile_rows
+        tiles = [(i, min(n, i + most), 0, _NO_TREE) for i in range(0, n, most)]
+        first, end = len(tiles), position + len(stands)
+        tiles += [(0, 1, 0, _NO_TREE)] * (steps - 1)
+        blocks = table.blocks[: blocks_of(end)]
+        words = np.concatenate((stands, places, stands + 1, np.array(tiles, np.int64).reshape(-1), np.array(blocks)))
+        return _rows(len(stands), len(tiles), end, words)._replace(tiles=first)
+
+    def _chain(
+        self,
+        x: torch.Tensor,
+        part: Part,
+        least: Sequence[float],
+        table: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        more: Mapping[str, int] = _NOTHING,
+    ) -> tuple[Chain, torch.Tensor]:
+        """Draft a chain in one job: (what was drafted, the state that its last row passes on).
+
+        Args:
+            x: rows before the layers, in panels; changed.
+            part: where they stand, in a text and not in a tree.
+            least, table, ids: as of `layers.Chained`.
+            more: fields of the job.
+        """
+        steps = len(least)
+        n, hidden = len(x), self.config.hidden_size
+        chosen, chances = np.zeros(steps + 1, np.int64), np.ones(steps + 1, np.float32)
+        bounds, logits = np.array(least, np.float32), torch.empty(padded(self.vocab_size))
+        scored = torch.empty(1, padded(hidden))
+        changes = {
+            **more,
+            "steps": steps,
+            "choose_items": 1,
+            "last_alone": 1,
+            "last_items": 1,
+            "panel_items": len(logits) // PANEL,
+            "form": _FORMS[table.dtype],
+            "table": table.data_ptr(),
+            "map": 0 if ids is None else ids.data_ptr(),
+            "ids": chosen.ctypes.data,
+            "chances": chances.ctypes.data,
+            "least": bounds.ctypes.data,
+            "scored": scored.data_ptr(),
+            "logits": logits.data_ptr(),
+        }
+        self._run(x, self._chain_plan(part, steps), 0, len(self.layers), changes)
+        count = int(chosen[-1])
+        last = x[n - 1 :] if count == 1 else x[:1]
+        chain = Chain(chosen[:count].tolist(), chances[1 : count + 1].tolist())
+        return chain, (scored if more.get("hands_on") else last)[:, :hidden]
+
     def _run(
         self, x: torch.Tensor, plan: Rows, first: int, stop: int, more: Mapping[str, int] = _NOTHING
     ) -> torch.Tensor:
@@ -237,7 +296,8 @@ class InPanels:
             **plan.fields,
             **more,
             "first": first,
-            "layers": stop - first,
+            "rounds": stop - first,
+            "tile_count": tiles,
             "item_heads": item_heads,
             "scratch_step": scratch,
             "attend_items": tiles * (config.num_attention_heads // item_heads),
@@ -250,7 +310,7 @@ class InPanels:
                 changes[name] = place
                 place += 4 * n * padded(width)
             changes["scratch"] = place
-            pool.run(self._layers_job, threads, changes)
+            pool.run(self._job, threads, changes)
         return x
 
     def _counted(self, n: int) -> dict[str, int]:
@@ -268,11 +328,11 @@ class InPanels:
         n, threads = len(x), torch.get_num_threads()
         scored, logits = x if normed else torch.empty_like(x), torch.empty(n, padded(self.vocab_size))
         changes = shared_out(n, x.shape[1])
-        if normed:
-            changes["row_items"] = 0
         changes |= {
             "n": n,
+            "last_items": 0 if normed else changes["row_items"],
             "panel_items": logits.shape[1] // PANEL * changes.pop("chunks"),
+            "scratch_step": PANEL * WIDENED,
             "x": x.data_ptr(),
             "scored": scored.data_ptr(),
             "logits": logits.data_ptr(),
@@ -280,11 +340,11 @@ class InPanels:
         pool = threads_pool()
         with pool.lock:
             changes["scratch"] = pool.buffer("scratch", threads * PANEL * WIDENED)
-            pool.run(self._head_job, threads, changes)
+            pool.run(self._job, threads, changes)
         return scored, logits[:, : self.vocab_size]
 
 
-def _rows(n: int, tiles: int, longest: int, words: np.ndarray, seen: np.ndarray | None) -> Rows:
+def _rows(n: int, tiles: int, longest: int, words: np.ndarray, seen: np.ndarray | None = None) -> Rows:
     """words: stands, places and ends of n rows, tiles, blocks."""
     place = words.ctypes.data
     fields = {"stands": place, "places": place + 8 * n, "ends": place + 16 * n, "tiles": place + 24 * n}
@@ -331,6 +391,10 @@ class CompiledLayers(InPanels):
         words[list(taps)] = [states.data_ptr() for states in kept]
         self._run(x, plan, first, stop, {"taps": words.ctypes.data})
         return x[:, :hidden], [states[:, :hidden] for states in kept]
+
+    def chain(self, x: torch.Tensor, part: Part, least: Sequence[float], table: torch.Tensor) -> Chain:
+        """As of `layers.Chained`."""
+        return self._chain(in_panels(x), part, least, table)[0]
 
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of `layers.Network`."""

@@ -1,9 +1,12 @@
 """Threads that share a job, and the calls of compiled code.
 
 A job is rounds of phases, the layers of a model for instance; a phase is a number of items that may be computed in any
-order, once all items before it are done. Two counters are enough: the next item that nobody has taken, and how many
-are done. Whoever is free takes the next one. The calling thread takes items like all others; workers only help, and a
-worker that comes late, or that the operating system has put aside, holds nobody up unless it is within an item.
+order, once all items before it are done. Behind the rounds come phases that are computed once. All of it may be
+repeated in steps, until the last one or one that stops the job.
+
+Two counters are enough: the next item that nobody has taken, and how many are done. Whoever is free takes the next one.
+The calling thread takes items like all others; workers only help, and a worker that comes late, or that the operating
+system has put aside, holds nobody up unless it is within an item.
 
     ticket = generation << 32 | next item. A thread takes an item by changing this word, which succeeds only while the
     job of that generation is under way: then, and only then, what it has read of the job before is right. Behind its
@@ -33,7 +36,7 @@ import torch
 from models.torch_llama.compiled.builder import FLOAT, INT, WORD, Array, Code, Module, Place, Stored, Value
 
 _TICKET, _DONE, _JOB = 0, 8, 16  # words of a context; the first two have a cache line each
-_HEAD = ("function", "threads", "sched_yield")
+_HEAD = ("function", "threads", "sched_yield", "stopped")
 _WORDS = 128
 _CLOSED = (1 << 32) - 1
 _PATIENCE = 1000  # turns of waiting, some 40 ns each, before the operating system may run somebody else
@@ -65,52 +68,69 @@ def _wait(code: Code, context: Place, turns: Any) -> None:
         code.call(context[_JOB + _HEAD.index("sched_yield")], INT)
 
 
+Phase = tuple[str, Callable[[Code, SimpleNamespace, Value, Value, Value], None]]
+
+
 def add_job(
     module: Module,
     name: str,
     fields: Fields,
-    rounds: Callable[[Code, SimpleNamespace], Value],
-    phases: Sequence[tuple[str, Callable[[Code, SimpleNamespace, Value, Value, Value], None]]],
+    phases: Sequence[Phase],
+    behind: Sequence[Phase],
+    begin: Callable[[Code, SimpleNamespace, Value], None],
 ) -> None:
     """A function that takes items of a job while there are any.
 
     Args:
         module: it belongs to.
         name: of the function.
-        fields: what a job consists of.
-        rounds: how many there are.
+        fields: what a job consists of; two of them are `steps`, and `rounds` of each.
         phases: of a round: the field that says how many items it has, and the code of one of them, given the job, the
-            number of the round, of the item, and of the thread.
+            number of the round, of the item, and of the thread. A round has items.
+        behind: phases behind the rounds of a step. One that has a single item may call the job's `stop`: its step is
+            then the last one.
+        begin: given the job and the number of the step before each item: what items of this step are told by the job.
     """
 
     @module.function(Array(WORD), INT, INT, result=INT, export=True, name=name)
     def work(code: Code, context: Place, thread: Value, generation: Value) -> Value:
         """Take items until none is left for this thread: whether it took any."""
         job, threads = _read(code, context, fields), context[_JOB + _HEAD.index("threads")]
-        counts = [getattr(job, count) for count, _ in phases]
-        ends = [counts[0]]
-        for each in counts[1:]:
-            ends.append(ends[-1] + each)
-        total = ends[-1] * rounds(code, job)
+        stopped = context + (_JOB + _HEAD.index("stopped"))
+        job.stop = lambda: code.give(stopped, code.whole(1))
+        ends, last = [getattr(job, count) for count, _ in phases], [getattr(job, count) for count, _ in behind]
+        for line in (ends, last):
+            for i in range(1, len(line)):
+                line[i] = line[i - 1] + line[i]
+        whole = job.rounds * ends[-1] + last[-1]
         turns, helped = code.variable(code.whole(0)), code.variable(code.whole(0))
         with code.forever() as leave:
             ticket = code.take(context + _TICKET)
             number = ticket % (1 << 32)
             leave((ticket >> 32).differs(generation))
             leave(number.equals(_CLOSED))  # what was read of the job may be half of the next one's
-            leave(number >= total)
+            leave(number >= job.steps * whole)
             leave(thread >= threads)
-            turn, item = number // ends[-1], number % ends[-1]
-            before = turn * ends[-1]
-            for count, end in zip(counts, ends, strict=True):
-                before = before + code.select(item >= end, count, code.whole(0))
+            step = number // whole
+            of_step = number - step * whole
+            turn = code.least(of_step // ends[-1], job.rounds)
+            item, in_round = of_step - turn * ends[-1], turn < job.rounds
+            before = number - item
+            for line, here in ((ends, in_round), (last, ~in_round)):
+                for begun, end in zip(line[:-1], line[1:], strict=True):
+                    before = before + code.select(here & (item >= begun) & (item < end), begun, code.whole(0))
             ready = code.take(context + _DONE) >= before
+            leave(ready & code.take(stopped).differs(0))
             with code.when(~ready):
                 _wait(code, context, turns)
             with code.when(ready), code.when(code.exchange(context + _TICKET, ticket, ticket + 1)):
-                for (_, compute), count, end in zip(phases, counts, ends, strict=True):
-                    with code.when((item >= end - count) & (item < end)):
-                        compute(code, job, turn, item - (end - count), thread)
+                begin(code, job, step)
+                for line, here, which in ((ends, in_round, phases), (last, ~in_round, behind)):
+                    start = code.whole(0)
+                    for (_, compute), end in zip(which, line, strict=True):
+                        with code.when(here & (item >= start) & (item < end)):
+                            compute(code, job, turn, item - start, thread)
+                        start = end
                 code.count(context + _DONE)
                 turns.value = code.whole(0)
                 helped.value = code.whole(1)
