@@ -82,23 +82,23 @@ class Fusing:
     def __init__(self, config: HeadConfig, take: Take, linear: Linear) -> None:
         self.config, self.linear = config, linear
         self.together = take("input_norm.weight") if config.norm_before_fc else None
-        self.each = [take(f"fc_norm.{i}.weight") for i in range(len(config.taps))] if config.fc_norm else []
+        each = [take(f"fc_norm.{i}.weight") for i in range(len(config.taps))] if config.fc_norm else []
+        self.each = torch.stack(each) if each else None  # [taps, H]
 
     @property
     def bytes(self) -> int:
         """Memory of the weights."""
-        norms = [*self.each, *([] if self.together is None else [self.together])]
-        return self.linear.bytes + sum(norm.nbytes for norm in norms)
+        return self.linear.bytes + sum(norm.nbytes for norm in (self.each, self.together) if norm is not None)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """As of `HeadNetwork.fuse`."""
         config, eps = self.config, self.config.layer.rms_norm_eps
         if self.together is not None:
             states = F.rms_norm(states, (states.shape[-1],), self.together, eps)
-        if self.each:
-            taps = states.view(len(states), len(config.taps), config.target_hidden_size).unbind(1)
-            normed = [F.rms_norm(x, (x.shape[-1],), norm, eps) for x, norm in zip(taps, self.each, strict=True)]
-            states = torch.cat(normed, -1)
+        if self.each is not None:
+            taps = states.view(len(states), *self.each.shape)
+            normed = F.rms_norm(taps.float(), self.each.shape[1:], None, eps) * self.each.float()
+            states = normed.to(states.dtype).view(states.shape)
         return self.linear(states)
 
 

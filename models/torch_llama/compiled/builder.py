@@ -300,6 +300,10 @@ class Code:
             b = self.spread(b) if truth.lanes > 1 else self.number(b)
         return Value(self, self.ir.select(truth.raw, a.raw, b.raw))
 
+    def select_place(self, truth: Value, a: Place, b: Place) -> Place:
+        """a where it is true, else b, where numbers are stored in the same form."""
+        return Place(self, self.ir.select(truth.raw, a.raw, b.raw), a.stored)
+
     def least(self, a: Value, b: Value | int) -> Value:
         """The smaller one of two whole numbers."""
         b = b if isinstance(b, Value) else self.whole(b)

@@ -3,8 +3,8 @@
 One kernel computes them all, `tile`: a few rows times 16 or 64 columns. A sum has a lane of a vector for itself, so its
 bits depend neither on the rows beside it nor on how many columns a tile takes.
 
-A panel of weights in int8 begins with the scales of its outputs, in fp32; each weight is multiplied by its scale, and
-rounded, before it meets the rows.
+A panel of weights in int8 begins with the scales of its outputs, in fp32; a sum is multiplied by its scale when it is
+whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from models.torch_llama.compiled.builder import F32, INT, LANES, Array, Code, Module, Stored, Value
+from models.torch_llama.compiled.builder import F32, INT, LANES, Array, Code, Module, Place, Stored, Value
 
 PANEL = 64  # outputs of a panel of weights
 TILE_ROWS = 6  # of the largest tile
@@ -26,6 +26,14 @@ Kernel = Callable[..., Value]
 def before(stored: Stored) -> int:
     """Rows of numbers that a panel has in front of its weights: its scales."""
     return F32.size // stored.size if stored.scaled else 0
+
+
+def scaled(code: Code, total: Value, scale: Value, add: Value, y: Place) -> None:
+    """Put sums times their scales to y, or add them."""
+    with code.when(add.differs(0)):
+        y.put(0, code.multiply_add(total, scale, y.vector(0)))
+    with code.when(add.equals(0)):
+        y.put(0, total * scale)
 
 
 class Products:
@@ -69,24 +77,25 @@ class Products:
             for first in range(0, vectors, at_once):
                 columns = range(first, first + at_once)
                 sums = [[code.variable(code.spread(0.0)) for _ in columns] for _ in range(rows)]
-                with code.when(add.differs(0)):
-                    for line, place in zip(sums, ys, strict=True):
-                        for total, v in zip(line, columns, strict=True):
-                            total.value = place.vector(v * LANES)
-                parts = [scales.vector(v * LANES) for v in columns] if stored.scaled else []
+                if not stored.scaled:
+                    with code.when(add.differs(0)):
+                        for line, place in zip(sums, ys, strict=True):
+                            for total, v in zip(line, columns, strict=True):
+                                total.value = place.vector(v * LANES)
                 with code.loop(0, depth) as i:
                     if ahead and not first:
                         code.prefetch(w + i * w_step, AHEAD, PANEL)
                     weights = [w.vector(i * w_step + v_step * v) for v in columns]
-                    if stored.scaled:
-                        weights = [weight * part for weight, part in zip(weights, parts, strict=True)]
                     for line, place in zip(sums, xs, strict=True):
                         value = code.spread(place[i])
                         for total, weight in zip(line, weights, strict=True):
                             total.value = code.multiply_add(value, weight, total.value)
                 for line, place in zip(sums, ys, strict=True):
                     for total, v in zip(line, columns, strict=True):
-                        place.put(v * LANES, total.value)
+                        if stored.scaled:
+                            scaled(code, total.value, scales.vector(v * LANES), add, place + v * LANES)
+                        else:
+                            place.put(v * LANES, total.value)
 
         return tile
 
@@ -116,7 +125,7 @@ class Products:
 
     def panel(self, stored: Stored) -> Kernel:
         """Any number of rows times a panel of weights: x, step, rows, w, y, step, depth, whether to add, scratch
-        [WIDENED, PANEL]."""
+        [WIDENED, PANEL], and as many rows [PANEL] behind it if they are to be added."""
         return self._once(self._panel, stored)
 
     def _panel(self, stored: Stored) -> Kernel:
@@ -127,17 +136,26 @@ class Products:
             x, x_step, rows, w, y, y_step, depth, add, scratch = given
             with code.when(rows <= MANY):
                 few(code, x, x_step, rows, w, PANEL, LANES, y, y_step, depth, add)
+            to, to_step, first = y, y_step, add
+            if stored.scaled:  # what is to be added to has no scale: sums are apart until they are whole
+                adds, first = add.differs(0), code.whole(0)
+                to = code.select_place(adds, scratch + WIDENED * PANEL, y)
+                to_step = code.select(adds, code.whole(PANEL), y_step)
             with code.when(rows > MANY), code.loop(0, depth, WIDENED) as i:
                 part, widened = code.least(depth - i, WIDENED), w + (i + before(stored)) * PANEL
                 if stored is not F32:
-                    scales = code.place_of(w, F32)
                     with code.loop(0, part * PANEL, PANEL) as j:
                         code.prefetch(widened + j, AHEAD, PANEL)
                         for k in range(0, PANEL, LANES):
-                            weights = widened.vector(j + k)
-                            scratch.put(j + k, weights * scales.vector(k) if stored.scaled else weights)
+                            scratch.put(j + k, widened.vector(j + k))
                     widened = scratch
-                again = code.select(i > 0, code.whole(1), add)
-                many(code, x + i, x_step, rows, widened, PANEL, LANES, y, y_step, part, again)
+                again = code.select(i > 0, code.whole(1), first)
+                many(code, x + i, x_step, rows, widened, PANEL, LANES, to, to_step, part, again)
+            if stored.scaled:
+                scales = code.place_of(w, F32)
+                with code.when(rows > MANY), code.loop(0, rows) as row:
+                    for k in range(0, PANEL, LANES):
+                        total = (to + row * to_step).vector(k)
+                        scaled(code, total, scales.vector(k), add, y + row * y_step + k)
 
         return panel
