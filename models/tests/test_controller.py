@@ -157,6 +157,20 @@ def test_a_long_prompt_is_not_read_for_a_few_tokens():
     assert max(controller.chosen) > 0
 
 
+def test_what_the_draft_holds_of_a_prompt_need_not_be_earned_again():
+    """As of a conversation: all of it but the last question was read for the answer before."""
+    controller = AutoDraftLength()
+    World(controller, 0.7, prefill_s=0.05).generate(50, prompt_tokens=100)
+    lengths = []
+    for held in (0, 990):
+        policy = controller.begin(1000, 8)
+        policy.holds(held)
+        lengths.append(policy.draft_length("model"))
+    assert lengths[0] == 0 < lengths[1]
+    policy.read("model", 0.02)
+    assert controller.costs.prefill_s("model") == pytest.approx((0.05 / 101 + 0.02 / 10) / 2)  # the median of both
+
+
 def test_sources_are_learnt_apart():
     controller = AutoDraftLength()
     controller.begin(10, 1000)

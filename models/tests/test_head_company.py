@@ -115,6 +115,20 @@ def test_a_known_beginning_is_read_by_neither_model_and_what_follows_is_the_same
     assert any(proposed for _, rounds in found.values() for proposed in rounds)
 
 
+@pytest.mark.parametrize("kind", ["head", "model"])
+def test_the_policy_hears_what_need_not_be_read(company, kind):
+    heard = []
+
+    class Listening(FixedDraftLength):
+        def holds(self, tokens):
+            heard.append(tokens)
+
+    engine, drafter = Engine(company.target), company.drafter(kind)
+    for prompt in prompts_of(390 + len(kind))[:2]:
+        sequence = written(engine, prompt, drafter, controller=Listening(3))
+    assert heard == [SHARED] == [sequence.stats.draft_reused_tokens]
+
+
 def test_a_heads_row_is_of_two_tokens(company):
     """The last row of a page belongs to the token after it: where that is another one, the page is not shared."""
     beginning, drafter = random_prompt(SHARED, 300, VOCAB), company.drafter("head")

@@ -92,7 +92,7 @@ class Fusing:
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """As of `HeadNetwork.fuse`."""
-        config, eps = self.config, self.config.layer.rms_norm_eps
+        eps = self.config.layer.rms_norm_eps
         if self.together is not None:
             states = F.rms_norm(states, (states.shape[-1],), self.together, eps)
         if self.each is not None:

@@ -35,6 +35,10 @@ class DraftPolicy(Protocol):
 
     fits_forward: bool
 
+    def holds(self, tokens: int) -> None:
+        """What drafts need not read so many tokens of the prompt: its cache holds them from another text."""
+        ...
+
     def shares(self, sequences: int, context: int) -> None:
         """A round begins: so many sequences share its forward, whose texts have so many tokens together."""
         ...
@@ -84,6 +88,9 @@ class FixedDraftLength:
     def begin(self, prompt_tokens: int, max_new_tokens: int) -> DraftPolicy:
         """Itself."""
         return self
+
+    def holds(self, tokens: int) -> None:
+        """Nothing that would change the number."""
 
     def shares(self, sequences: int, context: int) -> None:
         """Nothing that would change the number."""
@@ -167,6 +174,10 @@ class AutoDraftLength:
     def chosen(self) -> list[int]:
         """Tokens drafted in the rounds of the text begun last."""
         return self.latest.chosen
+
+    def holds(self, tokens: int) -> None:
+        """As of the text begun last."""
+        self.latest.holds(tokens)
 
     def shares(self, sequences: int, context: int) -> None:
         """As of the text begun last."""
@@ -308,6 +319,10 @@ class AutoPolicy:
         self._asked = 0
         self._sequences, self._context = 1, 0  # that share the step, and the tokens of all their texts
         self._outlooks: dict[str, _Outlook] = {}  # by source, until a round changes them
+
+    def holds(self, tokens: int) -> None:
+        """There is that much less to read before the first draft."""
+        self._unread = max(0, self._unread - tokens)
 
     def shares(self, sequences: int, context: int) -> None:
         """A round begins: its company is a part of every cost."""

@@ -140,6 +140,7 @@ class InStep(PerSequence):
         held = stats.reused_tokens if self.taps else self._promise(sequence, sequence.slot)
         if held:
             stats.draft_reused_tokens = held
+            sequence.policy.holds(held)
             drafter.resume(held)
             if not self.taps:
                 self._resumed.add(sequence)
