@@ -42,6 +42,7 @@ from transformers.utils import logging as hf_logging
 from models.cli.command import Parser, run_command
 from models.errors import UserError
 from models.llama.config import LlamaConfig as CheckpointConfig
+from models.speculative.model import Rows
 from models.torch_llama.model import TorchLlama
 
 VOCAB_SIZE = 4096
@@ -297,21 +298,23 @@ def write_replies(work: Path, target: LlamaForCausalLM, stream: torch.Tensor, ba
     if path.exists():
         return load_file(path)["replies"]
     config = CheckpointConfig.from_dict(target.config.to_dict())
-    writer = TorchLlama(config, target.state_dict(), dtype="bf16", max_seq_len=REPLY_LENGTH, batch=REPLY_BATCH)
+    writer = TorchLlama(config, target.state_dict(), dtype="bf16", max_seq_len=REPLY_LENGTH, slots=REPLY_BATCH)
     rows = []
     for index in range(batches):
         text = sample_batch(stream, REPLY_BATCH, REPLY_PROMPT - 1, seed, 101, index)
-        last = writer.prefill(text).argmax(-1)
-        columns = [text, last[:, None]]
-        for position in range(REPLY_PROMPT, REPLY_LENGTH - 1):
-            last = writer.forward(last[:, None], [position] * REPLY_BATCH)[:, -1].argmax(-1)
-            columns.append(last[:, None])
-        rows.append(torch.cat(columns, dim=1).int())
+        replies = text.tolist()
+        fed, position = replies, 0
+        while position < REPLY_LENGTH - 1:
+            step = writer.extend([Rows(slot, each, position, last=True) for slot, each in enumerate(fed)])
+            position += len(fed[0])
+            fed = [ids[-1:] for ids in step.ids()]
+            replies = [[*reply, *new] for reply, new in zip(replies, fed, strict=True)]
+        rows.append(torch.tensor(replies, dtype=torch.int))
         if index % 4 == 3:
             logger.info(f"replies: batch {index + 1}/{batches}")
-    replies = torch.cat(rows)
-    save_file({"replies": replies}, path)
-    return replies
+    written = torch.cat(rows)
+    save_file({"replies": written}, path)
+    return written
 
 
 def distillation_loss(draft_logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:

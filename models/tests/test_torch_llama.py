@@ -192,21 +192,6 @@ def test_draft_greedy_equals_single_greedy_steps():
     assert len(set(expected)) > 1
 
 
-@pytest.mark.parametrize("fixed_rows", [None, 4])
-def test_batched_sequences_equal_each_alone(fixed_rows):
-    config = tiny_config()
-    batched, tensors = build(config, batch=3, fixed_rows=fixed_rows)
-    alone = TorchLlama(config, tensors, dtype="fp32", max_seq_len=256, fixed_rows=fixed_rows)
-    rows = torch.tensor([random_ids(config, 30, seed=s) for s in range(3)])
-    prefilled = batched.prefill(rows[:, :20])
-    positions = [20, 12, 17]
-    new = torch.stack([rows[i, p : p + 3] for i, p in enumerate(positions)])
-    got = batched.forward(new, positions)
-    for i, p in enumerate(positions):
-        assert (prefilled[i] - alone.prefill(rows[i, :20].tolist())).abs().max() < TOLERANCE
-        assert (got[i] - alone.forward(new[i].tolist(), p)).abs().max() < TOLERANCE
-
-
 # --------------------------------------------------------------------------------- row-invariant arithmetic
 def test_each_row_has_the_same_bits_whatever_n_is():
     """The promise of fixed_rows, bitwise in bf16: n rows at once, one by one, and cut anywhere in between."""

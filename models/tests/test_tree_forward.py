@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.errors import UserError
+from models.speculative.model import LOGITS, Rows
 from models.speculative.tree import tree_levels
 from models.tests.engine_fixtures import random_prompt
 from models.tests.llama_fixtures import random_tensors, tiny_config
@@ -155,11 +156,11 @@ def test_a_kept_path_is_the_sequence_and_nothing_else_has_moved(pair, start):
             before = model.kv.clone()
             assert model.keep(start, path) == len(path)
             end = start + len(path)
-            assert torch.equal(model.kv[:, 0, start:end], before[:, 0, [start + i for i in path]])
-            assert torch.equal(model.kv[:, :, :start], before[:, :, :start])
-            assert torch.equal(model.kv[:, :, end:], before[:, :, end:])
+            assert torch.equal(model.kv[:, start:end], before[:, [start + i for i in path]])
+            assert torch.equal(model.kv[:, :start], before[:, :start])
+            assert torch.equal(model.kv[:, end:], before[:, end:])
             linear.forward([tokens[i] for i in path], start)
-            close(model.kv[:, :, :end], linear.kv[:, :, :end])
+            close(model.kv[:, :end], linear.kv[:, :end])
             close(model.forward([5, 6], end), linear.forward([5, 6], end))
 
 
@@ -179,20 +180,21 @@ def test_trees_one_after_the_other_keep_a_sequence():
 
 
 def test_a_tree_in_a_model_of_several_sequences_leaves_the_others_alone():
-    model, alone = build(batch=3), build()
-    prompts = torch.tensor([random_prompt(20, seed, 128) for seed in range(3)])
-    model.prefill(prompts)
-    before = model.kv.clone()
+    model, alone = build(slots=3), build()
+    prompts = [random_prompt(20, seed, 128) for seed in range(3)]
+    model.extend([Rows(slot, prompt, 0, last=True) for slot, prompt in enumerate(prompts)])
+    before = [model.slot(slot).kv.clone() for slot in (1, 2)]
     parents, tokens = [-1, 0, 0, 1, 2], [4, 5, 6, 7, 8]
-    alone.prefill(prompts[0].tolist())
+    alone.prefill(prompts[0])
     close(model.forward(tokens, 20, parents), alone.forward(tokens, 20, parents))
     model.keep(20, [0, 2, 4])
-    assert torch.equal(model.kv[:, 1:], before[:, 1:])
-    step = model.forward(torch.tensor([[9], [9], [9]]), [23, 20, 20])
+    for slot, kv in zip((1, 2), before, strict=True):
+        assert torch.equal(model.slot(slot).kv, kv)
+    step = model.extend([Rows(0, [9], 23), Rows(1, [9], 20), Rows(2, [9], 20)], LOGITS)
     alone.keep(20, [0, 2, 4])
-    close(step[0], alone.forward([9], 23))
-    for sequence in (1, 2):
-        close(step[sequence, 0], alone.prefill([*prompts[sequence].tolist(), 9]))
+    close(step.logits(0), alone.forward([9], 23))
+    for slot in (1, 2):
+        close(step.logits(slot)[0], alone.prefill([*prompts[slot], 9]))
 
 
 def test_a_tree_needs_room_for_its_levels_not_for_its_rows():

@@ -70,14 +70,14 @@ class Plan(NamedTuple):
     stands: slice | torch.Tensor
 
 
-def fold_of(config: LlamaConfig, batch: int = 1) -> int:
+def fold_of(config: LlamaConfig) -> int:
     """Query heads of a group that a model's attention takes as rows of their KV head.
 
     This head is then read (on CPU also repacked) once for all of them: equal but for the last bit, 1.3x cheaper at 24
-    heads on 8, 4x in a batch of 96. Two heads a group are cheaper left apart.
+    heads on 8. Two heads a group are cheaper left apart.
     """
     group = config.num_attention_heads // config.num_key_value_heads
-    return group if group > 2 or batch > 1 else 1
+    return group if group > 2 else 1
 
 
 def mask_bytes(fold: int, positions: int, itemsize: int) -> int:

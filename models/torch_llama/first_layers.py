@@ -42,9 +42,9 @@ class FirstLayers(SlotBySlot):
     def forward(self, tokens: Tokens, position: int) -> torch.Tensor:
         """As `TorchLlama.forward`, by these layers."""
         model = self.model
-        ids = model._ids(tokens)[0]
+        ids = model._ids(tokens)
         n = len(ids)
-        model._check(n, [position])
+        model._check(n, position)
         if model._early is not self or position != self.start + sum(map(len, self.ids)):
             self.start, self.ids, self.hidden = position, [], []
         model._early = None  # an interruption leaves rows of the cache that do not belong to what is kept here

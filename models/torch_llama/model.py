@@ -60,8 +60,7 @@ class TorchLlama(SlotBySlot):
         device: "cpu", "cuda" or any torch device.
         dtype: "bf16", "fp32" or "fp16" (what it computes in).
         max_seq_len: positions the KV cache holds (<= config.max_position_embeddings).
-        batch: sequences that one call of `prefill` or `forward` takes side by side.
-        slots: sequences that `extend` can tell apart; more than one only without a batch.
+        slots: sequences that `extend` can tell apart.
         pool: positions of the cache, for all slots together (default: max_seq_len for each). On a CPU memory is taken
             as they are written.
         fixed_rows: pad every decode and verification to this many rows (row-invariant, see above); None: no padding.
@@ -85,7 +84,6 @@ class TorchLlama(SlotBySlot):
         device: str | torch.device = "cpu",
         dtype: str = "bf16",
         max_seq_len: int = 2048,
-        batch: int = 1,
         slots: int = 1,
         pool: int | None = None,
         fixed_rows: int | None = None,
@@ -112,12 +110,11 @@ class TorchLlama(SlotBySlot):
             )
         if fixed_rows is not None and not 1 <= fixed_rows <= MAX_ROWS:
             raise UserError(f"fixed_rows {fixed_rows} is outside 1..{MAX_ROWS}")
-        if slots < 1 or (slots > 1 and batch > 1):
-            raise UserError(f"{slots} slots with a batch of {batch}: at least one slot, several only without a batch")
+        if slots < 1:
+            raise UserError(f"{slots} slots: at least one is needed")
         self.config = config
         self.vocab_size = config.vocab_size
         self.max_seq_len = max_seq_len
-        self.batch = batch
         self.slots = slots
         self._slot = 0
         self.compiled = compiled
@@ -155,7 +152,7 @@ class TorchLlama(SlotBySlot):
             config.head_dim,
             dtype=self.dtype,
             device=self.device,
-            slots=self.batch * self.slots,
+            slots=self.slots,
             positions=self.max_seq_len,
             spare=spare,
             pool=pool,
@@ -176,8 +173,8 @@ class TorchLlama(SlotBySlot):
         def head() -> torch.Tensor:
             return take("lm_head.weight") if stored is None else stored.to(device=self.device, dtype=self.dtype)
 
-        self._chains = self.compiled and self.batch == 1 and readable(self.embedding)
-        self.fold = fold_of(config, self.batch)
+        self._chains = self.compiled and readable(self.embedding)
+        self.fold = fold_of(config)
         self.network: Network
         if self.compiled:
             from models.torch_llama.compiled.network import CompiledLayers
@@ -195,19 +192,14 @@ class TorchLlama(SlotBySlot):
             self.row_invariant = self.rows_alike
             if isinstance(self.network, TorchLayers):
                 self.network.pair(self.odd_alone or ())
-        if self.batch > 1:
-            for index in range(self.batch):
-                self.cache.reserve(index, (), self.max_seq_len)
-        else:
-            self.cache.unit = KV_BLOCK if self.rows_alike else PREFILL_CHUNK
+        self.cache.unit = KV_BLOCK if self.rows_alike else PREFILL_CHUNK
 
     def _linear_maker(self, quantize: str | None) -> Callable[[torch.Tensor], Linear]:
         packed = self.device.type == "cpu" and packing_works(self.dtype)
 
         def linear(weight: torch.Tensor) -> Linear:
             # For one row, large weights are 1.3x faster in their own layout, small ones 1.1x to 1.3x slower.
-            rows = self.typical_rows * self.batch
-            rows = rows if rows > 1 or weight.numel() >= 2**21 else 8
+            rows = self.typical_rows if self.typical_rows > 1 or weight.numel() >= 2**21 else 8
             if quantize:
                 return Int8Linear(weight, rows)
             return PackedLinear(weight, rows) if packed else PlainLinear(weight)
@@ -262,13 +254,13 @@ class TorchLlama(SlotBySlot):
 
     @property
     def kv(self) -> torch.Tensor:
-        """[layers, B, S, 2 KV, D]: what this slot's blocks, or the batch's, hold. A view, where they lie together."""
-        tables = self.cache.tables[self._slot : self._slot + self.batch]
-        length = len(tables[0].blocks) * KV_BLOCK
-        if len(tables) > 1 or tables[0].start is None or self.compiled:
-            held = [torch.stack([self.cache.gather(kv, table, length) for kv in self.cache.pool]) for table in tables]
-            return self.cache.in_order(torch.stack(held, 1)).transpose(2, 3)
-        return self.cache.pool[:, None, :, tables[0].start : tables[0].start + length].transpose(2, 3)
+        """[layers, S, 2 KV, D]: what this slot's blocks hold. A view, where they lie together."""
+        table = self.cache.tables[self._slot]
+        length = len(table.blocks) * KV_BLOCK
+        if table.start is None or self.compiled:
+            held = torch.stack([self.cache.gather(kv, table, length) for kv in self.cache.pool])
+            return self.cache.in_order(held).transpose(1, 2)
+        return self.cache.pool[:, :, table.start : table.start + length].transpose(1, 2)
 
     # -------------------------------------------------------------------------------------------------- slots
     def slot(self, index: int) -> TorchLlama:
@@ -279,19 +271,10 @@ class TorchLlama(SlotBySlot):
             self._views[index] = self._view(index)
         return self._views[index]
 
-    def sequence(self, index: int) -> TorchLlama:
-        """One sequence of the batch as a model of its own: it fills that sequence's cache and no other."""
-        if not 0 <= index < self.batch:
-            raise IndexError(f"sequence {index} of a batch of {self.batch}")
-        view = self._view(index)
-        view.batch = 1
-        return view
-
     @contextlib.contextmanager
     def tap(self, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:
         """While it is entered, keep the hidden states [n, H] of the rows computed, after so many layers each: 0 is the
-        embedding. They are in the list, a tensor for each of `layers`, when it is left; of a batch, one sequence after
-        another.
+        embedding. They are in the list, a tensor for each of `layers`, when it is left.
 
         Raises UserError for a number of layers that the model has not.
         """
@@ -310,8 +293,7 @@ class TorchLlama(SlotBySlot):
     @property
     def limits(self) -> Limits:
         """What it can hold and compute."""
-        pool = None if self.batch > 1 else self.cache.limit
-        return Limits(self.max_rows, self.slots, self.max_seq_len, self.vocab_size, pool)
+        return Limits(self.max_rows, self.slots, self.max_seq_len, self.vocab_size, self.cache.limit)
 
     def reserve(self, slot: int, tokens: Sequence[int], positions: int) -> int | None:
         """Promise a free slot so many positions; arguments, result and errors as of `speculative.model.Paged`."""
@@ -434,51 +416,32 @@ class TorchLlama(SlotBySlot):
     # ------------------------------------------------------------------------------------------------ forward
     @torch.inference_mode()
     def prefill(self, tokens: Tokens) -> torch.Tensor:
-        """Fills the cache with `tokens` from position 0 and returns the logits [V] that follow the last one.
-
-        With a batch, tokens [B, n] gives [B, V].
-        """
-        ids = self._ids(tokens)
-        batch, n = ids.shape
+        """Fills the cache with `tokens` from position 0 and returns the logits [V] that follow the last one."""
+        ids = self._ids(tokens).tolist()
         self._early = None
-        self._check(n, [0] * batch)
-        rows = [Rows(self._slot + i, each, 0, last=True) for i, each in enumerate(ids.tolist())]
-        step = Step(self._extend(rows, LOGITS)[0])
-        logits = torch.cat([step.logits(i) for i in range(batch)])
-        return logits if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits[0]
+        self._check(len(ids), 0)
+        return Step(self._extend([Rows(self._slot, ids, 0, last=True)], LOGITS)[0]).logits(0)[0]
 
     @torch.inference_mode()
-    def forward(
-        self, tokens: Tokens, position: int | Sequence[int], parents: Sequence[int] | None = None
-    ) -> torch.Tensor:
+    def forward(self, tokens: Tokens, position: int, parents: Sequence[int] | None = None) -> torch.Tensor:
         """Logits [n, V] of `tokens` [n] standing at position..position+n-1; their KV is written there.
 
-        n = 1 is decoding, n = K + 1 is verification. With a batch, tokens [B, n] and position [B] give [B, n, V].
-        Rows of the cache beyond are stale, masked, and overwritten later: going back costs nothing.
+        n = 1 is decoding, n = K + 1 is verification. Rows of the cache beyond are stale, masked, and overwritten later:
+        going back costs nothing.
 
         parents [m >= n]: the tree of which tokens are the last n rows; row i is written at position+i, stands as many
-        positions after row 0 as it has ancestors, and sees them and what lies before `position`. No batch.
+        positions after row 0 as it has ancestors, and sees them and what lies before `position`.
         """
         ids = self._ids(tokens)
-        batch, n = ids.shape
-        if batch > 1:
-            positions = [position] * batch if isinstance(position, int) else [int(p) for p in position]
-            self._check(n, positions)
-            rows = [
-                Rows(self._slot + i, each, p) for i, (each, p) in enumerate(zip(ids.tolist(), positions, strict=True))
-            ]
-            step = Step(self._extend(rows, LOGITS)[0])
-            return torch.stack([step.logits(i) for i in range(batch)])
-        start = position if isinstance(position, int) else int(position[0])
+        n = len(ids)
         if parents is None:
-            self._check(n, [start])
-            hidden = self._decode(ids[0], start)
+            self._check(n, position)
+            hidden = self._decode(ids, position)
         else:
-            self._check_tree(start, parents)
+            self._check_tree(position, parents)
             self._early = None
-            hidden = self._alone(ids[0], start + len(parents) - n, tree=(start, parents))
-        logits = self._head(hidden)[:n]
-        return logits[None] if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else logits
+            hidden = self._alone(ids, position + len(parents) - n, tree=(position, parents))
+        return self._head(hidden)[:n]
 
     @torch.inference_mode()
     def greedy(self, tokens: Tokens, position: int, parents: Sequence[int] | None = None) -> list[int]:
@@ -509,9 +472,9 @@ class TorchLlama(SlotBySlot):
         if not self._chains or self._taps:
             return None
         network = cast("Chained", self.network)
-        ids = self._ids(tokens)[0]
+        ids = self._ids(tokens)
         n = len(ids)
-        self._check(n + len(least) - 1, [position])
+        self._check(n + len(least) - 1, position)
         self._early = None
         table = self.cache.write(self._slot, position, position + n + len(least) - 1)
         chain = network.chain(self.embedding[ids], Part(table, position, n, n, None), least, self.embedding)
@@ -520,7 +483,7 @@ class TorchLlama(SlotBySlot):
 
     @torch.inference_mode()
     def keep(self, position: int, rows: Sequence[int]) -> int:
-        """Move the keys and values of a tree's rows to position..: all of them are then there. No batch."""
+        """Move the keys and values of a tree's rows to position..: all of them are then there."""
         self.cache.keep(self._slot, position, rows)
         return len(rows)
 
@@ -530,27 +493,26 @@ class TorchLlama(SlotBySlot):
 
     # ----------------------------------------------------------------------------------------------- internals
     def _ids(self, tokens: Tokens) -> torch.Tensor:
-        ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
-        return ids if ids.ndim == 2 else ids[None]
+        return torch.as_tensor(tokens, dtype=torch.long, device=self.device)
 
-    def _check(self, n: int, positions: list[int]) -> None:
-        if n < 1 or min(positions) < 0 or max(positions) + n > self.max_seq_len:
+    def _check(self, n: int, position: int) -> None:
+        if n < 1 or position < 0 or position + n > self.max_seq_len:
             raise UserError(
-                f"{n} tokens at position {max(positions)} do not fit the context of {self.max_seq_len}: "
+                f"{n} tokens at position {position} do not fit the context of {self.max_seq_len}: "
                 "shorten the prompt or raise --max-seq-len"
             )
 
     def _check_tree(self, position: int, parents: Sequence[int]) -> None:
         if len(parents) > self.max_rows:
             raise UserError(f"a tree of {len(parents)} rows exceeds {self.max_rows}: draft fewer tokens")
-        self._check(tree_levels(parents), [position])  # its rows may lie beyond the context, there is room for them
+        self._check(tree_levels(parents), position)  # its rows may lie beyond the context, there is room for them
 
     def _check_rows(self, rows: Rows) -> None:
         self.slot(rows.slot)  # raises IndexError
         if len(rows.tokens) > self.max_rows and not (rows.last and rows.parents is None):
             raise UserError(f"{len(rows.tokens)} rows exceed the {self.max_rows} of a forward: draft fewer tokens")
         if rows.parents is None:
-            self._check(len(rows.tokens), [rows.position])
+            self._check(len(rows.tokens), rows.position)
         else:
             self._check_tree(rows.position, rows.parents)
 

@@ -117,7 +117,7 @@ def test_each_chip_caches_its_own_heads(model, weights, reference):
     model.prefill(IDS[:POSITION])
     kv_heads, dim = weights.config.num_key_value_heads, weights.config.head_dim
     for layer, kept in zip(model.cache, reference.kv, strict=True):
-        keys, values = kept[0, :POSITION].view(POSITION, 2, kv_heads, dim).unbind(1)  # torch's: [S, KV, D]
+        keys, values = kept[:POSITION].view(POSITION, 2, kv_heads, dim).unbind(1)  # torch's: [S, KV, D]
         for tensor, expected in ((layer.keys, in_pairs(keys, dim)), (layer.values, values)):
             share = kv_heads // model.layout.chips
             for made, own in zip(on_chips(tensor), expected.split(share, 1), strict=True):
