@@ -121,15 +121,15 @@ def sweep() -> str:
     return f"{source(results)}\n\n{text}auto: {ranged(auto['speedup'])}; best fixed length: {best}.\n"
 
 
-def verify_cost() -> str:
+def verify_cost(name: str = "verify-cost") -> str:
     """Forwards by number of rows, of the published sizes."""
-    results = read("verify-cost")
+    results = read(name)
     rows_asked, lines = [str(n) for n in results["settings"]["rows"]], []
-    for name, model in results["models"].items():
+    for size, model in results["models"].items():
         for configuration, contexts in model["ms"].items():
             for context, cells in contexts.items():
                 ms = [f"{cells[n]['median']:.0f} ({cells[n]['ratio']:.2f})" if n in cells else "" for n in rows_asked]
-                lines.append((f"{name}, {configuration}", context, *ms))
+                lines.append((f"{size}, {configuration}", context, *ms))
     skipped = "".join(f" {each['model']} did not fit into memory." for each in results["skipped"])
     return (
         f"{source(results)}\n\n" + markdown_table(("ms (ratio to one row)", "context", *rows_asked), lines)
@@ -455,6 +455,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "batch": batch,
     "batch-arrivals": batch_arrivals,
     "peers-smollm2": lambda: peers("peers-smollm2"),
+    "peers-1b": lambda: peers("peers-1b"),
+    "verify-cost-1b": lambda: verify_cost("verify-cost-1b"),
     "expect": expect,
     "bottleneck": bottleneck,
     "mutants": mutants,
