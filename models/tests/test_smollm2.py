@@ -110,7 +110,9 @@ def test_characters_of_several_bytes_come_whole(llm):
     """What a piece holds stays in the text: half a character would be another one there. Bytes that no character has,
     which sampling may draw, are in both."""
     prompt = "你好，世界 🙂 مرحبا — 你好，世界 🙂 مرحبا — 你好，世界 🙂 "
-    pieces = list(llm.stream(prompt, SamplingParams(temperature=1.0, seed=3), max_new_tokens=40))
-    text = "".join(piece.text for piece in pieces)
-    assert text == llm.tokenizer.decode([piece.id for piece in pieces])
-    assert any(ord(character) > 0x7FF for character in text)  # three bytes or more
+    texts = []
+    for seed in range(4):  # what is sampled depends on what is drafted
+        pieces = list(llm.stream(prompt, SamplingParams(temperature=1.0, seed=seed), max_new_tokens=40))
+        texts.append("".join(piece.text for piece in pieces))
+        assert texts[-1] == llm.tokenizer.decode([piece.id for piece in pieces])
+    assert any(ord(character) > 0x7FF for text in texts for character in text)  # three bytes or more
