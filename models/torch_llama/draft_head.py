@@ -352,8 +352,6 @@ class TorchHead(SlotBySlot):
     @torch.inference_mode()
     def draft_greedy(self, tokens: Sequence[int], position: int, k: int) -> list[int]:
         """Feed tokens at position.., then each id found in turn: k greedy ids. They stay on the device until then."""
-        if (chain := self.draft_while(tokens, position, [0.0] * k)) is not None and len(chain.ids) == k:
-            return chain.ids
         found = [self._ids(argmax(self._scored(tokens, position)[-1:]))]
         position += len(tokens)
         for step in range(k - 1):

@@ -235,12 +235,6 @@ class TorchLlama(SlotBySlot):
         assert isinstance(self.network, TorchLayers)
         return self.network.head
 
-    def _view(self, index: int) -> TorchLlama:
-        """A slot as a model of its own that shares weights and cache."""
-        view = copy.copy(self)
-        view._slot, view._early = index, None
-        return view
-
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights held in memory; a memory-mapped embedding table is the file's, not counted."""
@@ -268,7 +262,9 @@ class TorchLlama(SlotBySlot):
         if not 0 <= index < self.slots:
             raise IndexError(f"slot {index} of a model with {self.slots}")
         if index not in self._views:
-            self._views[index] = self._view(index)
+            view = copy.copy(self)
+            view._slot, view._early = index, None
+            self._views[index] = view
         return self._views[index]
 
     @contextlib.contextmanager
@@ -462,8 +458,6 @@ class TorchLlama(SlotBySlot):
 
         The ids stay on the device until all are there. The cache then holds position..position+m+k-2.
         """
-        if (chain := self.draft_while(tokens, position, [0.0] * k)) is not None and len(chain.ids) == k:
-            return chain.ids
         return chained_greedy(self.forward, tokens, position, k)
 
     @torch.inference_mode()
