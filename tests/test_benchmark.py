@@ -386,6 +386,15 @@ def test_verify_cost_times_all_ways_at_all_rows_of_a_checkpoint(tmp_path, capsys
     assert not model["random_weights"] and "fixed 4 rows" in capsys.readouterr().out
 
 
+def test_verify_cost_in_int8_times_own_layers_alone(tmp_path):
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", tiny_config(dtype="bfloat16"))
+    argv = f"verify-cost {checkpoint} --dtype int8 --rows 1,3 --contexts 40 --repeats 1 --layers compiled".split()
+    code, results = run(tmp_path, *argv)
+    [model] = results["models"].values()
+    assert code == 0 and list(model["ms"]) == ["compiled"]
+    assert model["weight_bytes"] < 1.1 * model["parameters"]
+
+
 def test_verify_cost_makes_sizes_in_memory_and_skips_what_does_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(NAMED_SIZES, "llama-x-small", tiny_config(dtype="bfloat16"))
     monkeypatch.setattr(hardware, "available_bytes", lambda: 10**9)

@@ -5,7 +5,7 @@
 
 Configurations that take turns: this project's compiled layers, which have weights of their own; its layers in torch
 with any number of rows, and with fixed rows (row-invariant arithmetic: every forward computes the same number);
-transformers' LlamaForCausalLM. A forward starts at position `context` of a cache
+transformers' LlamaForCausalLM, but for int8, which it does not have. A forward starts at position `context` of a cache
 that holds nothing, which takes as long as one that does. Gigabytes per second: the weights over the time of one row, to
 compare with what the machine reads at best.
 """
@@ -49,7 +49,7 @@ class VerifyCost:
             metavar="SIZE|DIR",
             help="1b, 3b, 8b (random weights), or a checkpoint directory or hub id (1b 3b 8b)",
         )
-        parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="(%(default)s)")
+        parser.add_argument("--dtype", choices=("bf16", "fp32", "int8"), default="bf16", help="(%(default)s)")
         parser.add_argument(
             "--rows", type=integers(1, MAX_ROWS), default=[1, 2, 3, 4, 5, 7, 8, 16, 32], metavar="LIST",
             help="row counts from 1 to 32 (1,2,3,4,5,7,8,16,32)",
@@ -71,6 +71,7 @@ class VerifyCost:
         if rest:
             raise UserError(f"{rest[0]} is unknown to the suite verify-cost: see verify-cost --help")
         self.options = options
+        self.beside_hf = not (options.no_hf or options.dtype == "int8")
         self.sources = [self._find(name) for name in options.models]
         self.bandwidth: float | None = None
         self.models: dict[str, Results] = {}
@@ -125,27 +126,32 @@ class VerifyCost:
             raise UserError("no model fits into memory: choose a smaller size, or --no-hf for a checkpoint")
 
     def _forms(self, config: LlamaConfig, opened, free: float) -> tuple[str, ...]:
-        """The forms of layers to time: where both are asked for and do not fit, compiled ones."""
+        """The forms of layers to time: where both are asked for and do not fit or do not work, compiled ones."""
         import torch
 
         from models.torch_llama.compiled import not_compiled
+        from models.torch_llama.linear import int8_works
 
         asked = LAYERS if self.options.layers == "both" else (self.options.layers,)
         if not_compiled(config, torch.device("cpu")):
             return ("torch",)
+        if self.options.dtype == "int8" and not int8_works():
+            return (COMPILED,)
         return asked if self._needed_bytes(config, opened, len(asked)) <= 0.95 * free else asked[:1]
 
     def _needed_bytes(self, config: LlamaConfig, opened, forms: int) -> int:
         """Weights as they are held (a tied table twice) in so many forms, caches, and one matrix more while loading."""
-        value = 4 if self.options.dtype == "fp32" else 2
+        value = {"int8": 1, "bf16": 2, "fp32": 4}[self.options.dtype]
         table = config.vocab_size * config.hidden_size
         tied = table * config.tie_word_embeddings
         weights = forms * (config.parameter_count + tied) + table
         position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         caches = forms * position * (max(self.options.contexts) + 2 * MAX_ROWS)
-        if opened and not self.options.no_hf:
+        if opened and self.beside_hf:
             weights += config.parameter_count
             caches += position * sum(self.options.contexts)
+        if self.options.dtype == "int8":  # embedding and caches are fp32
+            return weights + 4 * (table + caches)
         return value * (weights + caches)
 
     def _measure_model(self, name: str, config: LlamaConfig, opened, forms: Sequence[str], progress: Progress) -> None:
@@ -160,7 +166,8 @@ class VerifyCost:
             loaded[layers] = TorchLlama(
                 config,
                 opened.checkpoint if opened else RandomWeights(config),
-                dtype=options.dtype,
+                dtype="fp32" if options.dtype == "int8" else options.dtype,
+                quantize="int8" if options.dtype == "int8" else None,
                 max_seq_len=max(options.contexts) + MAX_ROWS,
                 typical_rows=options.fixed_rows,
                 compiled=layers == COMPILED,
@@ -170,7 +177,7 @@ class VerifyCost:
         forwards: dict[Cell, Callable] = {}
         for model in loaded.values():
             forwards |= own_forwards(model, options.rows, options.contexts, options.fixed_rows)
-        if opened and not options.no_hf:
+        if opened and self.beside_hf:
             forwards |= hf_forwards(opened.checkpoint, options.dtype, options.rows, options.contexts)
         seconds: dict[Cell, list[float]] = {cell: [] for cell in forwards}
         position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
