@@ -34,11 +34,12 @@ class Stored:
     """How numbers lie in memory: 16 or 32 bits of a float, 8 bits that are parts of a scale, or a whole number of 8 or
     64 bits.
 
-    scaled: numbers are to be multiplied by scales, which lie in front of them (see `products`).
+    scaled: numbers are to be multiplied by scales, which lie in front of them (see `products`). pairs: 16 bits of a
+    float; of two vectors in turn, so that one load and one operation for each make them fp32.
     """
 
-    def __init__(self, name: str, type: ir.Type, size: int, scaled: bool = False) -> None:
-        self.name, self.type, self.size, self.scaled = name, type, size, scaled
+    def __init__(self, name: str, type: ir.Type, size: int, *, scaled: bool = False, pairs: bool = False) -> None:
+        self.name, self.type, self.size, self.scaled, self.pairs = name, type, size, scaled, pairs
 
     def load(self, code: Code, pointer: Any, lanes: int = 1) -> Value:
         """What lies there: one number, or a vector of fp32 numbers."""
@@ -53,6 +54,16 @@ class Stored:
         elif self is BYTE:
             raw = code.ir.zext(raw, INT)
         return Value(code, raw)
+
+    def load_two(self, code: Code, pointer: Any) -> tuple[Value, Value]:
+        """Two vectors that lie there one behind the other, or as pairs."""
+        if not self.pairs:
+            behind = code.ir.gep(pointer, [INT(LANES)], source_etype=self.type)
+            return self.load(code, pointer, LANES), self.load(code, behind, LANES)
+        both = code.ir.load(pointer, align=self.size, typ=_wide(_I32, LANES))
+        lower = code.ir.shl(both, _same(_I32, 16, LANES))
+        upper = code.ir.and_(both, _same(_I32, 0xFFFF0000, LANES))
+        return Value(code, code.ir.bitcast(lower, VECTOR)), Value(code, code.ir.bitcast(upper, VECTOR))
 
     def store(self, value: Value, pointer: Any) -> None:
         """Put a number or a vector there; floats are rounded to the nearest, ties to even."""
@@ -70,7 +81,7 @@ class Stored:
 
 
 F32, F16, BF16 = Stored("fp32", FLOAT, 4), Stored("fp16", ir.HalfType(), 2), Stored("bf16", _I16, 2)
-INT8 = Stored("int8", _I8, 1, scaled=True)
+BF16_PAIRS, INT8 = Stored("bf16_pairs", _I16, 2, pairs=True), Stored("int8", _I8, 1, scaled=True)
 BYTE, WORD = Stored("byte", _I8, 1), Stored("word", INT, 8)
 
 
@@ -227,6 +238,10 @@ class Place:
     def vector(self, index: Value | int) -> Value:
         """The 16 numbers from there on."""
         return self.stored.load(self.code, (self + index).raw, LANES)
+
+    def two(self, index: Value | int) -> tuple[Value, Value]:
+        """The 32 numbers from there on, as two vectors."""
+        return self.stored.load_two(self.code, (self + index).raw)
 
     def put(self, index: Value | int, value: Value) -> None:
         """Store a number, or 16 from there on."""

@@ -8,8 +8,8 @@ a tree. What a row does not see counts exactly 0.
 
 Layouts (fp32 unless said otherwise; a row's step is a whole number of panels, what lies behind its values is zeros):
     weights: panels of 64 outputs [in, 64], one behind the other; those of the gate and of the same outputs of "up" in
-        turn. bf16, fp16 or fp32, as the keys and the values; or int8 with scales in front of each panel, keys and
-        values being fp32 then.
+        turn. bf16 in pairs, fp16 or fp32, as the keys and the values; or int8 with scales in front of each panel, keys
+        and values being fp32 then.
     keys: of 16 positions together [D, 16]. values: [position, D].
     rows of one sequence are together, in the order of their positions.
 """
@@ -48,7 +48,7 @@ NOT_SEEN = -math.inf
 
 def pool_form(stored: Stored) -> Stored:
     """How keys and values are stored beside such weights."""
-    return F32 if stored.scaled else stored
+    return F32 if stored.scaled else BF16 if stored.pairs else stored
 
 
 def fields_of(stored: Stored) -> Fields:

@@ -4,7 +4,8 @@ One kernel computes them all, `tile`: a few rows times 16 or 64 columns. A sum h
 bits depend neither on the rows beside it nor on how many columns a tile takes.
 
 A panel of weights in int8 begins with the scales of its outputs, in fp32; a sum is multiplied by its scale when it is
-whole.
+whole. In bf16 a panel has the numbers of its first and its second vector in turn, then those of the third and the
+fourth (`Stored.pairs`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ Kernel = Callable[..., Value]
 def before(stored: Stored) -> int:
     """Rows of numbers that a panel has in front of its weights: its scales."""
     return F32.size // stored.size if stored.scaled else 0
+
+
+def _weights(w: Place, at: Value, step: Value, number: int) -> Value:
+    """A vector of a term, which begins at `at`: step numbers behind the one before, but for pairs."""
+    if not w.stored.pairs:
+        return w.vector(at + step * number)
+    return w.two(at + number // 2 * 2 * LANES)[number % 2]
 
 
 def scaled(code: Code, total: Value, scale: Value, add: Value, y: Place) -> None:
@@ -85,7 +93,7 @@ class Products:
                 with code.loop(0, depth) as i:
                     if ahead and not first:
                         code.prefetch(w + i * w_step, AHEAD, PANEL)
-                    weights = [w.vector(i * w_step + v_step * v) for v in columns]
+                    weights = [_weights(w, i * w_step, v_step, v) for v in columns]
                     for line, place in zip(sums, xs, strict=True):
                         value = code.spread(place[i])
                         for total, weight in zip(line, weights, strict=True):
@@ -146,8 +154,10 @@ class Products:
                 if stored is not F32:
                     with code.loop(0, part * PANEL, PANEL) as j:
                         code.prefetch(widened + j, AHEAD, PANEL)
-                        for k in range(0, PANEL, LANES):
-                            scratch.put(j + k, widened.vector(j + k))
+                        for k in range(0, PANEL, 2 * LANES):
+                            first_one, second_one = widened.two(j + k)
+                            scratch.put(j + k, first_one)
+                            scratch.put(j + (k + LANES), second_one)
                     widened = scratch
                 again = code.select(i > 0, code.whole(1), first)
                 many(code, x + i, x_step, rows, widened, PANEL, LANES, to, to_step, part, again)
