@@ -9,14 +9,24 @@ already applied. Whatever q is, the tokens that leave `accept_sampled` follow p,
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 NO_TOKEN = -1  # in place of an id, where logits are NaN or infinite
 
-# A nucleus is rarely larger, and sorting a whole Llama vocabulary takes some 17 times as long as this search.
-_NUCLEUS = 1024
+# Of the likeliest token's probability: tokens that are considered, then more of them, in the end all.
+_SHARES = (2**-7, 2**-10, 2**-13, 2**-17, 2**-22, 2**-32, 0.0)
+
+
+class Distributions(Protocol):
+    """Distributions [V], by number."""
+
+    def __getitem__(self, row: int, /) -> Tensor:
+        """One of them."""
+        ...
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -31,24 +41,8 @@ def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: floa
     top_k = min(top_k, vocab) or vocab
     if top_k == vocab and top_p >= 1:
         return probs
-    n = top_k if top_k < vocab else min(_NUCLEUS, vocab)
-    top, ids = probs.topk(min(n + 1, vocab))
-    rows = [_likeliest(*row, n) for row in zip(probs, top, ids, strict=True)]
-    if top_k == vocab:
-        wide = [i for i, (kept, _) in enumerate(rows) if float(kept.sum()) < top_p]
-        for i, kept, ids in zip(wide, *probs[wide].sort(descending=True, stable=True), strict=True):
-            rows[i] = kept, ids
-    truncated = torch.zeros_like(probs)
-    for row, (kept, ids) in zip(truncated, rows, strict=True):  # by row: a sum's last bits depend on its neighbours
-        if top_k < vocab:
-            kept = kept / kept.sum()
-        if top_p < 1:
-            masked = kept.cumsum(-1) - kept >= top_p  # by the mass of all likelier tokens
-            masked[0] = False  # also for a top_p that is 0 in fp32
-            kept = kept.masked_fill(masked, 0)
-            kept = kept / kept.sum()
-        row[ids] = kept
-    return truncated
+    rows = [_truncated(row, top_k, top_p) for row in probs.cpu().numpy()]
+    return torch.from_numpy(np.stack(rows)).to(probs.device) if rows else probs
 
 
 def is_distribution(logits: Tensor) -> bool:
@@ -56,20 +50,32 @@ def is_distribution(logits: Tensor) -> bool:
     return bool(torch.isfinite(logits.amax(-1)).all())
 
 
-def _likeliest(probs: Tensor, top: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(probabilities, ids) of the n likeliest tokens of probs[V], likeliest first, equal ones by id.
+def _truncated(probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """probs[V] of the top_k likeliest tokens, and of them of the fewest that hold top_p of their mass.
 
-    top, ids: by `topk`, one more than n where there is one. `topk` orders equal values by chance, and chooses by chance
-    among those that its end cuts apart.
+    Only tokens that are likely enough are sorted: a whole vocabulary takes a hundred times as long.
     """
-    if len(top) > n and top[n - 1] == top[n]:
-        above = ids[top > top[n]]
-        ids = torch.cat((above, (probs == top[n]).nonzero().flatten()[: n - len(above)]))
-    else:
-        ids = ids[:n]
-    ids = ids.sort().values
-    kept, order = probs[ids].sort(descending=True, stable=True)
-    return kept, ids[order]
+    likeliest, vocab = probs.max(), len(probs)
+    if not np.isfinite(likeliest):
+        return probs
+    for share in _SHARES:
+        seen = probs >= share * likeliest
+        if top_k < vocab and np.count_nonzero(seen) < top_k:
+            continue
+        ids = np.flatnonzero(seen)
+        kept = probs[ids]
+        if top_k < vocab or not share or kept.sum() >= top_p:
+            break
+    order = np.argsort(-kept, kind="stable")[:top_k]  # ids ascend: of equals the lower one is first
+    ids, kept = ids[order], kept[order]
+    if top_k < vocab:
+        kept /= kept.sum()
+    if top_p < 1:
+        count = 1 + np.count_nonzero(kept.cumsum()[:-1] < top_p)  # by the mass of all likelier tokens
+        ids, kept = ids[:count], kept[:count] / kept[:count].sum()
+    truncated = np.zeros_like(probs)
+    truncated[ids] = kept
+    return truncated
 
 
 def sample(probs: Tensor, generator: torch.Generator) -> int:
@@ -146,7 +152,7 @@ def accept_tree_greedy(
 def accept_tree_sampled(
     drafted: Sequence[int],
     parents: Sequence[int],
-    p: Tensor | Sequence[Tensor],
+    p: Distributions,
     q: Tensor | None,
     generator: torch.Generator,
 ) -> tuple[list[int], int]:

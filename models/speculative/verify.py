@@ -134,7 +134,7 @@ def first_token(sequence: TextSequence, result: Result) -> int:
     _show(sequence, result, [-1])
     if params.greedy:
         return result.ids[-1]
-    return sample(_distribution(logits, params)[-1], sequence.generator)
+    return sample(_Laws(logits, params)[-1], sequence.generator)
 
 
 def verification(sequence: TextSequence, draft: Draft, taps: tuple[int, ...] = ()) -> Part:
@@ -164,7 +164,7 @@ def decide(
         else:
             kept, next_id = accept_tree_greedy(draft.tokens, draft.parents, ids)
     else:
-        p = _distribution(result.logits, params)[last:]
+        p = _Laws(result.logits[last:], params)
         if draft.parents is None:
             accepted, next_id = accept_sampled(draft.tokens, p, draft.probs, sequence.generator)
             kept = list(range(accepted))
@@ -209,7 +209,7 @@ def verify_sequentially(
     if params.greedy:
         accepted, next_id = accept_greedy(draft.tokens, (result.ids[0] for result in results()))
     else:
-        distributions = (_distribution(result.logits, params)[0] for result in results())
+        distributions = (_Laws(result.logits, params)[0] for result in results())
         accepted, next_id = accept_sampled(draft.tokens, distributions, draft.probs, sequence.generator)
     return Verified(list(range(accepted)), next_id, len(sequence.tokens) + accepted, seconds, tuple(computed))
 
@@ -224,8 +224,19 @@ def _show(sequence: TextSequence, result: Result, rows: list[int]) -> None:
         sequence.request.reader.read(result.logits[rows])
 
 
-def _distribution(logits: Tensor, params: SamplingParams) -> Tensor:
-    return distribution(logits, params.temperature, params.top_k, params.top_p)
+class _Laws:
+    """The target's distributions [V] after rows of logits [n, V]. Each is computed when it is asked for, as those
+    behind a rejection are not."""
+
+    def __init__(self, logits: Tensor, params: SamplingParams) -> None:
+        self._logits, self._params = logits, params
+
+    def __getitem__(self, row: int) -> Tensor:
+        params = self._params
+        return distribution(self._logits[row][None], params.temperature, params.top_k, params.top_p)[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self._logits)))
 
 
 def _keep(target: LanguageModel, slot: int, position: int, rows: list[int]) -> int:

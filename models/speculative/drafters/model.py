@@ -196,13 +196,12 @@ class ModelDrafter:
                 token = token if reads is Reads.ID else self._id(token)
             else:
                 drawn_from.append(probs)
-                token = sample(probs[0], self._generator)
+                token = self._id(sample(probs[0], self._generator))
             drafted.append(token)
             position, pending = position + len(pending), [token]
         self.fed(tokens, looked + 1)
-        return Draft(
-            drafted, torch.cat(drawn_from) if drawn_from else None, prefill_s, source=self.source, path_probs=path_probs
-        )
+        laws = self._spread(torch.cat(drawn_from)) if drawn_from else None
+        return Draft(drafted, laws, prefill_s, source=self.source, path_probs=path_probs)
 
     def _answer(self, ask: Ask) -> Answer:
         """Compute what is asked for in the sequence's own slot."""
@@ -220,9 +219,12 @@ class ModelDrafter:
         return not self._broken
 
     def _drawn_from(self, logits: torch.Tensor) -> torch.Tensor:
-        """Distributions [n, V] over the target's vocabulary: 0 for ids that the model cannot draft."""
+        """Distributions [n, V], by the places in the model's logits."""
         params = self.sampling
-        probs = distribution(logits, params.temperature, params.top_k, params.top_p)
+        return distribution(logits, params.temperature, params.top_k, params.top_p)
+
+    def _spread(self, probs: torch.Tensor) -> torch.Tensor:
+        """Distributions [n, V] over the target's vocabulary: 0 for ids that the model cannot draft."""
         if self._target_ids is None:
             return probs
         return probs.new_zeros(len(probs), self._target_vocab_size).index_copy_(1, self._target_ids, probs)

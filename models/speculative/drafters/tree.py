@@ -159,7 +159,7 @@ class TreeDrafter(ModelDrafter):
         while True:
             level += 1
             last = level == depth or not self._room
-            probs = self._drawn_from(logits)
+            probs = self._spread(self._drawn_from(logits))
             places = _places(probs, [tree.path_probs[node] if node >= 0 else 1.0 for node in frontier])
             count, paid = self._open(places, len(tree.tokens), last, limit)
             unpaid |= not paid
