@@ -64,14 +64,14 @@ def _truncated(probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
             continue
         ids = np.flatnonzero(seen)
         kept = probs[ids]
-        if top_k < vocab or not share or kept.sum() >= top_p:
+        if top_k < vocab or not share or kept.sum(dtype=np.float64) >= top_p:
             break
     order = np.argsort(-kept, kind="stable")[:top_k]  # ids ascend: of equals the lower one is first
     ids, kept = ids[order], kept[order]
     if top_k < vocab:
         kept /= kept.sum()
     if top_p < 1:
-        count = 1 + np.count_nonzero(kept.cumsum()[:-1] < top_p)  # by the mass of all likelier tokens
+        count = 1 + np.count_nonzero(kept.cumsum(dtype=np.float64)[:-1] < top_p)  # by the mass of all likelier tokens
         ids, kept = ids[:count], kept[:count] / kept[:count].sum()
     truncated = np.zeros_like(probs)
     truncated[ids] = kept
