@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from models.server.jobs import Event, Job
 
-# Tokens of a stream that come faster wait for each other, so that they share what an event costs: 50 a second are more
+# Tokens of a stream that come faster wait for each other, so that they share what an event costs: 30 a second are more
 # than a reader can tell apart. The first one, and the last, do not wait.
-EVENT_S = 0.02
+EVENT_S = 0.03
 
 
 class Mailbox:
