@@ -187,26 +187,42 @@ class Chains(Protocol):
 
 
 class Chain(NamedTuple):
-    """Tokens chosen greedily, one after the other.
+    """Tokens chosen one after the other: the likeliest ones, or drawn.
 
-    chances: the model's own probability of each token and all before it; no number (NaN) for a last one that was chosen
-    by logits that are not finite.
+    chances: the model's own probability of the likeliest token at each place and at all before it; no number (NaN) for
+    a last one that was chosen by logits that are not finite. laws: [n, V of the text] what each was drawn from.
     """
 
     ids: list[int]
     chances: list[float]
+    laws: Tensor | None = None
+
+
+class Draws(NamedTuple):
+    """How ids are drawn, each from the softmax of logits over temperature. words: 64 random bits for each of them."""
+
+    temperature: float
+    words: Sequence[int]
 
 
 @runtime_checkable
 class ChainsWhile(Protocol):
-    """A model that may chain greedy steps, and stop by its own probabilities, without the host."""
+    """A model that may chain steps, and stop by its own probabilities, without the host."""
 
-    def draft_while(self, tokens: Sequence[int], position: int, least: Sequence[float]) -> Chain | None:
+    def draft_while(
+        self, tokens: Sequence[int], position: int, least: Sequence[float], draws: Draws | None = None
+    ) -> Chain | None:
         """Feed m >= 1 tokens, then each id found in turn, to at most as many ids as there are numbers in `least`.
 
         It ends behind id i if the chance of the text up to there is below least[i]. None where the model does not do
         this: it is then asked step by step.
+
+        draws: how ids are drawn; None: the likeliest ones. What one is drawn from depends on its logits alone.
         """
+        ...
+
+    def draw(self, logits: Tensor, draws: Draws) -> Chain | None:
+        """Draw one id from logits [1, V] as a chain would; None where `draft_while` is."""
         ...
 
 

@@ -8,7 +8,9 @@ import torch
 pytest.importorskip("llvmlite")
 
 from models.speculative.drafters import Limit
+from models.speculative.drafters.in_step import alone
 from models.speculative.drafters.model import ModelDrafter
+from models.speculative.model import Draws
 from models.speculative.sampling import SamplingParams
 from models.tests.engine_fixtures import random_prompt
 from models.tests.llama_fixtures import random_tensors, tiny_config
@@ -149,6 +151,97 @@ def test_a_beginning_that_a_chain_wrote_is_shared():
     expected = fresh.forward(text[-1:], 131)
     model.slot(1).forward(text[128:-1], 128)
     assert torch.equal(model.slot(1).forward(text[-1:], 131), expected)
+
+
+# --------------------------------------------------------------------------------------------------------- drawing
+WORDS = [2**63 + 12345, 7 << 58, 0, 2**64 - 1, 3**40 % 2**64]  # of 64 bits each
+
+
+def drawn_by_steps(model, tokens, position, temperature):
+    """(ids, laws) of a chain that asks for logits, and for a token drawn from them."""
+    ids, laws = [], []
+    for word in WORDS:
+        logits = model.forward(tokens, position)[-1:]
+        position, drawn = position + len(tokens), model.draw(logits, Draws(temperature, [word]))
+        ids, laws, tokens = ids + drawn.ids, [*laws, drawn.laws], drawn.ids
+    return ids, torch.cat(laws)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_models_drawn_chain_is_that_of_its_steps(dtype, temperature, threads):
+    model = model_of(dtype)
+    prompt = random_prompt(125, 4)
+    for first in (124, 110):
+        model.prefill(prompt[:first])
+        ids, laws = drawn_by_steps(model, prompt[first:], first, temperature)
+        chain = model.draft_while(prompt[first:], first, [0.0] * STEPS, Draws(temperature, WORDS))
+        assert chain.ids == ids and torch.equal(chain.laws, laws)
+
+
+def test_a_heads_drawn_chain_is_that_of_its_steps_in_ids_of_the_text():
+    _, head = heads_of(SIZES[0])
+    prompt = random_prompt(20, 2)
+
+    def begin():
+        head.free(0)
+        head.states(states_of(head, len(prompt) - 1), range(len(prompt) - 1), 0)
+
+    begin()
+    chain = head.draft_while(prompt[1:], 1, [0.0] * STEPS, Draws(0.9, WORDS))
+    begin()
+    ids, laws = drawn_by_steps(head, prompt[1:], 1, 0.9)
+    assert chain.ids == ids and torch.equal(chain.laws, laws)
+    assert laws.shape[1] == head.target_vocab_size
+    assert set(laws.sum(0).nonzero().flatten().tolist()) <= set(head.target_ids.tolist())
+    assert all(law[id] > 0 for id, law in zip(ids, laws, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 20.0])
+def test_every_id_is_drawn_as_often_as_its_law_says(temperature):
+    model, tries = model_of(vocabulary=50), 4000
+    logits = model.prefill([1, 2, 3])[None]
+    law = torch.softmax(logits / temperature, -1)[0]
+    counts = torch.zeros(50)
+    for i in range(tries):
+        drawn = model.draw(logits, Draws(temperature, [(2 * i + 1) * 2**63 // tries]))
+        counts[drawn.ids[0]] += 1
+    assert (counts - tries * drawn.laws[0]).abs().max() <= 1
+    torch.testing.assert_close(drawn.laws[0], law, atol=1e-6, rtol=1e-5)
+    assert drawn.chances == pytest.approx([law.max().item()], rel=1e-5)
+
+
+def test_what_cannot_be_drawn_never_is():
+    model = model_of(vocabulary=40)
+    logits = torch.full((1, 40), -math.inf)
+    logits[0, [7, 21]] = torch.tensor([1.0, 0.0])
+    seen = {model.draw(logits, Draws(1.0, [word])).ids[0] for word in (0, 1, 2**62, 2**63, 2**64 - 1)}
+    assert seen == {7, 21}
+    assert math.isnan(model.draw(torch.full((1, 40), math.nan), Draws(1.0, [5])).chances[0])
+
+
+def test_the_drafter_draws_the_same_tokens_alone_and_in_company():
+    """A chain that leaves out its last token has used up no random bits for it."""
+    prompt, sampling = random_prompt(12, 3), SamplingParams(temperature=1.2, seed=5)
+    drafters = {name: ModelDrafter(model_of(), sampling) for name in ("chain", "steps")}
+    text, lengths = list(prompt), set()
+    for round in range(12):
+        least = 0.02 * (round % 4)
+        limit = Limit(
+            lambda source: 5,
+            lambda source, path_prob, steps, rows, least=least: path_prob >= least or steps > 0,
+            pays_from=lambda source, steps, rows, least=least: 0.0 if steps else least,
+        )
+        chain = drafters["chain"].propose(text, limit)
+        steps = alone(drafters["steps"].steps(text, limit), drafters["steps"]._answer)
+        assert chain.tokens == steps.tokens
+        assert (chain.probs is None) == (steps.probs is None)
+        assert chain.probs is None or torch.equal(chain.probs, steps.probs)
+        lengths.add(len(chain.tokens))
+        for drafter in drafters.values():
+            drafter.observe(min(1, len(chain.tokens)))
+        text += [*chain.tokens[:1], (7 * round) % 90]
+    assert len(lengths) > 2
 
 
 # -------------------------------------------------------------------------------------------------------- stopping

@@ -83,12 +83,12 @@ def test_sequential_verification_feeds_the_head_too():
     assert [each.proposed for each in stats.rounds] == [each.proposed for each in batched.rounds]
 
 
-def sampled(make, params, k, texts=TEXTS):
+def sampled(make, params, k, texts=TEXTS, compiled=False):
     config = engine_config(VOCAB, layers=1)
     tensors = random_tensors(config, seed=7)
     tensors["lm_head.weight"] *= 1.5
-    target = build(config, tensors, max_seq_len=16, slots=SLOTS)
-    head = build_head(head_config(config, 6, taps=(0, 1)), target, 3, slots=SLOTS)
+    target = build(config, tensors, max_seq_len=16, slots=SLOTS, compiled=compiled)
+    head = build_head(head_config(config, 6, taps=(0, 1)), target, 3, slots=SLOTS, compiled=compiled)
     drafter = InStep(lambda each: make(head.slot(each.slot), each.request.sampling), head, head.taps)
     controller = partial(FixedDraftLength, k)
     counts, stats = draw_texts(target, drafter, PROMPT, params, texts, controller=controller, vocab=VOCAB)
@@ -99,6 +99,14 @@ def sampled(make, params, k, texts=TEXTS):
 @pytest.mark.parametrize("params", [{"temperature": 1.0}, {"temperature": 1.3, "top_k": 5}])
 def test_the_joint_distribution_of_a_text_is_the_targets(make, params):
     target, counts, stats = sampled(make, params, 2)
+    assert 0.1 < stats.acceptance_rate < 0.9
+    assert min(p_values((target,), params, counts)) > P_VALUE
+
+
+def test_the_joint_distribution_is_the_targets_where_compiled_layers_draw():
+    pytest.importorskip("llvmlite")
+    params = {"temperature": 1.3, "top_k": 5}  # drafts are drawn from all tokens
+    target, counts, stats = sampled(chain, params, 2, compiled=True)
     assert 0.1 < stats.acceptance_rate < 0.9
     assert min(p_values((target,), params, counts)) > P_VALUE
 

@@ -21,7 +21,7 @@ import torch
 
 from models.errors import UserError
 from models.llama.head_config import HeadConfig
-from models.speculative.model import IDS, LOGITS, Chain, Rows, SlotBySlot, Step, Want
+from models.speculative.model import IDS, LOGITS, Chain, Draws, Rows, SlotBySlot, Step, Want
 from models.speculative.tree import tree_levels
 from models.torch_llama.attention import Part
 from models.torch_llama.choice import argmax
@@ -299,7 +299,13 @@ class TorchHead(SlotBySlot):
         return Step(results, choosers=[self._choose] * len(rows) if want.logits else ())
 
     @torch.inference_mode()
-    def draft_while(self, tokens: Sequence[int] | torch.Tensor, position: int, least: Sequence[float]) -> Chain | None:
+    def draft_while(
+        self,
+        tokens: Sequence[int] | torch.Tensor,
+        position: int,
+        least: Sequence[float],
+        draws: Draws | None = None,
+    ) -> Chain | None:
         """As of `speculative.model.ChainsWhile`: in compiled layers, by one call of their code."""
         if not self._chains:
             return None
@@ -309,11 +315,17 @@ class TorchHead(SlotBySlot):
         n, start = len(tokens), share.start
         part = Part(self.cache.write(self._slot, start, start + n + len(least) - 1), start, n, n, None)
         rows, states = self.embedding[self._ids_of([share])], self._before([share])
-        chain, passed = network.chain(rows, states, part, least, self.embedding, self.target_ids)
+        chain, passed = network.chain(rows, states, part, least, self.embedding, self.target_ids, draws)
         self._outputs, self._last = passed, share.position + len(chain.ids) - 1
         self._note([share])
         self._drop(share)
         return chain
+
+    def draw(self, logits: torch.Tensor, draws: Draws) -> Chain | None:
+        """As of `speculative.model.ChainsWhile`."""
+        if not self._chains:
+            return None
+        return cast("ChainedHead", self.network).draw(logits, draws, self.target_vocab_size, self.target_ids)
 
     def _choose(self, logits: torch.Tensor) -> list[int]:
         return self._ids(argmax(logits)).tolist()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from models.llama.head_config import HeadConfig
 from models.llama.rope import rope_tables
-from models.speculative.model import Chain
+from models.speculative.model import Chain, Draws
 from models.torch_llama.attention import Attention, Part
 from models.torch_llama.invariance import MANY, odd_matrices, seeded_noise
 from models.torch_llama.kv_cache import KVCache
@@ -61,12 +61,17 @@ class ChainedHead(Protocol):
         least: Sequence[float],
         table: torch.Tensor,
         ids: torch.Tensor | None,
+        draws: Draws | None = None,
     ) -> tuple[Chain, torch.Tensor]:
         """What was drafted behind the last of some rows of a text, and the state [1, H] that its last row passes on.
 
-        tokens, states, part: of the rows that it begins with, as of `HeadNetwork.run`. least, table: as of
+        tokens, states, part: of the rows that it begins with, as of `HeadNetwork.run`. least, table, draws: as of
         `layers.Chained`. ids: the text's id [V_d] of each that is drafted; None: the same.
         """
+        ...
+
+    def draw(self, logits: torch.Tensor, draws: Draws, vocabulary: int, ids: torch.Tensor | None = None) -> Chain:
+        """As of `layers.Chained`."""
         ...
 
 

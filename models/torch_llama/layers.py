@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from models.llama.config import LlamaConfig
 from models.llama.rope import rope_tables
-from models.speculative.model import Chain
+from models.speculative.model import Chain, Draws
 from models.torch_llama.attention import Attention, Part, Plan
 from models.torch_llama.invariance import odd_alone
 from models.torch_llama.kv_cache import KVCache
@@ -59,13 +59,20 @@ class Network(Protocol):
 class Chained(Protocol):
     """A network that drafts a chain by itself."""
 
-    def chain(self, x: torch.Tensor, part: Part, least: Sequence[float], table: torch.Tensor) -> Chain:
-        """Greedy ids behind the last of some rows of one sequence, each fed in turn; writes the keys and values of all
-        rows but the last id's.
+    def chain(
+        self, x: torch.Tensor, part: Part, least: Sequence[float], table: torch.Tensor, draws: Draws | None = None
+    ) -> Chain:
+        """Ids behind the last of some rows of one sequence, each fed in turn; writes the keys and values of all rows
+        but the last id's.
 
-        x: the rows' embeddings [n, H]. part: where they stand; the positions behind them must be there too. least: as
-        of `speculative.model.ChainsWhile`. table: embeddings [V, H] of all ids.
+        x: the rows' embeddings [n, H]. part: where they stand; the positions behind them must be there too. least,
+        draws: as of `speculative.model.ChainsWhile`. table: embeddings [V, H] of all ids.
         """
+        ...
+
+    def draw(self, logits: torch.Tensor, draws: Draws, vocabulary: int, ids: torch.Tensor | None = None) -> Chain:
+        """Draw one id from logits [1, V] as a chain does. vocabulary: of the text. ids: the text's id of each; None:
+        the same."""
         ...
 
 

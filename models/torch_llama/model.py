@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from models.errors import UserError
 from models.llama.config import LlamaConfig
-from models.speculative.model import IDS, LOGITS, Chain, Chooser, Limits, Rows, SlotBySlot, Step, Want, _computed
+from models.speculative.model import IDS, LOGITS, Chain, Chooser, Draws, Limits, Rows, SlotBySlot, Step, Want, _computed
 from models.speculative.tree import tree_levels
 from models.torch_llama.attention import Part, fold_of, whole
 from models.torch_llama.choice import Head
@@ -461,7 +461,9 @@ class TorchLlama(SlotBySlot):
         return chained_greedy(self.forward, tokens, position, k)
 
     @torch.inference_mode()
-    def draft_while(self, tokens: Tokens, position: int, least: Sequence[float]) -> Chain | None:
+    def draft_while(
+        self, tokens: Tokens, position: int, least: Sequence[float], draws: Draws | None = None
+    ) -> Chain | None:
         """As of `speculative.model.ChainsWhile`: in compiled layers, by one call of their code."""
         if not self._chains or self._taps:
             return None
@@ -471,9 +473,13 @@ class TorchLlama(SlotBySlot):
         self._check(n + len(least) - 1, position)
         self._early = None
         table = self.cache.write(self._slot, position, position + n + len(least) - 1)
-        chain = network.chain(self.embedding[ids], Part(table, position, n, n, None), least, self.embedding)
+        chain = network.chain(self.embedding[ids], Part(table, position, n, n, None), least, self.embedding, draws)
         self.cache.note(self._slot, position, [*ids.tolist(), *chain.ids[:-1]])
         return chain
+
+    def draw(self, logits: torch.Tensor, draws: Draws) -> Chain | None:
+        """As of `speculative.model.ChainsWhile`."""
+        return cast("Chained", self.network).draw(logits, draws, self.vocab_size) if self._chains else None
 
     @torch.inference_mode()
     def keep(self, position: int, rows: Sequence[int]) -> int:

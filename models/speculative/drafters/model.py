@@ -10,7 +10,7 @@ import torch
 from models.speculative.acceptance import distribution, is_distribution, sample
 from models.speculative.drafters import Draft, Limit
 from models.speculative.drafters.in_step import Answer, Ask, Reads, Steps, alone, answer_of
-from models.speculative.model import ChainsWhile, DraftHead, DraftModel, FusedRounds
+from models.speculative.model import Chain, ChainsWhile, DraftHead, DraftModel, Draws, FusedRounds
 from models.speculative.sampling import SamplingParams
 
 
@@ -56,7 +56,8 @@ class ModelDrafter:
         self._generator = sampling.generator("draft")
         self._confident = confident
         self._broken = False  # the model's logits were not finite
-        self._chain = model.draft_while if isinstance(model, ChainsWhile) else None
+        self._chains = model if isinstance(model, ChainsWhile) else None
+        self._words: list[int] = []  # random bits of drafts to come, where the model draws them itself
         self._rounds = rounds if rounds is not None and rounds.draft_lengths else None
         self._target_ids: torch.Tensor | None = None  # of the model's ids, where it drafts a part of the vocabulary
         if isinstance(model, DraftHead):
@@ -80,7 +81,7 @@ class ModelDrafter:
         if self._rounds is not None and len(tokens) > 1:
             return self._fused(self._rounds, tokens, k, prefill_s)
         position, pending = self.cached, tokens[self.cached :]
-        if self.sampling.greedy and not company and (draft := self._chained(tokens, k, prefill_s, limit)):
+        if not company and (draft := self._chained(tokens, k, prefill_s, limit)):
             return draft
         if self.sampling.greedy and not company and not (self._confident and limit.priced):
             self.fed(tokens, k)
@@ -143,24 +144,28 @@ class ModelDrafter:
     def _chained(self, tokens: list[int], k: int, prefill_s: float, limit: Limit) -> Draft | None:
         """A draft by one call of the model, if it can do that: as step by step."""
         priced = self._confident and limit.priced
-        if self._chain is None or (priced and limit.pays_from is None):
+        if self._chains is None or (priced and limit.pays_from is None):
             return None
         taken, least = [0.0] * k, [0.0] * k  # path probabilities from which a token is drafted, and a next one begun
         if priced and limit.pays_from is not None:
             for i in range(k):
                 taken[i] = limit.pays_from(self.source, 0, i + 2) if i else 0.0
                 least[i] = max(taken[i], limit.pays_from(self.source, 1, i + 3) if i + 1 < k else 0.0)
-        chain = self._chain(tokens[self.cached :], self.cached, least)
+        draws = None if self.sampling.greedy else self._draws(k)
+        chain = self._chains.draft_while(tokens[self.cached :], self.cached, least, draws)
         if chain is None:
             return None
-        ids, chances = chain
+        ids, chances, laws = chain
         self.fed(tokens, len(ids))
         self._broken = not math.isfinite(chances[-1])
         if self._broken:
             ids, chances = ids[:-1], chances[:-1]
         elif chances[-1] < taken[len(ids) - 1]:
             ids = ids[:-1]
-        return Draft(ids, None, prefill_s, source=self.source, path_probs=chances if priced else ())
+        if laws is not None:
+            laws = laws[: len(ids)] if ids else None
+            del self._words[: len(ids)]
+        return Draft(ids, laws, prefill_s, source=self.source, path_probs=chances if priced else ())
 
     def _step_by_step(
         self, tokens: list[int], pending: list[int], position: int, k: int, prefill_s: float, limit: Limit
@@ -177,12 +182,15 @@ class ModelDrafter:
             if priced and drafted and not limit.pays(self.source, path_probs[-1], 1, len(drafted) + 2):
                 break
             answer = yield Ask(pending, position, reads)
-            looked = len(drafted)
+            looked, drawn = len(drafted), None
             if isinstance(answer, torch.Tensor):
                 if not self._usable(answer):
                     break
-                probs = self._drawn_from(answer)
-                chance = probs.max().item() if priced else 1.0
+                if (drawn := self._draw_one(answer)) is not None:
+                    chance = drawn.chances[0]
+                else:
+                    probs = self._drawn_from(answer)
+                    chance = probs.max().item() if priced else 1.0
             else:
                 chance, token = answer
                 self._broken = not math.isfinite(chance)
@@ -194,14 +202,28 @@ class ModelDrafter:
                     break
             if greedy:
                 token = token if reads is Reads.ID else self._id(token)
+            elif drawn is not None and drawn.laws is not None:
+                drawn_from.append(drawn.laws)
+                token = drawn.ids[0]
+                del self._words[0]
             else:
-                drawn_from.append(probs)
+                drawn_from.append(self._spread(probs))
                 token = self._id(sample(probs[0], self._generator))
             drafted.append(token)
             position, pending = position + len(pending), [token]
         self.fed(tokens, looked + 1)
-        laws = self._spread(torch.cat(drawn_from)) if drawn_from else None
+        laws = torch.cat(drawn_from) if drawn_from else None
         return Draft(drafted, laws, prefill_s, source=self.source, path_probs=path_probs)
+
+    def _draws(self, count: int) -> Draws:
+        """How the next so many tokens are drawn."""
+        while len(self._words) < count:
+            self._words += torch.empty(64, dtype=torch.long).random_(generator=self._generator).tolist()
+        return Draws(self.sampling.temperature, [word << 1 for word in self._words[:count]])  # they have 63 bits
+
+    def _draw_one(self, logits: torch.Tensor) -> Chain | None:
+        """A token that the model draws itself from logits [1, V], as in a chain; None: it does not."""
+        return None if self._chains is None else self._chains.draw(logits, self._draws(1))
 
     def _answer(self, ask: Ask) -> Answer:
         """Compute what is asked for in the sequence's own slot."""

@@ -324,6 +324,12 @@ class Code:
         b = b if isinstance(b, Value) else self.whole(b)
         return self.select(a < b, a, b)
 
+    def share(self, whole: Value, word: Value) -> Value:
+        """whole * word / 2 ** 64: one of 0, .. whole - 1, all alike where the word is 64 random bits."""
+        wide = ir.IntType(128)
+        product = self.ir.mul(self.ir.zext(whole.raw, wide), self.ir.zext(word.raw, wide))
+        return Value(self, self.ir.trunc(self.ir.lshr(product, wide(64)), INT))
+
     def float_of(self, word: Value) -> Value:
         """The fp32 number whose bits are the lower ones of a word."""
         return Value(self, self.ir.bitcast(self.ir.trunc(word.raw, _I32), FLOAT))

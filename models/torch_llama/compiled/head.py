@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models.llama.head_config import HeadConfig
-from models.speculative.model import Chain
+from models.speculative.model import Chain, Draws
 from models.torch_llama.attention import Part
 from models.torch_llama.compiled.linear import CompiledLinear
 from models.torch_llama.compiled.network import InPanels, Take, attention_and_mlp, in_panels, padded
@@ -59,11 +59,12 @@ class CompiledHead(InPanels):
         least: Sequence[float],
         table: torch.Tensor,
         ids: torch.Tensor | None,
+        draws: Draws | None = None,
     ) -> tuple[Chain, torch.Tensor]:
         """As of `head_layers.ChainedHead`."""
         rows = in_panels(tokens)
         more = {**self._normed, "tokens": rows.data_ptr(), "hands_on": int(self._norm_output)}
-        return self._chain(in_panels(states), part, least, table, ids, more)
+        return self._chain(in_panels(states), part, least, table, ids, more, draws)
 
     def run(
         self, tokens: torch.Tensor, states: torch.Tensor, parts: Sequence[Part], scored: bool

@@ -37,6 +37,7 @@ from models.torch_llama.compiled.builder import (
     Place,
     Stored,
     Value,
+    Variable,
 )
 from models.torch_llama.compiled.machine_code import Machine, load
 from models.torch_llama.compiled.products import PANEL, WIDENED, Products, before
@@ -74,16 +75,19 @@ def fields_of(stored: Stored) -> Fields:
 
     A chain (choose_items 1) drafts a token in each of its steps: all n rows in the first one, in each of the others one
     row for the token chosen before; its position and its place follow those of the n rows. What a step chose is in
-    ids [steps + 1], whose last number is how many there are; chances [steps + 1] are those of the text up to there, the
-    first one of what the chain begins with. It stops behind a token whose chance is below the one in `least` [steps].
+    ids [steps + 1], whose last number is how many there are; chances [steps + 1] are those of the likeliest tokens up
+    to there, the first one of what the chain begins with. It stops behind one that is below its bound, `least` [steps].
+        laws: 0 where the likeliest tokens are chosen; else they are drawn, and it is [steps, text_vocabulary] zeros, in
+        which what each is drawn from is written. coldness: 1 / temperature. words: [steps] of 64 random bits.
         table: embeddings [vocabulary of the text, H], in bf16, fp16 or fp32 by `form`. map: the text's id of each id,
         or 0. lanes: 0, 1, .. 15. hands_on: whether the next row joins states behind the final norm, not before.
     """
     whole = "n hidden wide heads kv dim inner size first rounds steps weight_step pool_step seen_step item_heads "
     whole += "tile_count panels vocabulary scratch_step normed_residual last_alone hands_on form map table chunk "
+    whole += "laws words text_vocabulary "
     whole += "row_chunk row_items qkv_items attend_items hidden_items inner_items last_items panel_items choose_items"
     floats = "x tokens norms cos sin ones lanes normed qkv attended gated scratch norm scored logits chances least"
-    fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT, "scale": FLOAT}
+    fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT, "scale": FLOAT, "coldness": FLOAT}
     words = "stands places ends tiles blocks taps ids"
     fields |= dict.fromkeys(floats.split(), F32) | dict.fromkeys(words.split(), WORD)
     return fields | {"seen": BYTE, "weights": stored, "pool": pool_form(stored), "matrix": stored}
@@ -374,27 +378,74 @@ class Layers:
         with code.loop(0, size, LANES) as i:
             score = code.select(code.below(size - i), job.logits.vector(i), NOT_SEEN)
             best.value = larger(score, best.value)
-        greatest, lanes = code.fold(best.value, larger), job.lanes.vector(0)
-        total, lowest = code.variable(code.spread(0.0)), code.variable(code.spread(float(_BEYOND)))
-        with code.loop(0, size, LANES) as i:
-            score, known = job.logits.vector(i), code.below(size - i)
-            share = code.select(known, exponential(code, score - greatest), 0.0)
-            total.value = total.value + share
-            place = code.select(known & score.equals(greatest), lanes + i.as_float(), float(_BEYOND))
-            lowest.value = code.select(place < lowest.value, place, lowest.value)
-        chosen = code.fold(lowest.value, lambda a, b: code.select(a < b, a, b)).as_whole()
-        chance = job.chances[step] / code.fold(total.value, lambda a, b: a + b)
+        greatest = code.fold(best.value, larger)
+        chosen, share = code.variable(code.whole(0)), code.variable(code.number(0.0))  # of the likeliest one
+        with code.when(job.laws.equals(0)):
+            self._likeliest(code, job, greatest, chosen, share)
+        with code.when(job.laws.differs(0)):
+            self._drawn(code, job, greatest, chosen, share)
+        chance = job.chances[step] * share.value
         job.chances.put(step + 1, chance)
-        told = code.variable(chosen)
+        told = code.variable(chosen.value)
         goes_on = (chance >= job.least[step]) & (step + 1 < job.steps)  # not, if it is no number
         with code.when((chance >= 0.0) & job.map.differs(0)):
-            told.value = code.place(job.map, WORD)[chosen]
+            told.value = code.place(job.map, WORD)[chosen.value]
         job.ids.put(step, told.value)
         job.ids.put(job.steps, step + 1)
         with code.when(~goes_on):
             job.stop()
         with code.when(goes_on):
             self._next_row(code, job, told.value)
+
+    @staticmethod
+    def _likeliest(code: Code, job: Job, greatest: Value, chosen: Variable, share: Variable) -> None:
+        """The lowest id of those with the greatest logit, and its probability."""
+        size, lanes = job.vocabulary, job.lanes.vector(0)
+        total, lowest = code.variable(code.spread(0.0)), code.variable(code.spread(float(_BEYOND)))
+        with code.loop(0, size, LANES) as i:
+            score, known = job.logits.vector(i), code.below(size - i)
+            part = code.select(known, exponential(code, score - greatest), 0.0)
+            total.value = total.value + part
+            place = code.select(known & score.equals(greatest), lanes + i.as_float(), float(_BEYOND))
+            lowest.value = code.select(place < lowest.value, place, lowest.value)
+        chosen.value = code.fold(lowest.value, lambda a, b: code.select(a < b, a, b)).as_whole()
+        share.value = code.number(1.0) / code.fold(total.value, lambda a, b: a + b)
+
+    @staticmethod
+    def _drawn(code: Code, job: Job, greatest: Value, chosen: Variable, share: Variable) -> None:
+        """An id that is drawn, and the probability of the likeliest one. Logits become parts of the likeliest one's.
+
+        Parts are added as whole numbers, so that an id is drawn exactly as often as is written down.
+        """
+        size, step = job.vocabulary, job.step
+        sane = code.variable(code.spread(0.0))
+        with code.loop(0, size, LANES) as i:
+            score = (job.logits.vector(i) - greatest) * job.coldness
+            part = code.select(code.below(size - i), exponential(code, score), 0.0)
+            job.logits.put(i, part)
+            sane.value = sane.value + part
+        nothing = code.fold(sane.value, lambda a, b: a + b)
+        nothing = nothing - nothing  # or no number, if one of them is none
+
+        def whole(i: Value) -> Value:
+            part = job.logits[i]
+            return (code.select(part >= 0.0, part, 0.0) * _WHOLE).as_whole()
+
+        total, seen, place = (code.variable(code.whole(0)) for _ in range(3))
+        with code.loop(0, size) as i:
+            total.value = total.value + whole(i)
+        mark = code.share(total.value, code.place(job.words, WORD)[step])
+        with code.forever() as leave:
+            seen.value = seen.value + whole(place.value)
+            leave((seen.value > mark) | (place.value >= size - 1))
+            place.value = place.value + 1
+        chosen.value = place.value
+        share.value = code.number(_WHOLE) / total.value.as_float() + nothing
+        law = code.place(job.laws, F32) + step * job.text_vocabulary
+        with code.when(job.map.differs(0)), code.loop(0, size) as i:
+            law.put(code.place(job.map, WORD)[i], job.logits[i] * share.value)
+        with code.when(job.map.equals(0)), code.loop(0, size) as i:
+            law.put(i, job.logits[i] * share.value)
 
     @staticmethod
     def _next_row(code: Code, job: Job, token: Value) -> None:
@@ -415,6 +466,7 @@ class Layers:
                         to.put(i, embedding[i])
 
 
+_WHOLE = 2.0**40  # a part that is 1 as a whole number
 _BEYOND = 2**24  # more ids than there are; whole numbers up to it are exact in fp32
 
 FUNCTIONS = {"layers": JOB_CALL} | CALLS

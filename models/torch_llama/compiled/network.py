@@ -11,14 +11,14 @@ import torch
 
 from models.llama.config import LlamaConfig
 from models.llama.rope import rope_tables
-from models.speculative.model import Chain
+from models.speculative.model import Chain, Draws
 from models.speculative.tree import tree_depths
 from models.torch_llama.attention import Part
 from models.torch_llama.compiled import LANES
 from models.torch_llama.compiled.builder import BF16, BF16_PAIRS, F16, F32, INT8
 from models.torch_llama.compiled.kernels import FORMS, fields_of, load_layers
 from models.torch_llama.compiled.products import PANEL, TILE_ROWS, WIDENED, before
-from models.torch_llama.compiled.threads import Prepared
+from models.torch_llama.compiled.threads import Prepared, bits
 from models.torch_llama.compiled.threads import pool as threads_pool
 from models.torch_llama.kv_cache import KVCache, block_end, blocks_of
 
@@ -82,6 +82,40 @@ def _copy(made: torch.Tensor, to: torch.Tensor) -> None:
 def _wide(weight: torch.Tensor) -> torch.Tensor:
     """A norm's weights [H] as fp32, zeros behind."""
     return torch.nn.functional.pad(weight.float(), (0, padded(len(weight)) - len(weight)))
+
+
+class _Choice:
+    """What the steps of a chain choose, and how: arguments as of `layers.Chained`; vocabulary: of the text.
+
+    fields: of the job.
+    """
+
+    def __init__(self, least: Sequence[float], ids: torch.Tensor | None, draws: Draws | None, vocabulary: int) -> None:
+        steps = len(least)
+        self._ids, self._chances = np.zeros(steps + 1, np.int64), np.ones(steps + 1, np.float32)
+        self._least, self._laws = np.array(least, np.float32), None
+        self.fields = {
+            "steps": steps,
+            "choose_items": 1,
+            "map": 0 if ids is None else ids.data_ptr(),
+            "ids": self._ids.ctypes.data,
+            "chances": self._chances.ctypes.data,
+            "least": self._least.ctypes.data,
+        }
+        if draws is not None:
+            self._laws, self._words = torch.zeros(steps, vocabulary), np.array(draws.words[:steps], np.uint64)
+            self.fields |= {
+                "laws": self._laws.data_ptr(),
+                "words": self._words.ctypes.data,
+                "coldness": bits(1 / draws.temperature),
+                "text_vocabulary": vocabulary,
+            }
+
+    def chain(self) -> Chain:
+        """What was chosen."""
+        count = int(self._ids[-1])
+        laws = None if self._laws is None else self._laws[:count]
+        return Chain(self._ids[:count].tolist(), self._chances[1 : count + 1].tolist(), laws)
 
 
 class Rows(NamedTuple):
@@ -259,41 +293,43 @@ class InPanels:
         table: torch.Tensor,
         ids: torch.Tensor | None = None,
         more: Mapping[str, int] = _NOTHING,
+        draws: Draws | None = None,
     ) -> tuple[Chain, torch.Tensor]:
         """Draft a chain in one job: (what was drafted, the state that its last row passes on).
 
         Args:
             x: rows before the layers, in panels; changed.
             part: where they stand, in a text and not in a tree.
-            least, table, ids: as of `layers.Chained`.
+            least, table, ids, draws: as of `layers.Chained`.
             more: fields of the job.
         """
-        steps = len(least)
         n, hidden = len(x), self.config.hidden_size
-        chosen, chances = np.zeros(steps + 1, np.int64), np.ones(steps + 1, np.float32)
-        bounds, logits = np.array(least, np.float32), torch.empty(padded(self.vocab_size))
+        choice, logits = _Choice(least, ids, draws, len(table)), torch.empty(padded(self.vocab_size))
         scored = torch.empty(1, padded(hidden))
         changes = {
             **more,
-            "steps": steps,
-            "choose_items": 1,
+            **choice.fields,
             "last_alone": 1,
             "last_items": 1,
             "panel_items": len(logits) // PANEL,
             "form": _FORMS[table.dtype],
             "table": table.data_ptr(),
-            "map": 0 if ids is None else ids.data_ptr(),
-            "ids": chosen.ctypes.data,
-            "chances": chances.ctypes.data,
-            "least": bounds.ctypes.data,
             "scored": scored.data_ptr(),
             "logits": logits.data_ptr(),
         }
-        self._run(x, self._chain_plan(part, steps), 0, len(self.layers), changes)
-        count = int(chosen[-1])
-        last = x[n - 1 :] if count == 1 else x[:1]
-        chain = Chain(chosen[:count].tolist(), chances[1 : count + 1].tolist())
+        self._run(x, self._chain_plan(part, len(least)), 0, len(self.layers), changes)
+        chain = choice.chain()
+        last = x[n - 1 :] if len(chain.ids) == 1 else x[:1]
         return chain, (scored if more.get("hands_on") else last)[:, :hidden]
+
+    def draw(self, logits: torch.Tensor, draws: Draws, vocabulary: int, ids: torch.Tensor | None = None) -> Chain:
+        """Draw an id from logits [1, V] as a chain would; vocabulary: of the text. ids: as of `layers.Chained`."""
+        choice, row = _Choice([0.0], ids, draws, vocabulary), torch.empty(padded(self.vocab_size))
+        row[: self.vocab_size] = logits[0]
+        pool = threads_pool()
+        with pool.lock:
+            pool.run(self._job, 1, {"n": 1, "row_items": 1, **choice.fields, "logits": row.data_ptr()})
+        return choice.chain()
 
     def _run(
         self, x: torch.Tensor, plan: Rows, first: int, stop: int, more: Mapping[str, int] = _NOTHING
@@ -407,9 +443,11 @@ class CompiledLayers(InPanels):
         self._run(x, plan, first, stop, {"taps": words.ctypes.data})
         return x[:, :hidden], [states[:, :hidden] for states in kept]
 
-    def chain(self, x: torch.Tensor, part: Part, least: Sequence[float], table: torch.Tensor) -> Chain:
+    def chain(
+        self, x: torch.Tensor, part: Part, least: Sequence[float], table: torch.Tensor, draws: Draws | None = None
+    ) -> Chain:
         """As of `layers.Chained`."""
-        return self._chain(in_panels(x), part, least, table)[0]
+        return self._chain(in_panels(x), part, least, table, draws=draws)[0]
 
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of `layers.Network`."""

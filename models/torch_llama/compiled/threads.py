@@ -193,7 +193,7 @@ class Prepared:
         self.words = np.zeros(len(_HEAD) + len(fields), np.int64)
         self.words[_HEAD.index("function")] = code[function + "_at"]
         for name, number in constants.items():
-            self.words[self.places[name]] = _bits(number) if fields[name] is FLOAT else number
+            self.words[self.places[name]] = bits(number) if fields[name] is FLOAT else number
 
 
 class Pool:
@@ -220,7 +220,7 @@ class Pool:
     def run(self, job: Prepared, threads: int, changes: Mapping[str, int]) -> None:
         """Compute a job with so many threads, for the caller that holds the lock.
 
-        changes: whole numbers and addresses, of this run alone.
+        changes: whole numbers, addresses and `bits`, of this run alone.
         """
         words, places = self._words, job.places
         words[_JOB : _JOB + len(job.words)] = job.words
@@ -257,7 +257,8 @@ def _help(door: Any, serve: Any, context: int, thread: int, turns: int) -> None:
         door.acquire()
 
 
-def _bits(number: float) -> int:
+def bits(number: float) -> int:
+    """Those of an fp32 number, as a field of a job has them."""
     return int.from_bytes(struct.pack("<f", number), "little")
 
 
