@@ -120,9 +120,9 @@ def test_no_product_code_knows_the_mock():
     assert offences(("models", "demo"), ("models.board_mock",), apart_from=("models.board_mock",)) == []
 
 
-def test_acceptance_needs_torch_alone():
+def test_acceptance_needs_torch_and_numpy_alone():
     outside = {each.partition(".")[0] for each in imported("models.speculative.acceptance", everywhere=True)}
-    assert outside - sys.stdlib_module_names == {"torch"}
+    assert outside - sys.stdlib_module_names == {"numpy", "torch"}
 
 
 def circles() -> list[list[str]]:
