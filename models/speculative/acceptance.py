@@ -36,13 +36,19 @@ def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: floa
     that it is checked against. Of equally likely tokens the lower id counts as the likelier one. The likeliest token
     always stays.
     """
-    probs = torch.softmax(logits.float() / temperature, -1)
-    vocab = probs.shape[-1]
+    rows = logits.float().numpy(force=True)
+    vocab = rows.shape[-1]
     top_k = min(top_k, vocab) or vocab
-    if top_k == vocab and top_p >= 1:
-        return probs
-    rows = [_truncated(row, top_k, top_p) for row in probs.cpu().numpy()]
-    return torch.from_numpy(np.stack(rows)).to(probs.device) if rows else probs
+    laws = np.empty_like(rows)
+    with np.errstate(invalid="ignore"):
+        for row, law in zip(rows, laws, strict=True):  # by row: a sum's last bits depend on its neighbours
+            np.divide(row, temperature, out=law)
+            law -= law.max()
+            np.exp(law, out=law)
+            law /= law.sum()
+            if top_k < vocab or top_p < 1:
+                _truncate(law, top_k, top_p)
+    return torch.from_numpy(laws).to(logits.device)
 
 
 def is_distribution(logits: Tensor) -> bool:
@@ -50,14 +56,14 @@ def is_distribution(logits: Tensor) -> bool:
     return bool(torch.isfinite(logits.amax(-1)).all())
 
 
-def _truncated(probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """probs[V] of the top_k likeliest tokens, and of them of the fewest that hold top_p of their mass.
+def _truncate(probs: np.ndarray, top_k: int, top_p: float) -> None:
+    """Keep of probs[V] the top_k likeliest tokens, and of them the fewest that hold top_p of their mass.
 
     Only tokens that are likely enough are sorted: a whole vocabulary takes a hundred times as long.
     """
     likeliest, vocab = probs.max(), len(probs)
     if not np.isfinite(likeliest):
-        return probs
+        return
     for share in _SHARES:
         seen = probs >= share * likeliest
         if top_k < vocab and np.count_nonzero(seen) < top_k:
@@ -71,11 +77,10 @@ def _truncated(probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     if top_k < vocab:
         kept /= kept.sum()
     if top_p < 1:
-        count = 1 + np.count_nonzero(kept.cumsum(dtype=np.float64)[:-1] < top_p)  # by the mass of all likelier tokens
+        count = 1 + np.count_nonzero(kept.cumsum(dtype=np.float64)[:-1] < top_p)  # by the mass of all likelier ones
         ids, kept = ids[:count], kept[:count] / kept[:count].sum()
-    truncated = np.zeros_like(probs)
-    truncated[ids] = kept
-    return truncated
+    probs.fill(0)
+    probs[ids] = kept
 
 
 def sample(probs: Tensor, generator: torch.Generator) -> int:

@@ -209,20 +209,24 @@ class Draws(NamedTuple):
 class ChainsWhile(Protocol):
     """A model that may chain steps, and stop by its own probabilities, without the host."""
 
+    @property
+    def chains(self) -> bool:
+        """Whether it does; if not, it is asked step by step."""
+        ...
+
     def draft_while(
         self, tokens: Sequence[int], position: int, least: Sequence[float], draws: Draws | None = None
-    ) -> Chain | None:
+    ) -> Chain:
         """Feed m >= 1 tokens, then each id found in turn, to at most as many ids as there are numbers in `least`.
 
-        It ends behind id i if the chance of the text up to there is below least[i]. None where the model does not do
-        this: it is then asked step by step.
+        It ends behind id i if the chance of the text up to there is below least[i].
 
         draws: how ids are drawn; None: the likeliest ones. What one is drawn from depends on its logits alone.
         """
         ...
 
-    def draw(self, logits: Tensor, draws: Draws) -> Chain | None:
-        """Draw one id from logits [1, V] as a chain would; None where `draft_while` is."""
+    def draw(self, logits: Tensor, draws: Draws) -> Chain:
+        """Draw one id from logits [1, V] as a chain would."""
         ...
 
 

@@ -298,6 +298,11 @@ class TorchHead(SlotBySlot):
             share.head._drop(share)
         return Step(results, choosers=[self._choose] * len(rows) if want.logits else ())
 
+    @property
+    def chains(self) -> bool:
+        """As of `speculative.model.ChainsWhile`."""
+        return self._chains
+
     @torch.inference_mode()
     def draft_while(
         self,
@@ -305,10 +310,8 @@ class TorchHead(SlotBySlot):
         position: int,
         least: Sequence[float],
         draws: Draws | None = None,
-    ) -> Chain | None:
+    ) -> Chain:
         """As of `speculative.model.ChainsWhile`: in compiled layers, by one call of their code."""
-        if not self._chains:
-            return None
         network = cast("ChainedHead", self.network)
         self._check(len(tokens) + len(least) - 1, position)
         share = self._share(tokens, position)
@@ -321,10 +324,8 @@ class TorchHead(SlotBySlot):
         self._drop(share)
         return chain
 
-    def draw(self, logits: torch.Tensor, draws: Draws) -> Chain | None:
+    def draw(self, logits: torch.Tensor, draws: Draws) -> Chain:
         """As of `speculative.model.ChainsWhile`."""
-        if not self._chains:
-            return None
         return cast("ChainedHead", self.network).draw(logits, draws, self.target_vocab_size, self.target_ids)
 
     def _choose(self, logits: torch.Tensor) -> list[int]:

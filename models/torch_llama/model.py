@@ -460,13 +460,14 @@ class TorchLlama(SlotBySlot):
         """
         return chained_greedy(self.forward, tokens, position, k)
 
+    @property
+    def chains(self) -> bool:
+        """As of `speculative.model.ChainsWhile`."""
+        return self._chains and not self._taps
+
     @torch.inference_mode()
-    def draft_while(
-        self, tokens: Tokens, position: int, least: Sequence[float], draws: Draws | None = None
-    ) -> Chain | None:
+    def draft_while(self, tokens: Tokens, position: int, least: Sequence[float], draws: Draws | None = None) -> Chain:
         """As of `speculative.model.ChainsWhile`: in compiled layers, by one call of their code."""
-        if not self._chains or self._taps:
-            return None
         network = cast("Chained", self.network)
         ids = self._ids(tokens)
         n = len(ids)
@@ -477,9 +478,9 @@ class TorchLlama(SlotBySlot):
         self.cache.note(self._slot, position, [*ids.tolist(), *chain.ids[:-1]])
         return chain
 
-    def draw(self, logits: torch.Tensor, draws: Draws) -> Chain | None:
+    def draw(self, logits: torch.Tensor, draws: Draws) -> Chain:
         """As of `speculative.model.ChainsWhile`."""
-        return cast("Chained", self.network).draw(logits, draws, self.vocab_size) if self._chains else None
+        return cast("Chained", self.network).draw(logits, draws, self.vocab_size)
 
     @torch.inference_mode()
     def keep(self, position: int, rows: Sequence[int]) -> int:

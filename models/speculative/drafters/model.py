@@ -56,7 +56,7 @@ class ModelDrafter:
         self._generator = sampling.generator("draft")
         self._confident = confident
         self._broken = False  # the model's logits were not finite
-        self._chains = model if isinstance(model, ChainsWhile) else None
+        self._chains = model if isinstance(model, ChainsWhile) and model.chains else None
         self._words: list[int] = []  # random bits of drafts to come, where the model draws them itself
         self._rounds = rounds if rounds is not None and rounds.draft_lengths else None
         self._target_ids: torch.Tensor | None = None  # of the model's ids, where it drafts a part of the vocabulary
@@ -152,10 +152,7 @@ class ModelDrafter:
                 taken[i] = limit.pays_from(self.source, 0, i + 2) if i else 0.0
                 least[i] = max(taken[i], limit.pays_from(self.source, 1, i + 3) if i + 1 < k else 0.0)
         draws = None if self.sampling.greedy else self._draws(k)
-        chain = self._chains.draft_while(tokens[self.cached :], self.cached, least, draws)
-        if chain is None:
-            return None
-        ids, chances, laws = chain
+        ids, chances, laws = self._chains.draft_while(tokens[self.cached :], self.cached, least, draws)
         self.fed(tokens, len(ids))
         self._broken = not math.isfinite(chances[-1])
         if self._broken:
