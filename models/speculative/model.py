@@ -199,10 +199,15 @@ class Chain(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """How ids are drawn, each from the softmax of logits over temperature. words: 64 random bits for each of them."""
+    """How ids are drawn, each from the softmax of logits over temperature. words: 64 random bits for each of them.
+
+    top_k, top_p: those of the target. Of the likeliest ids at least so many, or so much, stay; some more may.
+    """
 
     temperature: float
     words: Sequence[int]
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 @runtime_checkable

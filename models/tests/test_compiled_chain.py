@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("llvmlite")
 
+from models.speculative.acceptance import distribution
 from models.speculative.drafters import Limit
 from models.speculative.drafters.in_step import alone
 from models.speculative.drafters.model import ModelDrafter
@@ -211,13 +212,31 @@ def test_every_id_is_drawn_as_often_as_its_law_says(temperature):
     assert drawn.chances == pytest.approx([law.max().item()], rel=1e-5)
 
 
+@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (7, 1.0), (0, 1e-6), (0, 0.6), (0, 0.95), (9, 0.5), (10**6, 1.0)])
+def test_a_law_leaves_out_what_is_less_likely_than_top_k_and_top_p_keep(top_k, top_p):
+    model, left_out = model_of(vocabulary=300), 0
+    for seed in range(20):
+        logits = model.prefill(random_prompt(5, seed))[None]
+        whole = torch.softmax(logits / 0.8, -1)[0]
+        law = model.draw(logits, Draws(0.8, [seed << 58], top_k, top_p)).laws[0]
+        kept = distribution(logits, 0.8, top_k, top_p)[0] > 0
+        assert (law[kept & (whole > 1e-9)] > 0).all()
+        least = whole[kept].min()
+        if not top_k or top_p == 1:  # of both the wider one
+            assert (law[whole < 0.499 * least] == 0).all()
+        torch.testing.assert_close(law[law > 0], whole[law > 0] / whole[law > 0].sum(), atol=1e-6, rtol=1e-4)
+        left_out += int((law == 0).sum())
+    assert left_out > 0 or top_k > 300
+
+
 def test_what_cannot_be_drawn_never_is():
     model = model_of(vocabulary=40)
     logits = torch.full((1, 40), -math.inf)
     logits[0, [7, 21]] = torch.tensor([1.0, 0.0])
     seen = {model.draw(logits, Draws(1.0, [word])).ids[0] for word in (0, 1, 2**62, 2**63, 2**64 - 1)}
     assert seen == {7, 21}
-    assert math.isnan(model.draw(torch.full((1, 40), math.nan), Draws(1.0, [5])).chances[0])
+    for masks in ({}, {"top_k": 3}, {"top_p": 0.5}):
+        assert math.isnan(model.draw(torch.full((1, 40), math.nan), Draws(1.0, [5], **masks)).chances[0])
 
 
 def test_the_drafter_draws_the_same_tokens_alone_and_in_company():

@@ -396,8 +396,7 @@ def test_code_is_compiled_once_and_again_if_its_file_is_damaged(tmp_path):
         return small(machine)
 
     def works(source=b"one"):
-        (tmp_path / "source.py").write_bytes(source)
-        code = load("small", make, SMALL, (tmp_path / "source.py",), tmp_path / "kept")
+        code = load("small", make, SMALL, (source,), tmp_path / "kept")
         return code["twice"](21) == 42
 
     assert works() and works() and len(made) == 1

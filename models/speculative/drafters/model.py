@@ -18,7 +18,7 @@ class ModelDrafter:
     """A model that runs ahead of the target. One object per generation: it owns the model's cache meanwhile.
 
     Greedy drafts are chosen by argmax and move only ids; sampled ones are drawn with the target's own temperature,
-    top-k and top-p, from a stream of random numbers of their own.
+    top-k and top-p, from a stream of random numbers of their own. A model that chains draws them itself (`Draws`).
 
     Where tokens have a price (`Limit.pays`) it stops by its own confidence: after the first token, before a step or a
     row that its probabilities so far do not pay for. The probability of a token's distribution counts, never that of
@@ -216,7 +216,8 @@ class ModelDrafter:
         """How the next so many tokens are drawn."""
         while len(self._words) < count:
             self._words += torch.empty(64, dtype=torch.long).random_(generator=self._generator).tolist()
-        return Draws(self.sampling.temperature, [word << 1 for word in self._words[:count]])  # they have 63 bits
+        words = [word << 1 for word in self._words[:count]]  # they have 63 bits
+        return Draws(self.sampling.temperature, words, self.sampling.top_k, self.sampling.top_p)
 
     def _draw_one(self, logits: torch.Tensor) -> Chain | None:
         """A token that the model draws itself from logits [1, V], as in a chain; None: it does not."""

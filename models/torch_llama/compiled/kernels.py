@@ -79,15 +79,16 @@ def fields_of(stored: Stored) -> Fields:
     to there, the first one of what the chain begins with. It stops behind one that is below its bound, `least` [steps].
         laws: 0 where the likeliest tokens are chosen; else they are drawn, and it is [steps, text_vocabulary] zeros, in
         which what each is drawn from is written. coldness: 1 / temperature. words: [steps] of 64 random bits.
+            top_k, top_p: as of `speculative.model.Draws`.
         table: embeddings [vocabulary of the text, H], in bf16, fp16 or fp32 by `form`. map: the text's id of each id,
         or 0. lanes: 0, 1, .. 15. hands_on: whether the next row joins states behind the final norm, not before.
     """
     whole = "n hidden wide heads kv dim inner size first rounds steps weight_step pool_step seen_step item_heads "
     whole += "tile_count panels vocabulary scratch_step normed_residual last_alone hands_on form map table chunk "
-    whole += "laws words text_vocabulary "
+    whole += "laws words text_vocabulary top_k "
     whole += "row_chunk row_items qkv_items attend_items hidden_items inner_items last_items panel_items choose_items"
     floats = "x tokens norms cos sin ones lanes normed qkv attended gated scratch norm scored logits chances least"
-    fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT, "scale": FLOAT, "coldness": FLOAT}
+    fields = dict.fromkeys(whole.split(), INT) | {"eps": FLOAT, "scale": FLOAT, "coldness": FLOAT, "top_p": FLOAT}
     words = "stands places ends tiles blocks taps ids"
     fields |= dict.fromkeys(floats.split(), F32) | dict.fromkeys(words.split(), WORD)
     return fields | {"seen": BYTE, "weights": stored, "pool": pool_form(stored), "matrix": stored}
@@ -415,7 +416,8 @@ class Layers:
     def _drawn(code: Code, job: Job, greatest: Value, chosen: Variable, share: Variable) -> None:
         """An id that is drawn, and the probability of the likeliest one. Logits become parts of the likeliest one's.
 
-        Parts are added as whole numbers, so that an id is drawn exactly as often as is written down.
+        What top-k and top-p leave out is found to a power of two. Parts are added as whole numbers, so that an id is
+        drawn exactly as often as is written down.
         """
         size, step = job.vocabulary, job.step
         sane = code.variable(code.spread(0.0))
@@ -424,8 +426,24 @@ class Layers:
             part = code.select(code.below(size - i), exponential(code, score), 0.0)
             job.logits.put(i, part)
             sane.value = sane.value + part
-        nothing = code.fold(sane.value, lambda a, b: a + b)
-        nothing = nothing - nothing  # or no number, if one of them is none
+        all_parts = code.fold(sane.value, lambda a, b: a + b)
+        nothing = all_parts - all_parts  # or no number, if one of them is none
+        with code.when((job.top_p < 1.0) | (job.top_k > 0)):
+            bound = code.variable(code.number(1.0))
+            with code.forever() as leave:
+                mass, count = code.variable(code.spread(0.0)), code.variable(code.spread(0.0))
+                with code.loop(0, size, LANES) as i:
+                    part = job.logits.vector(i)
+                    mass.value = mass.value + code.select(part >= bound.value, part, 0.0)
+                    count.value = count.value + code.select(part >= bound.value, 1.0, 0.0)
+                held, found = (code.fold(each.value, lambda a, b: a + b) for each in (mass, count))
+                leave((held >= all_parts * job.top_p) & (job.top_p < 1.0))
+                leave((found >= job.top_k.as_float()) & (job.top_k > 0))
+                leave(bound.value < 1 / _WHOLE)  # a part of nothing, or no number
+                bound.value = bound.value * 0.5
+            with code.loop(0, size, LANES) as i:
+                part = job.logits.vector(i)
+                job.logits.put(i, code.select(part >= bound.value, part, 0.0))
 
         def whole(i: Value) -> Value:
             part = job.logits[i]
@@ -470,7 +488,8 @@ _WHOLE = 2.0**40  # a part that is 1 as a whole number
 _BEYOND = 2**24  # more ids than there are; whole numbers up to it are exact in fp32
 
 FUNCTIONS = {"layers": JOB_CALL} | CALLS
-_SOURCES = tuple(sorted(Path(__file__).parent.glob("*.py")))
+# As they were imported: files that change while a process runs do not name the code that it makes.
+_SOURCES = tuple(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
 
 
 @cache

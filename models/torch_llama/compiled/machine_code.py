@@ -83,7 +83,7 @@ def load(
     name: str,
     make: Callable[[Machine], Module],
     functions: Mapping[str, Any],
-    sources: tuple[Path, ...],
+    sources: tuple[bytes, ...],
     directory: Path | None = None,
 ) -> dict[str, Any]:
     """What `Machine.link` says of a module's functions, which are compiled unless they have been before.
@@ -92,7 +92,7 @@ def load(
         name: of the module.
         make: it.
         functions: as `Machine.link` takes them.
-        sources: files that make it. Code is found as long as they, the machine and LLVM are the same.
+        sources: contents of the files that make it. Code is found as long as they, the machine and LLVM are the same.
         directory: where code is kept; None for the user's cache directory.
     """
     with _lock:
@@ -101,7 +101,7 @@ def load(
         for text in (machine.triple, machine.cpu, machine.features, llvmlite.__version__):
             key.update(text.encode() + b"\0")
         for source in sources:
-            key.update(source.read_bytes())
+            key.update(source)
         file = (directory or user_cache("kernels")) / f"{name}-{key.hexdigest()[:32]}.o"
         code = _read(file)
         if code is None:

@@ -109,6 +109,8 @@ class _Choice:
                 "words": self._words.ctypes.data,
                 "coldness": bits(1 / draws.temperature),
                 "text_vocabulary": vocabulary,
+                "top_k": draws.top_k if draws.top_k < vocabulary else 0,
+                "top_p": bits(draws.top_p),
             }
 
     def chain(self) -> Chain:
