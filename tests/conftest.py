@@ -125,6 +125,7 @@ def server(chat_pair):
 def alone(chat_pair):
     """The same models in this process: what texts have to be."""
     from models import LLM
+    from tests.server_fixtures import COMPILED
 
-    with LLM.load(str(chat_pair[0]), str(chat_pair[1]), dtype="fp32") as llm:
+    with LLM.load(str(chat_pair[0]), str(chat_pair[1]), dtype="fp32", compiled=COMPILED) as llm:
         yield llm

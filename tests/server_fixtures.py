@@ -1,5 +1,6 @@
 """A server as a process of its own, on a tiny random pair with a chat template."""
 
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +21,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 STARTS_S = 180.0
+COMPILED = importlib.util.find_spec("llvmlite") is not None  # of servers, and of the library beside them
 
 
 def write_chat_pair(root: Path) -> tuple[Path, Path]:
@@ -34,7 +36,8 @@ def write_chat_pair(root: Path) -> tuple[Path, Path]:
 
 def flags_for(pair: tuple[Path, Path]) -> list[str]:
     """Of a server with this pair."""
-    return ["--target", str(pair[0]), "--draft", str(pair[1]), "--dtype", "fp32", "--served-model-name", "pair"]
+    models = ["--target", str(pair[0]), "--draft", str(pair[1]), "--dtype", "fp32", "--served-model-name", "pair"]
+    return [*models, "--compiled" if COMPILED else "--no-compiled"]
 
 
 class ServerProcess:
