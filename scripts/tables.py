@@ -457,6 +457,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-smollm2": lambda: peers("peers-smollm2"),
     "peers-1b": lambda: peers("peers-1b"),
     "verify-cost-1b": lambda: verify_cost("verify-cost-1b"),
+    "verify-cost-1b-int8": lambda: verify_cost("verify-cost-1b-int8"),
     "expect": expect,
     "bottleneck": bottleneck,
     "mutants": mutants,

@@ -148,6 +148,7 @@ class AutoDraftLength:
     LONGEST_WAIT = 8
     REFRESH, REFRESHED = 32, 2  # joint steps
     MUCH = 1.3  # a gain that need not be looked at so often
+    KEPT = 8  # plain rounds, after which it is looked again whether a draft pays
     fits_forward = True
 
     def __init__(self, lengths: Iterable[int] = range(7), costs: CostModel | None = None) -> None:
@@ -319,6 +320,7 @@ class AutoPolicy:
         self._asked = 0
         self._sequences, self._context = 1, 0  # that share the step, and the tokens of all their texts
         self._outlooks: dict[str, _Outlook] = {}  # by source, until a round changes them
+        self._kept = 0  # plain rounds since they were looked at
 
     def holds(self, tokens: int) -> None:
         """There is that much less to read before the first draft."""
@@ -379,7 +381,10 @@ class AutoPolicy:
         self._remaining -= round.emitted
         drafted_by_model = round.drafted and reads_prompt(round.source)
         self._unread = 0 if drafted_by_model else self._unread + round.emitted
-        self._outlooks.clear()
+        self._kept += 1
+        if round.drafted or self._kept >= run.KEPT or not all(each.plain for each in self._outlooks.values()):
+            self._outlooks.clear()
+            self._kept = 0
         if not round.drafted:
             run.saved += run.PROBE_SHARE / self._wait * share_s
             return
