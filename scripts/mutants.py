@@ -93,11 +93,11 @@ MUTANTS = (
     Mutant("residual", "the token after a rejection is drawn from p itself", ACCEPTANCE, "rest = (p - q).clamp_(min=0)", "rest = p.clone()", RULES),  # noqa: E501
     Mutant("residual-sign", "the residual is q - p", ACCEPTANCE, "rest = (p - q).clamp_(min=0)", "rest = (q - p).clamp_(min=0)", RULES),  # noqa: E501
     Mutant("one-hot", "a deterministic draft has half its probability", ACCEPTANCE, "    row[token] = 1\n", "    row[token] = 0.5\n", RULES),  # noqa: E501
-    Mutant("top-p", "the nucleus lacks the token that completes it", ACCEPTANCE, "kept.cumsum(-1) - kept >= top_p", "kept.cumsum(-1) >= top_p", RULES),  # noqa: E501
-    Mutant("top-p-likeliest", "a tiny top_p masks even the likeliest token", ACCEPTANCE, "            masked[0] = False", "            masked[0] = masked[0]", RULES),  # noqa: E501
-    Mutant("top-k", "one token more than top_k", ACCEPTANCE, "n = top_k if top_k < vocab", "n = top_k + 1 if top_k < vocab", RULES),  # noqa: E501
-    Mutant("temperature", "logits are multiplied by the temperature", ACCEPTANCE, "logits.float() / temperature", "logits.float() * temperature", RULES),  # noqa: E501
-    Mutant("ties", "equally likely tokens are not ordered by id", ACCEPTANCE, "    ids = ids.sort().values\n", "", RULES),  # noqa: E501
+    Mutant("top-p", "the nucleus lacks the token that completes it", ACCEPTANCE, "count = 1 + np.count_nonzero(kept.cumsum", "count = np.count_nonzero(kept.cumsum", RULES),  # noqa: E501
+    Mutant("top-p-likeliest", "a tiny top_p masks even the likeliest token", ACCEPTANCE, "ids, kept = ids[:count], kept[:count] / kept[:count].sum()", "ids, kept = (ids[1:], kept[1:]) if count == 1 else (ids[:count], kept[:count] / kept[:count].sum())", RULES),  # noqa: E501
+    Mutant("top-k", "one token more than top_k", ACCEPTANCE, "kind=\"stable\")[:top_k]", "kind=\"stable\")[: top_k + 1]", RULES),  # noqa: E501
+    Mutant("temperature", "logits are multiplied by the temperature", ACCEPTANCE, "np.divide(row, temperature, out=law)", "np.multiply(row, temperature, out=law)", RULES),  # noqa: E501
+    Mutant("ties", "equally likely tokens are not ordered by id", ACCEPTANCE, "order = np.argsort(-kept, kind=\"stable\")", "order = np.argsort(kept, kind=\"stable\")[::-1]", RULES),  # noqa: E501
     Mutant("tree-greedy", "the walk down a tree reads a node's own row", ACCEPTANCE, "node, choice = kept, target_ids[kept + 1]", "node, choice = kept, target_ids[kept]", TREES),  # noqa: E501
     Mutant("tree-residual", "a rejected child changes nothing for its siblings", ACCEPTANCE, "            probs = residual(probs, draft_probs)\n", "", TREES),  # noqa: E501
     Mutant("tree-row", "sampling in a tree reads a node's own row", ACCEPTANCE, "node, probs = child, p[child + 1]", "node, probs = child, p[child]", TREES),  # noqa: E501
