@@ -34,7 +34,7 @@ def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: floa
 
     A row's probabilities depend on that row alone, to the last bit: a drafted token must not change the distribution
     that it is checked against. Of equally likely tokens the lower id counts as the likelier one. The likeliest token
-    always stays.
+    always stays. It is computed on the host, wherever the logits are.
     """
     rows = logits.float().numpy(force=True)
     vocab = rows.shape[-1]

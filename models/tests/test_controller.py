@@ -86,6 +86,16 @@ def test_where_nothing_is_accepted_it_decodes_plainly_within_20_rounds_and_loses
     assert seconds < 1.02 * plain_seconds(500)
 
 
+def test_plain_rounds_do_not_look_at_all_lengths_each_time(monkeypatch):
+    controller, asked = AutoDraftLength(), []
+    world = World(controller, 0.0)
+    world.generate(100)
+    right = controller.round_s
+    monkeypatch.setattr(controller, "round_s", lambda *args: asked.append(args) or right(*args))
+    world.generate(100)
+    assert len(asked) < 100 * len(controller.lengths) / 4
+
+
 def test_a_draft_that_could_never_pay_is_left_alone():
     world = World(AutoDraftLength(), 1.0, draft_s=0.02)
     world.generate(50)

@@ -105,7 +105,7 @@ def test_the_joint_distribution_of_a_text_is_the_targets(make, params):
 
 def test_the_joint_distribution_is_the_targets_where_compiled_layers_draw():
     pytest.importorskip("llvmlite")
-    params = {"temperature": 1.3, "top_k": 5}  # drafts are drawn from all tokens
+    params = {"temperature": 1.3, "top_k": 5}  # which drafts keep to a power of two
     target, counts, stats = sampled(chain, params, 2, compiled=True)
     assert 0.1 < stats.acceptance_rate < 0.9
     assert min(p_values((target,), params, counts)) > P_VALUE

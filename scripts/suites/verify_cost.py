@@ -135,7 +135,7 @@ class VerifyCost:
         asked = LAYERS if self.options.layers == "both" else (self.options.layers,)
         if not_compiled(config, torch.device("cpu")):
             return ("torch",)
-        if self.options.dtype == "int8" and not int8_works():
+        if self.options.dtype == "int8" and self.options.layers == "both" and not int8_works():
             return (COMPILED,)
         return asked if self._needed_bytes(config, opened, len(asked)) <= 0.95 * free else asked[:1]
 

@@ -10,7 +10,7 @@ import torch
 from models.speculative.acceptance import distribution, is_distribution, sample
 from models.speculative.drafters import Draft, Limit
 from models.speculative.drafters.in_step import Answer, Ask, Reads, Steps, alone, answer_of
-from models.speculative.model import Chain, ChainsWhile, DraftHead, DraftModel, Draws, FusedRounds
+from models.speculative.model import ChainsWhile, DraftHead, DraftModel, Draws, FusedRounds
 from models.speculative.sampling import SamplingParams
 
 
@@ -181,13 +181,15 @@ class ModelDrafter:
             answer = yield Ask(pending, position, reads)
             looked, drawn = len(drafted), None
             if isinstance(answer, torch.Tensor):
-                if not self._usable(answer):
-                    break
-                if (drawn := self._draw_one(answer)) is not None:
+                if self._chains is not None:
+                    drawn = self._chains.draw(answer, self._draws(1))
                     chance = drawn.chances[0]
-                else:
+                    self._broken = not math.isfinite(chance)
+                elif self._usable(answer):
                     probs = self._drawn_from(answer)
                     chance = probs.max().item() if priced else 1.0
+                if self._broken:
+                    break
             else:
                 chance, token = answer
                 self._broken = not math.isfinite(chance)
@@ -218,10 +220,6 @@ class ModelDrafter:
             self._words += torch.empty(64, dtype=torch.long).random_(generator=self._generator).tolist()
         words = [word << 1 for word in self._words[:count]]  # they have 63 bits
         return Draws(self.sampling.temperature, words, self.sampling.top_k, self.sampling.top_p)
-
-    def _draw_one(self, logits: torch.Tensor) -> Chain | None:
-        """A token that the model draws itself from logits [1, V], as in a chain; None: it does not."""
-        return None if self._chains is None else self._chains.draw(logits, self._draws(1))
 
     def _answer(self, ask: Ask) -> Answer:
         """Compute what is asked for in the sequence's own slot."""

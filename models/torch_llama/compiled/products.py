@@ -155,9 +155,8 @@ class Products:
                     with code.loop(0, part * PANEL, PANEL) as j:
                         code.prefetch(widened + j, AHEAD, PANEL)
                         for k in range(0, PANEL, 2 * LANES):
-                            first_one, second_one = widened.two(j + k)
-                            scratch.put(j + k, first_one)
-                            scratch.put(j + (k + LANES), second_one)
+                            for number, vector in enumerate(widened.two(j + k)):
+                                scratch.put(j + (k + number * LANES), vector)
                     widened = scratch
                 again = code.select(i > 0, code.whole(1), first)
                 many(code, x + i, x_step, rows, widened, PANEL, LANES, to, to_step, part, again)
